@@ -1,0 +1,35 @@
+"""hf_bilb: a drop-in Hugging Face Trainer that keeps K tasks in balance at the cost of one backward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_bilb.balancers import LossBalancer, build_balancer, list_balancers, register_balancer
+from hf_bilb.options import OptionError
+
+if TYPE_CHECKING:
+    from hf_bilb.trainer import BilevelMTLTrainer
+    from hf_bilb.training_args import BilevelMTLTrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BilevelMTLTrainer",
+    "BilevelMTLTrainingArguments",
+    "LossBalancer",
+    "OptionError",
+    "build_balancer",
+    "list_balancers",
+    "register_balancer",
+]
+
+# Importing transformers takes seconds; people with their own loop do not need it.
+_LAZY = {"BilevelMTLTrainer": "hf_bilb.trainer", "BilevelMTLTrainingArguments": "hf_bilb.training_args"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,416 @@
+"""What every loss balancer shares: options, the step on the global batch, its own optimizer, explicit state.
+
+A method supplies its objective F (`hf_bilb.objective.Objective`); `LossBalancer` is final and does the rest. It is no
+`nn.Module` on purpose: assigned to a model it would leak into the model's weights, optimizer and gradient clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_bilb import distributed
+from hf_bilb.balancers.optimizer import OwnOptimizer
+from hf_bilb.coefficients import CoefficientRules, CoefficientScale
+from hf_bilb.guards import Guards
+from hf_bilb.normalization import MeanOf, Normalization, NormalizationKind, ReferenceKind
+from hf_bilb.objective import Objective, differentiate
+from hf_bilb.options import OptionError
+from hf_bilb.task_losses import TaskLosses, TaskLossError, as_task_losses
+
+AbsentTasks = Literal["skip", "hold"]
+LearningRate = float | Literal["follow_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancerOptions:
+    """Options of every loss balancer.
+
+    Attributes:
+        learning_rate: of the balancer's own parameters; `follow_model` takes the model optimizer's current one.
+        optimizer: of the balancer's own parameters, `adam` (torch defaults) or `sgd`.
+        normalization: of the losses before F: `none`, `initial` (l / l0), `rescaled`, `log`, `power`.
+        power: p of `normalization: power`, (l / l0)^p / p.
+        reference: when l0 is taken: `first_step`, `every_epoch` or `{mean_of: n}`.
+        coefficient_floor: share of the plain sum's coefficient (at equal total) below which no task's falls; null = off.
+        coefficient_scale: `as_defined`, or sum |c| brought to 1 or to the number of present tasks.
+    """
+
+    learning_rate: LearningRate = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    normalization: NormalizationKind = "none"
+    power: float = 0.5
+    reference: ReferenceKind | MeanOf = "first_step"
+    coefficient_floor: float | None = None
+    coefficient_scale: CoefficientScale = "as_defined"
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        if self.learning_rate != "follow_model" and self.learning_rate < 0:
+            raise OptionError(f"learning_rate: {self.learning_rate} is not valid, expected a number >= 0")
+        if not self.power > 0:
+            raise OptionError(f"power: {self.power} is not valid, expected a number > 0")
+        if self.coefficient_floor is not None and not 0 <= self.coefficient_floor <= 1:
+            raise OptionError(f"coefficient_floor: {self.coefficient_floor} is not valid, expected a share in [0, 1]")
+
+    def require_positive_normalization(self, name: str) -> None:
+        """Raise `OptionError` for `normalization: log`, whose values are negative, in a method that takes logarithms."""
+        if self.normalization == "log":
+            raise OptionError(f"normalization: 'log' is not valid, expected another one: {name} takes the logarithm itself")
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
+
+
+class WindowShare(NamedTuple):
+    """One micro-batch's part in an accumulation window, in items.
+
+    Attributes:
+        local: `[K]`, this rank's items of this micro-batch over the window's items on all ranks.
+        fraction: scalar, the micro-batch's items of all tasks and ranks over the window's.
+        num_micro_batches: how many micro-batches the window has.
+    """
+
+    local: Tensor
+    fraction: Tensor
+    num_micro_batches: int
+
+
+class Decision(NamedTuple):
+    """What was decided for one (micro-)batch, all detached, identical on every rank.
+
+    Attributes:
+        value: F at the global losses (with `task_priors`, the first-order F in which task k counts a_k times).
+        losses: `[K]` global losses, zero where absent.
+        num_items: `[K]` global counts.
+        present: bool `[K]`.
+        coefficients: `[K]` what each loss is multiplied with, zero where absent.
+        weights: `[K]` or None; discrepancy: scalar or None.
+        auxiliary_loss: scalar, mean over ranks.
+        invalid: int `[K + 1]`: 1 not finite, 2 outside the domain of a logarithm; the last entry is the auxiliary loss.
+    """
+
+    value: Tensor
+    losses: Tensor
+    num_items: Tensor
+    present: Tensor
+    coefficients: Tensor
+    weights: Tensor | None
+    discrepancy: Tensor | None
+    auxiliary_loss: Tensor
+    invalid: Tensor
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss with valid items is NaN, infinite, or outside the domain of a logarithm; the message names task and value."""
+
+
+class LossMemory(nn.Module):
+    """The last known global loss of each task, for `absent_tasks: hold`. State: `last_losses [K]`, `seen [K]`."""
+
+    last_losses: Tensor
+    seen: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.register_buffer("last_losses", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor, present: Tensor) -> None:
+        self.last_losses.copy_(torch.where(present, losses, self.last_losses))
+        self.seen.logical_or_(present)
+
+
+class LossBalancer:
+    """A loss balancer: `backward(losses)` instead of `sum(losses).backward()`, then `step()` after the optimizer's.
+
+    State (all in `state_dict()`, flat tensors): the objective's parameters and buffers, its optimizer's moments, the
+    reference losses, the last known losses, the guards' counters, the epoch. Cost: one forward and one backward pass of
+    the model, one all-reduce of 2K + 1 numbers, K numbers of arithmetic.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        objective: Objective,
+        options: BalancerOptions,
+        task_names: Sequence[str],
+        *,
+        absent_tasks: AbsentTasks = "skip",
+        task_priors: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if absent_tasks not in ("skip", "hold"):
+            raise OptionError(f'absent_tasks: {absent_tasks!r} is not valid, expected one of "skip", "hold"')
+        self.name = name
+        self.options = options
+        self.task_names = tuple(task_names)
+        self.absent_tasks = absent_tasks
+        num_tasks = len(self.task_names)
+        self.objective = objective
+        self.normalization = Normalization(num_tasks, options.normalization, options.reference, options.power)
+        self._memory = LossMemory(num_tasks)
+        self._guards = Guards(num_tasks)
+        self._rules = CoefficientRules(num_tasks, options.coefficient_floor, options.coefficient_scale, task_priors)
+        self._parts = nn.ModuleDict(
+            {
+                "objective": self.objective,
+                "normalization": self.normalization,
+                "memory": self._memory,
+                "guards": self._guards,
+                "rules": self._rules,
+            }
+        )
+        self._epoch = -1
+        self._last: Decision | None = None
+        self._optimizer = OwnOptimizer(dict(objective.named_parameters()), options.optimizer, options.learning_rate)
+        self.to(device=device, dtype=dtype)
+
+    # --- description ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return len(self.task_names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the K numbers live."""
+        return self._memory.last_losses.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which precision F is evaluated."""
+        return self._memory.last_losses.dtype
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """The last c = dF/dl `[K]` (on the device), zero for absent tasks; None before the first `backward`."""
+        return None if self._last is None else self._last.coefficients
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The last sigma `[K]`, where the method has weights; None before the first `backward` and for other methods."""
+        return None if self._last is None else self._last.weights
+
+    @property
+    def reference_losses(self) -> Tensor:
+        """l0 `[K]`, NaN for tasks that have not been seen."""
+        references = self.normalization.reference_losses
+        return torch.where(self.normalization.seen, references, torch.full_like(references, torch.nan))
+
+    def __repr__(self) -> str:
+        return f"LossBalancer({self.name!r}, num_tasks={self.num_tasks}, options={self.options})"
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LossBalancer:
+        """Move to `device` and change the precision to `dtype` (float32 or float64), in place; returns self."""
+        if dtype is not None and dtype not in (torch.float32, torch.float64):
+            raise OptionError(f"dtype: {dtype} is not valid, expected torch.float32 or torch.float64")
+        self._parts.to(device=device, dtype=dtype)
+        self._optimizer.to(device=device, dtype=dtype)
+        return self
+
+    def bind(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> LossBalancer:
+        """Tell the balancer about the model and its optimizer; needed for `learning_rate: follow_model`. Returns self."""
+        if optimizer is not None:
+            self._optimizer.follow(optimizer)
+        return self
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        losses: Tensor | Mapping[str, Tensor],
+        num_items: Tensor | Mapping[str, Tensor | float] | None = None,
+        router_features: Tensor | None = None,
+        backward: Callable[[Tensor], object] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """One backward pass through the model, with the coefficients of the global batch; also the router's gradient.
+
+        Args:
+            losses: tensor `[K]` or dict of scalars, attached to the graph; see `hf_bilb.task_losses` for the contract.
+            num_items: `[K]` or dict, valid items behind each loss; needed when labels can be missing.
+            router_features: `[B, D]`, for feature routers.
+            backward: called with the scalar to differentiate, for example `accelerator.backward`; default its own.
+            process_group: the ranks that share the batch; default the initialised default group, if any.
+
+        Returns:
+            F, detached, the same on every rank.
+
+        Raises:
+            TaskLossError: shapes or names that do not match.
+            NonFiniteLossError: naming the task, before any gradient is written (this reads one flag on the host).
+        """
+        batch = as_task_losses(losses, num_items, self.task_names, router_features=router_features)
+        surrogate, decision = self.surrogate(batch, process_group)
+        if bool(decision.invalid.any()):
+            self._optimizer.discard()
+            raise NonFiniteLossError(describe_invalid(decision.invalid, decision.losses, self))
+        (torch.Tensor.backward if backward is None else backward)(surrogate)
+        return decision.value
+
+    def surrogate(
+        self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, share: WindowShare | None = None
+    ) -> tuple[Tensor, Decision]:
+        """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
+
+        Args:
+            batch: this rank's losses and counts.
+            process_group: the ranks that share the batch.
+            share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
+
+        Returns:
+            the scalar (value: F plus the auxiliary loss, times the micro-batch's fraction) and the decision.
+
+        Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
+        """
+        self._check_device(batch.losses)
+        losses, num_items, auxiliary = distributed.reduce_losses(
+            batch.losses, batch.num_items, batch.auxiliary_loss, process_group
+        )
+        fraction = losses.new_ones(()) if share is None else share.fraction
+        decision = self.decide(losses, num_items, auxiliary, items=num_items.sum())
+        ranks = distributed.data_parallel_size(process_group)
+        local = batch.num_items / num_items.clamp(min=1) if share is None else share.local
+        connected = torch.where(batch.num_items > 0, batch.losses, torch.zeros_like(batch.losses))
+        total = ranks * (decision.coefficients * local.to(self.dtype) * connected).sum()
+        value = decision.value.to(total.dtype)
+        if batch.auxiliary_loss is not None:
+            parts = 1 if share is None else share.num_micro_batches
+            total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
+        reported = value * fraction + decision.auxiliary_loss / (1 if share is None else share.num_micro_batches)
+        return total + (reported - total).detach(), decision
+
+    def decide(self, losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None = None, items: Tensor | None = None) -> Decision:
+        """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.
+
+        Args:
+            losses: `[K]` global losses.
+            num_items: `[K]` global counts; zero = absent.
+            auxiliary_loss: scalar, for the record.
+            items: scalar weight of this micro-batch in the mean of the router's gradients; default the sum of counts.
+        """
+        losses, num_items = losses.detach().to(self.dtype), num_items.detach().to(self.dtype)
+        present = num_items > 0
+        auxiliary = losses.new_zeros(()) if auxiliary_loss is None else auxiliary_loss.detach().to(self.dtype)
+        invalid = self._invalid(losses, present, auxiliary)
+        # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
+        valid = ~invalid.any()
+        self.normalization.observe(losses, present & valid)
+        self._memory.observe(losses, present & valid)
+        active, point = present, losses
+        if self.absent_tasks == "hold":
+            active, point = self._memory.seen.clone(), self._memory.last_losses
+        result = differentiate(self.objective, self.normalization, point, active)
+        self._optimizer.accumulate(result.parameter_gradients, num_items.sum() if items is None else items)
+        coefficients, value = self._rules(result.coefficients, result.output.value, losses, present)
+        self._guards.observe(coefficients, present, valid, result.output.edge_ratio, result.output.collapsed)
+        self._last = Decision(
+            value=value,
+            losses=torch.where(present, losses, torch.zeros_like(losses)),
+            num_items=num_items,
+            present=present,
+            coefficients=coefficients,
+            weights=result.output.weights,
+            discrepancy=result.output.discrepancy,
+            auxiliary_loss=auxiliary,
+            invalid=invalid,
+        )
+        return self._last
+
+    def step(self, reevaluate: Callable[[], object] | None = None) -> None:
+        """Update the balancer's own parameters; call it once per update, after the model optimizer's step.
+
+        Args:
+            reevaluate: returns the losses at the new parameters, on the same batch; called only by methods that need a
+                second forward pass (none of `ls`, `si`, `uw`, `bilb` does).
+
+        Raises:
+            RuntimeError: without a `backward` since the last step.
+        """
+        if self._last is None:
+            raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
+        self._optimizer.step()
+
+    def discard(self) -> None:
+        """Forget the gradients of the current update (a dropped step)."""
+        self._optimizer.discard()
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Tell methods that count epochs that epoch number `epoch` (from 0) begins. Calling it twice does nothing, so
+        that a run resumed in the middle of an epoch keeps its references."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.normalization.begin_epoch()
+
+    def diagnose(self) -> list[str]:
+        """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
+        weights, one task with over 90 % of the weight. Reads counters on the host: call it when logging."""
+        return self._guards.due_messages(self.task_names)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as a flat dict of tensors (detached copies), between two updates."""
+        state = {name: tensor.detach().clone() for name, tensor in self._parts.state_dict().items()}
+        state.update({f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()})
+        state["epoch"] = torch.tensor(self._epoch)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `state_dict()`.
+
+        Raises:
+            TaskLossError: entries that are missing, unknown or of another shape; nothing is changed then.
+        """
+        expected = self.state_dict()
+        for name in sorted(expected.keys() | state.keys()):
+            if name not in state or name not in expected:
+                what = "is missing" if name not in state else "is unknown"
+                raise TaskLossError(f"balancer state: entry {name!r} {what}; was it saved by another method or version?")
+            if state[name].shape != expected[name].shape:
+                got, want = tuple(state[name].shape), tuple(expected[name].shape)
+                raise TaskLossError(f"balancer state: entry {name!r} has shape {got}, expected {want} for {self.num_tasks} tasks")
+        self._epoch = int(state["epoch"])
+        prefix = "optimizer."
+        own = {name: tensor for name, tensor in state.items() if name != "epoch" and not name.startswith(prefix)}
+        self._parts.load_state_dict(own)
+        self._optimizer.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+
+    # --- checks --------------------------------------------------------------------------------------------------
+
+    def _invalid(self, losses: Tensor, present: Tensor, auxiliary: Tensor) -> Tensor:
+        """Codes `[K + 1]`, see `Decision.invalid`; on the device, so that reading them is the caller's choice."""
+        outside = self.normalization.outside_domain(losses, present)
+        if self.objective.takes_logarithm:
+            outside = outside | (present & (losses <= 0))
+        codes = torch.where(present & ~losses.isfinite(), 1, torch.where(outside, 2, 0))
+        return torch.cat([codes, (~auxiliary.isfinite()).to(codes.dtype).reshape(1)])
+
+    def _check_device(self, losses: Tensor) -> None:
+        if losses.device != self.device:
+            raise TaskLossError(f"losses: are on {losses.device}, the balancer is on {self.device}; call balancer.to(device)")
+
+
+def describe_invalid(invalid: Tensor, losses: Tensor, balancer: LossBalancer, step: int | None = None) -> str:
+    """One line that names the first invalid task, its value, and the step where known. Reads the device."""
+    where = "" if step is None else f" at step {step}"
+    codes, values = invalid.cpu(), losses.cpu()
+    for k, name in enumerate(balancer.task_names):
+        if codes[k] == 1:
+            return f"the loss of task {name!r} is {float(values[k])}{where}; fix the data or the model, or set nonfinite_loss: skip"
+        if codes[k] == 2:
+            cause = "takes logarithms" if balancer.objective.takes_logarithm else f"has normalization: {balancer.options.normalization}"
+            return f"the loss of task {name!r} is {float(values[k])}{where}, but balancer {balancer.name!r} {cause}: losses must be > 0"
+    return f"the auxiliary loss is not finite{where}"

@@ -1,0 +1,134 @@
+"""Names of the methods: register one, list them, build one from a name and options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from hf_bilb.objective import Objective
+from hf_bilb.options import OptionError, parse_options, unknown_name
+from hf_bilb.task_losses import check_task_names
+
+if TYPE_CHECKING:
+    from hf_bilb.balancers.base import AbsentTasks, BalancerOptions, LossBalancer
+
+ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
+
+
+@dataclass(frozen=True)
+class BalancerSpec:
+    """A registered method: its name in recipes, its objective, its options and where it comes from."""
+
+    name: str
+    objective: type[Objective]
+    options: type[BalancerOptions]
+    paper: str
+
+
+_REGISTRY: dict[str, BalancerSpec] = {}
+
+
+def register_balancer(name: str, *, options: type[BalancerOptions], paper: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
+    """Class decorator that makes an `Objective` available under `name`, in Python and in recipes.
+
+    Args:
+        name: how recipes call it.
+        options: a frozen, keyword-only dataclass that extends `BalancerOptions`; its fields are the recipe's keys.
+        paper: the source, with the equation.
+
+    Raises:
+        ValueError: when `name` is taken.
+    """
+
+    def register(objective: ObjectiveClass) -> ObjectiveClass:
+        if name in _REGISTRY:
+            taken = _REGISTRY[name].objective
+            raise ValueError(f"balancer {name!r} is already registered, by {taken.__module__}.{taken.__qualname__}")
+        _REGISTRY[name] = BalancerSpec(name, objective, options, paper)
+        return objective
+
+    return register
+
+
+def list_balancers() -> list[str]:
+    """The names of all registered balancers, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get_balancer_spec(name: str, path: str = "balancer") -> BalancerSpec:
+    """The registration of `name`; raises `OptionError` with the nearest name when there is none."""
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise unknown_name(path, name, _REGISTRY)
+    return _REGISTRY[name]
+
+
+def resolve_options(name: str, options: Mapping[str, Any], path: str = "balancer") -> BalancerOptions:
+    """Check `options` of the balancer `name` and fill in its preset and defaults, without building it.
+
+    Raises:
+        OptionError: one line with the key path, the value and what was expected.
+    """
+    cls = get_balancer_spec(name, path).options
+    preset = options.get("preset")
+    given = dict(cls.presets.get(preset, {})) if isinstance(preset, str) else {}
+    return parse_options(cls, {**given, **options}, path)
+
+
+def build_balancer(
+    balancer: str | Mapping[str, Any],
+    num_tasks: int | None = None,
+    *,
+    task_names: Sequence[str] | None = None,
+    absent_tasks: AbsentTasks = "skip",
+    task_priors: Sequence[float] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> LossBalancer:
+    """Build a loss balancer.
+
+    Args:
+        balancer: a name (`list_balancers()`), or a mapping `{"name": ..., option: value}` as in a recipe.
+        num_tasks: K; may be left out when `task_names` is given.
+        task_names: K names, used in messages, logs and checkpoints; default `task_0`, `task_1`, ...
+        absent_tasks: `skip` (F over the present tasks) or `hold` (the last known loss stands in, detached).
+        task_priors: K fixed factors that the user gives the tasks; they multiply the coefficients, whatever the method.
+        device, dtype: of the K numbers it works on; float64 where the model trains in float64.
+        **options: the method's options, checked by name and type (see the method's options class).
+
+    Returns:
+        a `LossBalancer`.
+
+    Raises:
+        OptionError: unknown name or option (with the nearest valid one), wrong type, lengths that do not match K.
+    """
+    from hf_bilb.balancers.base import LossBalancer
+
+    given = dict(balancer) if isinstance(balancer, Mapping) else {"name": balancer}
+    if "name" not in given:
+        raise OptionError(f"balancer.name: is required, expected one of {', '.join(list_balancers())}")
+    name = given.pop("name")
+    spec = get_balancer_spec(name)
+    names = _task_names(num_tasks, task_names)
+    resolved = resolve_options(name, {**given, **options})
+    try:
+        objective = spec.objective(len(names), resolved)
+        return LossBalancer(
+            name, objective, resolved, names, absent_tasks=absent_tasks, task_priors=task_priors, device=device, dtype=dtype
+        )
+    except OptionError as error:
+        raise OptionError(f"balancer.{error}") from None
+
+
+def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> tuple[str, ...]:
+    if task_names is None:
+        if num_tasks is None or isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+            raise OptionError(f"num_tasks: {num_tasks!r} is not valid, expected an integer >= 1 (or task_names)")
+        return tuple(f"task_{k}" for k in range(num_tasks))
+    names = check_task_names(task_names)
+    if num_tasks is not None and num_tasks != len(names):
+        raise OptionError(f"task_names: got {len(names)} names, expected {num_tasks} (num_tasks)")
+    return names

@@ -1,0 +1,98 @@
+"""The command line: `hf-bilb train | show | report`. A mistake in a recipe or a folder is one line and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from hf_bilb.checkpointing import CheckpointError
+from hf_bilb.data import MissingPackageError
+from hf_bilb.options import OptionError
+from hf_bilb.recipe import dump_recipe, read_recipe
+from hf_bilb.reporting.results import labels, read_results, write_text
+from hf_bilb.reporting.tables import Comparison, compare, render_csv, render_markdown, render_text
+
+
+class UserError(click.ClickException):
+    """A mistake in what the user gave: one line on stderr, no traceback, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the line; of several processes only the first one speaks."""
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(f"hf-bilb: error: {self.format_message()}", err=True)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (OptionError, CheckpointError, MissingPackageError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hf-bilb", prog_name="hf-bilb")
+def main() -> None:
+    """Train one model on several tasks and keep the tasks in balance."""
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint in trainer.output_dir.")
+def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train what RECIPE says, measure it once at the end and write everything into trainer.output_dir.
+
+    Settings are changed on the command line by their path, with a YAML value:
+
+    \b
+        hf-bilb train recipes/qm9/mlp_bilb.yaml trainer.learning_rate=5e-4 balancer.pairs=adjacent
+
+    The same under `accelerate launch -m hf_bilb train ...`. The folder holds at the end: recipe.yaml (as resolved),
+    results.json, table.md, losses.png, weights.png, the model and its checkpoints. A folder that already holds a run is
+    never written over.
+    """
+    with _one_line_errors():
+        checked = read_recipe(recipe, overrides)
+        from hf_bilb.run import run_recipe  # only now: takes ten seconds
+
+        run_recipe(checked, resume=resume)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+def show(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Check RECIPE with its overrides and print it resolved, as a recipe; loads no data and no model."""
+    with _one_line_errors():
+        click.echo(dump_recipe(read_recipe(recipe, overrides)), nl=False)
+
+
+@main.command()
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...")
+@click.option("--output", type=click.Path(file_okay=False), help="Write comparison.md, .csv and .png into this folder.")
+def report(run_dirs: tuple[str, ...], output: str | None) -> None:
+    """Print the results of finished runs side by side, related to the first one."""
+    with _one_line_errors():
+        runs = [read_results(run_dir) for run_dir in run_dirs]
+        table = compare(runs, labels(runs, run_dirs))
+        click.echo(render_text(table), nl=False)
+        if output is not None:
+            click.echo(f"wrote {', '.join(map(str, _write_comparison(table, Path(output))))}")
+
+
+def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
+    from hf_bilb.reporting.plots import comparison_figure, save_figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown, csv, png = (folder / f"comparison.{suffix}" for suffix in ("md", "csv", "png"))
+    write_text(markdown, render_markdown(table))
+    write_text(csv, render_csv(table))
+    return [markdown, csv, save_figure(comparison_figure(table), png)]

@@ -1,0 +1,61 @@
+"""What happens to the coefficients dF/dl between F and the backward pass: floor, scale, the user's priors, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_bilb.options import OptionError
+
+CoefficientScale = Literal["as_defined", "sum_to_one", "sum_to_k"]
+
+
+class CoefficientRules(nn.Module):
+    """Floor, scale and priors of the coefficients. They touch what the model descends, never what the router descends.
+
+    * floor a: c_k >= a * mean |c| over the present tasks, the coefficient of a plain sum with the same total.
+    * scale: sum |c| brought to 1 (`sum_to_one`) or to the number of present tasks, as in a plain sum (`sum_to_k`).
+    * priors a_k: c_k <- a_k c_k; for `ls` the objective sum a_k l_k, for `si` sum a_k log l_k.
+
+    State: `task_priors [K]`.
+    """
+
+    task_priors: Tensor
+
+    def __init__(
+        self, num_tasks: int, floor: float | None, scale: CoefficientScale, task_priors: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        self.floor = floor
+        self.scale = scale
+        self.has_priors = task_priors is not None
+        priors = [1.0] * num_tasks if task_priors is None else [float(prior) for prior in task_priors]
+        if len(priors) != num_tasks:
+            raise OptionError(f"task_priors: got {len(priors)} values, expected one for each of the {num_tasks} tasks")
+        if any(not prior >= 0 for prior in priors):
+            raise OptionError(f"task_priors: {priors} is not valid, expected numbers >= 0")
+        # Not state: the priors are what the user says today, also after a resume.
+        self.register_buffer("task_priors", torch.tensor(priors, dtype=torch.float64), persistent=False)
+
+    def forward(self, coefficients: Tensor, value: Tensor, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients `[K]` to apply, zero where not `present`, and the value to report.
+
+        With priors the reported value is F + sum (a_k - 1) c_k l_k: F in which task k counts a_k times, to first order
+        (exactly sum a_k l_k for `ls`).
+        """
+        applied = torch.where(present, coefficients, torch.zeros_like(coefficients))
+        count = present.sum().to(applied.dtype)
+        if self.floor is not None:
+            floor = self.floor * applied.abs().sum() / count.clamp(min=1)
+            applied = torch.where(present, torch.maximum(applied, floor), applied)
+        if self.scale != "as_defined":
+            total = applied.abs().sum()
+            target = torch.ones_like(count) if self.scale == "sum_to_one" else count
+            applied = applied * torch.where(total > 0, target / total.clamp(min=torch.finfo(total.dtype).tiny), total)
+        if self.has_priors:
+            value = value + ((self.task_priors - 1) * applied * torch.where(present, losses, torch.zeros_like(losses))).sum()
+            applied = applied * self.task_priors
+        return applied, value

@@ -1,0 +1,64 @@
+"""The upper level of BiLB4MTL: how far the (weighted, normalised) losses of the tasks are apart.
+
+    adjacent   sum_i |v_i - v_next(i)| over neighbours in the order of the tasks (the paper's f, arXiv 2502.08585 eq. 1)
+    all        mean over all pairs of |v_i - v_j|, times n - 1, so that it has the scale of n - 1 neighbours (ours)
+
+|d| may be smoothed to sqrt(d^2 + gamma). Tasks outside `active` take no part: neighbours bridge the gap.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Pairs = Literal["adjacent", "all"]
+
+
+def discrepancy(values: Tensor, active: Tensor, pairs: Pairs, smoothing: float = 0.0) -> Tensor:
+    """Scalar discrepancy of `values [K]` over the tasks in the bool mask `active [K]`, differentiable in `values`.
+
+    Cost: O(K) for adjacent pairs, O(K log K) for all pairs, O(K^2) for all pairs with smoothing.
+    """
+    if pairs == "adjacent":
+        return _adjacent(values, active, smoothing)
+    count = active.sum().to(values.dtype)
+    # mean over n(n-1)/2 pairs, times n-1
+    scale = 2 / count.clamp(min=1)
+    return scale * (_all_pairs(values, active) if smoothing == 0 else _all_pairs_smoothed(values, active, smoothing))
+
+
+def largest_slope(active: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    """The largest possible |df/dv_i|: 2 between two neighbours (1 for a single pair), 2 (n-1)/n over all pairs."""
+    count = active.sum().to(dtype)
+    if pairs == "adjacent":
+        return (count - 1).clamp(min=0, max=2)
+    return 2 * (count - 1).clamp(min=0) / count.clamp(min=1)
+
+
+def _adjacent(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
+    positions = torch.arange(values.numel(), device=values.device)
+    last_active = torch.where(active, positions, -torch.ones_like(positions)).cummax(dim=0).values
+    previous = torch.cat([last_active.new_full((1,), -1), last_active[:-1]])
+    differences = values - values[previous.clamp(min=0)]
+    magnitudes = differences.abs() if smoothing == 0 else (differences.square() + smoothing).sqrt()
+    return torch.where(active & (previous >= 0), magnitudes, torch.zeros_like(magnitudes)).sum()
+
+
+def _all_pairs(values: Tensor, active: Tensor) -> Tensor:
+    # sum_{i<j} |v_i - v_j| = sum_i s_i v_i with s_i = #{v_j < v_i} - #{v_j > v_i}: value and gradient are those of the
+    # K x K matrix (zero at ties, as for |0|), without building it.
+    fixed = torch.where(active, values.detach(), torch.full_like(values, torch.inf))
+    ordered = fixed.sort().values
+    smaller = torch.searchsorted(ordered, fixed, right=False)
+    larger = active.sum() - torch.searchsorted(ordered, fixed, right=True)
+    slopes = torch.where(active, smaller - larger, torch.zeros_like(smaller)).to(values.dtype)
+    return (slopes * torch.where(active, values, torch.zeros_like(values))).sum()
+
+
+def _all_pairs_smoothed(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
+    differences = values.unsqueeze(0) - values.unsqueeze(1)
+    magnitudes = (differences.square() + smoothing).sqrt()
+    mask = torch.triu(active.unsqueeze(0) & active.unsqueeze(1), diagonal=1)
+    return torch.where(mask, magnitudes, torch.zeros_like(magnitudes)).sum()

@@ -1,0 +1,96 @@
+"""Normalization of the losses, before anything else: none | initial | rescaled | log | power.
+
+    initial    l / l0                       (power with p = 1)
+    rescaled   l * min_j l0_j / l0          BiLB4MTL (arXiv 2502.08585), "rescaled" normalization
+    log        log(l / l0)                  BiLB4MTL, logarithmic normalization
+    power      (l / l0)^p / p               ours; p = 1 is initial, p -> 0 tends to log up to a constant
+
+l0 (`reference_losses`) are the losses of the first step, of the first step of every epoch, or the mean of the first n
+steps. A task seen late gets its l0 when it is first seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_bilb.options import OptionError
+
+NormalizationKind = Literal["none", "initial", "rescaled", "log", "power"]
+
+
+@dataclass(frozen=True)
+class MeanOf:
+    """`reference: {mean_of: n}`: l0 is the mean of a task's first n observed losses (the running mean until then)."""
+
+    mean_of: int
+
+    def __post_init__(self) -> None:
+        if self.mean_of < 1:
+            raise OptionError(f"mean_of: {self.mean_of} is not valid, expected an integer >= 1")
+
+
+ReferenceKind = Literal["first_step", "every_epoch"]
+
+
+class Normalization(nn.Module):
+    """Normalises the vector of K losses and keeps their references.
+
+    State: `reference_losses [K]` (1 until seen), `observations [K]` (how many losses stand behind each reference),
+    `seen [K]`. Cost: a few operations on K numbers.
+    """
+
+    reference_losses: Tensor
+    observations: Tensor
+    seen: Tensor
+
+    def __init__(
+        self, num_tasks: int, kind: NormalizationKind, reference: ReferenceKind | MeanOf, power: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.power = power
+        self.every_epoch = reference == "every_epoch"
+        self.window = reference.mean_of if isinstance(reference, MeanOf) else 1
+        self.register_buffer("reference_losses", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_buffer("observations", torch.zeros(num_tasks, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+
+    def begin_epoch(self) -> None:
+        """With `reference: every_epoch`, let the next loss of each task replace its reference."""
+        if self.every_epoch:
+            self.observations.zero_()
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor, present: Tensor) -> None:
+        """Take the losses `[K]` of the present tasks into their references, while these are still being formed."""
+        forming = present & (self.observations < self.window)
+        mean = (self.reference_losses * self.observations + losses) / (self.observations + 1)
+        self.reference_losses.copy_(torch.where(forming, mean, self.reference_losses))
+        self.observations.add_(forming.to(self.observations.dtype))
+        self.seen.logical_or_(present)
+
+    def outside_domain(self, losses: Tensor, present: Tensor) -> Tensor:
+        """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm, or as a reference)."""
+        if self.kind == "none":
+            return torch.zeros_like(present)
+        if self.kind in ("log", "power"):
+            return present & (losses <= 0)
+        return present & (losses <= 0) & (self.observations < self.window)
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Normalised losses `[K]`; entries of tasks that were never seen are meaningless but finite for losses > 0."""
+        reference = self.reference_losses
+        if self.kind == "none":
+            return losses
+        if self.kind == "rescaled":
+            largest = torch.full_like(reference, torch.inf)
+            smallest = torch.where(self.seen, reference, largest).min()
+            return losses / (reference / torch.where(self.seen.any(), smallest, torch.ones_like(smallest)))
+        if self.kind == "log":
+            return torch.log(losses / reference)
+        ratio = losses / reference
+        return ratio if self.kind == "initial" else ratio.pow(self.power) / self.power

@@ -1,0 +1,183 @@
+"""Strict options: a mapping from a YAML file, a command line or Python becomes a dataclass, or one clear line of error.
+
+Used by the balancers (`build_balancer("bilb", edge_fraction=...)`) and by recipes alike, so that a mistyped key is
+answered in the same words everywhere. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class OptionError(ValueError):
+    """An option that is unknown, of the wrong type or out of range. The message is one line and names the key path."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return ` (did you mean "x"?)` for the candidate nearest to `name`, or an empty string when none is near."""
+    names = {candidate.lower(): candidate for candidate in candidates}
+    matches = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.55)
+    return f' (did you mean "{names[matches[0]]}"?)' if matches else ""
+
+
+def unknown_name(kind: str, name: object, candidates: Iterable[str]) -> OptionError:
+    """The error for a name that is not among `candidates`: names the nearest one and lists them when they are few."""
+    known = sorted(candidates)
+    listed = f"; known: {', '.join(known)}" if len(known) <= 30 else ""
+    return OptionError(f"{kind}: {name!r} is not known{nearest(str(name), known)}{listed}")
+
+
+def parse_options(cls: type[T], values: Mapping[str, Any], path: str) -> T:
+    """Build the dataclass `cls` from `values`.
+
+    Args:
+        cls: a dataclass; its field annotations are the accepted types.
+        values: option name -> value, as read from YAML or given as keyword arguments.
+        path: what the options belong to (`"balancer"`), the first part of the key path in messages.
+
+    Raises:
+        OptionError: for an unknown key, a missing key or a value that does not fit its annotation.
+    """
+    if not isinstance(values, Mapping):
+        raise OptionError(f"{path}: {values!r} is not a mapping of options")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            hint = nearest(str(key), fields) or f" (known: {', '.join(fields) or 'none'})"
+            raise OptionError(f"{path}.{key}: unknown option, value {values[key]!r}{hint}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise OptionError(f"{path}.{name}: is required, expected {describe_type(hints[name])}")
+    checked = {key: check_value(value, hints[key], f"{path}.{key}") for key, value in values.items()}
+    try:
+        return cls(**checked)
+    except OptionError as error:
+        raise OptionError(f"{path}.{error}") from None
+
+
+def check_value(value: Any, annotation: Any, path: str) -> Any:
+    """Return `value` as the type that `annotation` asks for.
+
+    Numbers written as strings (`"1e-3"`, which YAML 1.1 does not read as a number) become numbers; an int serves as a
+    float, a list as a tuple; a bool never serves as a number.
+
+    Raises:
+        OptionError: naming `path`, the value and what was expected.
+    """
+    accepted, result = _convert(value, annotation, path)
+    if not accepted:
+        raise OptionError(f"{path}: {value!r} is not valid, expected {describe_type(annotation)}")
+    return result
+
+
+def _convert(value: Any, annotation: Any, path: str) -> tuple[bool, Any]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True, value
+    if annotation is None or annotation is type(None):
+        return value is None, None
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, arguments, path)
+    if origin is Literal:
+        if isinstance(value, str) and value not in arguments:
+            hint = nearest(value, [a for a in arguments if isinstance(a, str)])
+            raise OptionError(f"{path}: {value!r} is not valid, expected {describe_type(annotation)}{hint}")
+        return any(value == a and type(value) is type(a) for a in arguments), value
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        if isinstance(value, annotation):
+            return True, value
+        return (True, parse_options(annotation, value, path)) if isinstance(value, Mapping) else (False, None)
+    if origin in (list, tuple, Sequence) or annotation in (list, tuple):
+        return _convert_sequence(value, origin or annotation, arguments, path)
+    if origin in (dict, Mapping) or annotation is dict:
+        return _convert_mapping(value, arguments, path)
+    return _convert_scalar(value, annotation)
+
+
+def _convert_union(value: Any, alternatives: tuple[Any, ...], path: str) -> tuple[bool, Any]:
+    # An exact match goes before a conversion: "1e-3" stays a string where strings are accepted.
+    for alternative in alternatives:
+        if isinstance(alternative, type) and type(value) is alternative:
+            return _convert(value, alternative, path)
+    nested: OptionError | None = None
+    for alternative in alternatives:
+        try:
+            accepted, result = _convert(value, alternative, path)
+        except OptionError as error:
+            # A mapping's own error ("path.key: unknown option") says more than "does not fit the union".
+            nested = error if isinstance(value, Mapping) else nested
+            continue
+        if accepted:
+            return True, result
+    if nested is not None:
+        raise nested
+    if isinstance(value, str):
+        names = [a for alt in alternatives if typing.get_origin(alt) is Literal for a in typing.get_args(alt)]
+        expected = " or ".join(describe_type(alternative) for alternative in alternatives)
+        raise OptionError(f"{path}: {value!r} is not valid, expected {expected}{nearest(value, names)}")
+    return False, None
+
+
+def _convert_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], path: str) -> tuple[bool, Any]:
+    if not isinstance(value, (list, tuple)):
+        return False, None
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            return False, None
+        return True, tuple(check_value(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, arguments)))
+    element = arguments[0] if arguments else Any
+    items = [check_value(v, element, f"{path}[{i}]") for i, v in enumerate(value)]
+    return True, tuple(items) if origin is tuple else items
+
+
+def _convert_mapping(value: Any, arguments: tuple[Any, ...], path: str) -> tuple[bool, Any]:
+    if not isinstance(value, Mapping):
+        return False, None
+    if not arguments:
+        return True, dict(value)
+    return True, {check_value(k, arguments[0], path): check_value(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
+
+
+def _convert_scalar(value: Any, annotation: Any) -> tuple[bool, Any]:
+    if annotation is bool or isinstance(value, bool):
+        return annotation is bool and isinstance(value, bool), value
+    if annotation in (int, float) and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+        except ValueError:
+            return False, None
+        if annotation is float:
+            return not math.isnan(number), number
+        whole = math.isfinite(number) and number == int(number)
+        return whole, (value if isinstance(value, int) else int(number)) if whole else None
+    return isinstance(annotation, type) and isinstance(value, annotation), value
+
+
+def describe_type(annotation: Any) -> str:
+    """Say in words what values `annotation` accepts: `one of "none", "log"`, `a number`, `a list of 2 numbers`, ..."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(f'"{a}"' if isinstance(a, str) else repr(a) for a in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_type(a) for a in arguments)
+    if annotation is None or annotation is type(None):
+        return "null"
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        return "a list of " + str(len(arguments)) + " values (" + ", ".join(describe_type(a) for a in arguments) + ")"
+    if origin in (list, tuple, Sequence) or annotation in (list, tuple):
+        return f"a list ({describe_type(arguments[0])} each)" if arguments else "a list"
+    if dataclasses.is_dataclass(annotation):
+        names = [field.name for field in dataclasses.fields(annotation)]  # type: ignore[arg-type]
+        return "a mapping with " + ", ".join(names)
+    names_of = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a mapping"}
+    return names_of.get(annotation, "a mapping" if origin in (dict, Mapping) else getattr(annotation, "__name__", str(annotation)))

@@ -1,0 +1,232 @@
+"""Running a recipe: data, model, Trainer, one measurement at the end, and the folder that is left."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from accelerate import PartialState
+from transformers import PreTrainedModel, ProgressCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from hf_bilb import checkpointing
+from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
+from hf_bilb.models import MODELS
+from hf_bilb.options import OptionError, parse_options
+from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
+from hf_bilb.reporting.plots import plot_run
+from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finite, write_results, write_text
+from hf_bilb.reporting.tables import compare, render_markdown, render_text
+from hf_bilb.trainer import BilevelMTLTrainer
+from hf_bilb.training_args import BilevelMTLTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE = "recipe.yaml"
+_VERSIONS_OF = ("hf-bilb", "torch", "transformers", "accelerate", "datasets", "numpy")
+
+
+def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
+    """Train as `recipe` says, measure once on `evaluation.split`, and write everything into `trainer.output_dir`.
+
+    Written, by the main process: `recipe.yaml` (before training), checkpoints, the model, `trainer_state.json`,
+    `results.json`, `table.md`, `losses.png`, `weights.png`. Under several processes every rank calls this.
+
+    Args:
+        recipe: from `read_recipe`.
+        resume: go on from the last complete checkpoint in the folder.
+
+    Raises:
+        OptionError: settings that do not fit together, or a folder that already holds a run (without `resume`).
+        CheckpointError: `resume` without a complete checkpoint, or one that belongs to another run.
+        MissingPackageError: the data set's package is not installed.
+    """
+    started = time.perf_counter()
+    args = training_arguments(recipe)  # before anything is loaded: finds settings that contradict each other
+    checkpoint = _check_folder(Path(args.output_dir), resume)
+    state = PartialState()
+    if state.is_main_process:
+        _write_recipe(recipe, Path(args.output_dir))
+    set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
+    with state.local_main_process_first():  # one process prepares the cache, the others read it
+        spec = DATA_SETS[recipe.data["name"]]
+        data = spec.load(parse_options(spec.options, _without_name(recipe.data), "data"))
+    trainer = BilevelMTLTrainer(
+        model=build_model(recipe, data),
+        args=training_arguments(recipe, data),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=data.data_collator,
+        compute_metrics=data.compute_metrics,
+    )
+    trainer.remove_callback(ProgressCallback)
+    if not args.disable_tqdm:
+        trainer.add_callback(ConciseProgress)
+    training = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_state()
+    measured = trainer.evaluate(getattr(data, recipe.evaluation.split), metric_key_prefix=recipe.evaluation.split)
+    facts = {**_training_facts(trainer, training, checkpoint), "total_seconds": round(time.perf_counter() - started, 2)}
+    results = collect_results(recipe, data, measured, facts)
+    if state.is_main_process:
+        _write_folder(recipe, results, trainer.state.log_history, data.task_names)
+    state.wait_for_everyone()
+    return results
+
+
+def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelMTLTrainingArguments:
+    """The recipe's `trainer` and `balancer` sections as training arguments; with `data`, its tasks and label columns.
+
+    Raises:
+        OptionError: one line, for settings that do not fit together.
+    """
+    of_data: dict[str, Any] = {}
+    if data is not None:
+        of_data = {"task_names": list(data.task_names), "label_names": list(data.label_names)}
+    try:
+        return BilevelMTLTrainingArguments(**recipe.trainer, balancer=recipe.balancer, **of_data)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise OptionError(f"trainer: {one_line(error)}") from None
+
+
+def build_model(recipe: Recipe, data: TaskData) -> PreTrainedModel:
+    """The recipe's model with fresh weights; what the data dictate (sizes, task names) goes into its config."""
+    spec = MODELS[recipe.model["name"]]
+    config = spec.config_class(**_without_name(recipe.model), **data.model_arguments)
+    model: PreTrainedModel = spec.model_class(config)
+    return model
+
+
+class ConciseProgress(ProgressCallback):
+    """The Trainer's progress bar, with the loss beside it and a line per evaluation instead of every logged number."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show F and the mean loss; the K numbers of each kind are in the log history."""
+        if self.training_bar is None or logs is None:
+            return
+        if "loss_mean" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}, mean of tasks {logs['loss_mean']:.4g}")
+        if "eval_loss" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: validation loss {logs['eval_loss']:.4g} (mean of tasks)"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+def _check_folder(folder: Path, resume: bool) -> str | None:
+    """The checkpoint to resume from, or None for a fresh start; refuses to start over in the folder of another run."""
+    if resume:
+        return checkpointing.last_complete_checkpoint(folder)
+    for name in [FILE_NAME, *sorted(path.name for path in folder.glob("checkpoint-*"))]:
+        if (folder / name).exists():
+            raise OptionError(
+                f"trainer.output_dir: {str(folder)!r} already holds a run ({name}): --resume goes on with it, "
+                "another folder starts anew"
+            )
+    return None
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the resolved recipe; when the folder has one already (a resume), say what differs from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / RECIPE_FILE
+    if path.is_file():
+        before = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        for difference in differences(before, recipe.to_dict()) if isinstance(before, Mapping) else []:
+            logger.warning("%s: this folder's run was started with another value: %s", path, difference)
+    write_text(path, f"# resolved from the recipe {recipe.name!r} by hf-bilb\n{dump_recipe(recipe)}")
+
+
+def _write_folder(recipe: Recipe, results: RunResults, history: list[dict[str, Any]], tasks: tuple[str, ...]) -> None:
+    folder = Path(recipe.output_dir)
+    write_results(results, folder)
+    table = compare([results], [results.balancer])
+    write_text(folder / "table.md", render_markdown(table))
+    if recipe.evaluation.plots:
+        plot_run(history, tasks, folder, title=f"{recipe.name} ({results.balancer})")
+    click.echo(f"\n{results.split} errors of {recipe.name} ({results.balancer}):\n\n{render_text(table)}")
+    click.echo(f"{results.training['steps']} steps in {results.training['seconds']:.0f} s; all files are in {folder}")
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+
+def collect_results(
+    recipe: Recipe, data: TaskData, measured: Mapping[str, float], training: Mapping[str, Any]
+) -> RunResults:
+    """Put what was measured (`evaluate`'s dict, keys prefixed by the split) beside the trivial predictor's figures."""
+    split = recipe.evaluation.split
+    losses = {"mean": finite(measured.get(f"{split}_loss"))}
+    losses.update({task: finite(measured.get(f"{split}_loss_{task}")) for task in data.task_names})
+    trivial = data.trivial_metrics if split == "test" else {}
+    return RunResults(
+        recipe=recipe.name,
+        model=recipe.model["name"],
+        data=recipe.data["name"],
+        balancer=recipe.balancer["name"],
+        split=split,
+        metrics=[_metric_result(metric, measured.get(f"{split}_{metric.key}"), trivial) for metric in data.metrics],
+        losses={split: losses},
+        training=dict(training),
+        settings=recipe.to_dict(),
+        versions=_versions(),
+    )
+
+
+def _metric_result(metric: MetricInfo, value: float | None, trivial: Mapping[str, float]) -> MetricResult:
+    return MetricResult(
+        key=metric.key,
+        task=metric.task,
+        name=metric.name,
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+        value=finite(value),
+        trivial=finite(trivial.get(metric.key)),
+    )
+
+
+def _training_facts(trainer: BilevelMTLTrainer, metrics: Mapping[str, float], checkpoint: str | None) -> dict[str, Any]:
+    state = trainer.state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return {
+        "steps": state.global_step,
+        "epochs": finite(state.epoch),
+        "seconds": round(metrics["train_runtime"], 2),
+        "resumed_from": None if checkpoint is None else Path(checkpoint).name,
+        "measured_checkpoint": None if best is None else Path(best).name,
+        "best_metric": finite(state.best_metric),
+        "mean_loss": finite(metrics.get("train_loss")),
+        "processes": trainer.args.world_size,
+        "device": trainer.args.device.type,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "weights": _final_weights(trainer),
+    }
+
+
+def _final_weights(trainer: BilevelMTLTrainer) -> dict[str, float | None] | None:
+    weights = trainer.balancer.weights
+    if weights is None:
+        return None
+    return dict(zip(trainer.task_names, map(finite, weights.tolist()), strict=True))
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONS_OF}}
+
+
+def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "name"}
