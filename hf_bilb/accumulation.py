@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb import distributed
-from hf_bilb.balancers.base import WindowShare
+from hf_bilb.decision import WindowShare
 from hf_bilb.task_losses import valid_labels
 
 

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or not there, and the balancer's files in them.
 
 A checkpoint is written to `_incomplete/checkpoint-N`, gets a marker that lists its files, and is then renamed to
-`checkpoint-N`. The balancer's state lies in it as `balancer.safetensors` (tensors) and `balancer.json` (method, options,
-task names, running log): no pickle.
+`checkpoint-N`. The balancer's state lies in it as `balancer.safetensors` (tensors) and `balancer.json` (method,
+options, task names, running log): no pickle.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def clear_staging(staged: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Mark the finished checkpoint `staged` as complete and rename it to `final`, replacing an older one."""
-    files = {str(p.relative_to(staged)): p.stat().st_size for p in sorted(staged.rglob("*")) if p.is_file() and p.name != MARKER}
+    files = {
+        str(p.relative_to(staged)): p.stat().st_size
+        for p in sorted(staged.rglob("*"))
+        if p.is_file() and p.name != MARKER
+    }
     (staged / MARKER).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
     if final.exists():
         # Out of the way first, deleted last: at no moment is the only complete checkpoint gone.
@@ -69,7 +73,9 @@ def verify(checkpoint: str | Path) -> None:
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: has no {MARKER}: writing it was not finished, or not by BilevelMTLTrainer") from None
+        raise CheckpointError(
+            f"{folder}: has no {MARKER}: writing it was not finished, or not by BilevelMTLTrainer"
+        ) from None
     except (json.JSONDecodeError, KeyError, TypeError):
         raise CheckpointError(f"{folder / MARKER}: is damaged") from None
     for name, size in files.items():
@@ -87,7 +93,9 @@ def last_complete_checkpoint(run_folder: str | Path) -> str:
         CheckpointError: when there is none.
     """
     folder = Path(run_folder)
-    found = [(int(m.group(1)), p) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := _CHECKPOINT.match(p.name))]
+    found = [
+        (int(m.group(1)), p) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := _CHECKPOINT.match(p.name))
+    ]
     if (folder / STAGING).is_dir():
         for left in sorted(p.name for p in (folder / STAGING).iterdir()):
             logger.warning("%s was being written when a run stopped; it is passed over", folder / STAGING / left)
@@ -142,7 +150,9 @@ def read_balancer(folder: str | Path, balancer: LossBalancer) -> tuple[dict[str,
         saved = description["balancer"]
         raise CheckpointError(f"{path / DESCRIPTION}: was saved by balancer {saved!r}, this run uses {balancer.name!r}")
     if list(description["task_names"]) != list(balancer.task_names):
-        raise CheckpointError(f"{path / DESCRIPTION}: {_task_difference(description['task_names'], balancer.task_names)}")
+        raise CheckpointError(
+            f"{path / DESCRIPTION}: {_task_difference(description['task_names'], balancer.task_names)}"
+        )
     if description["options"] != repr(balancer.options):
         logger.warning("%s: was saved with other options than this run's; this run's hold", path / DESCRIPTION)
     try:
@@ -169,7 +179,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         if description["format"] != _FORMAT:
-            raise CheckpointError(f"{path}: has format {description['format']}, this version of hf_bilb reads {_FORMAT}")
+            raise CheckpointError(
+                f"{path}: has format {description['format']}, this version of hf_bilb reads {_FORMAT}"
+            )
         if not {"balancer", "options", "task_names", "log"} <= description.keys():
             raise KeyError
     except FileNotFoundError:
@@ -182,5 +194,5 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _task_difference(saved: list[str], now: tuple[str, ...]) -> str:
     if len(saved) != len(now):
         return f"was saved for {len(saved)} tasks, this run has {len(now)}"
-    k = next(i for i, (a, b) in enumerate(zip(saved, now)) if a != b)
+    k = next(i for i, (a, b) in enumerate(zip(saved, now, strict=True)) if a != b)
     return f"was saved for other tasks: task {k} is {saved[k]!r} there and {now[k]!r} in this run"

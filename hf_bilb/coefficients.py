@@ -1,4 +1,4 @@
-"""What happens to the coefficients dF/dl between F and the backward pass: floor, scale, the user's priors, in that order."""
+"""What happens to the coefficients dF/dl before the backward pass: floor, scale, the user's priors, in that order."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ class CoefficientRules(nn.Module):
             target = torch.ones_like(count) if self.scale == "sum_to_one" else count
             applied = applied * torch.where(total > 0, target / total.clamp(min=torch.finfo(total.dtype).tiny), total)
         if self.has_priors:
-            value = value + ((self.task_priors - 1) * applied * torch.where(present, losses, torch.zeros_like(losses))).sum()
+            value = (
+                value
+                + ((self.task_priors - 1) * applied * torch.where(present, losses, torch.zeros_like(losses))).sum()
+            )
             applied = applied * self.task_priors
         return applied, value

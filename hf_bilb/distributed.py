@@ -80,4 +80,4 @@ def reach(tensors: Iterable[Tensor]) -> Tensor | None:
     Returns None when nothing needs a gradient.
     """
     needed = [tensor for tensor in tensors if tensor.requires_grad]
-    return _Reach.apply(*needed) if needed else None  # type: ignore[no-any-return, no-untyped-call]
+    return _Reach.apply(*needed) if needed else None

@@ -16,12 +16,16 @@ class EvaluationLosses:
     """Sums S_k and counts N_k of an evaluation, on the device until `metrics` is asked for."""
 
     def __init__(self, num_tasks: int, device: torch.device) -> None:
-        self._sums = torch.zeros(2, num_tasks, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        self._sums = torch.zeros(
+            2, num_tasks, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+        )
 
     def add(self, batch: TaskLosses) -> None:
         """Take in one batch of this rank."""
         here = batch.num_items > 0
-        sums = torch.where(here, batch.losses.detach().to(self._sums.dtype) * batch.num_items, torch.zeros_like(batch.num_items))
+        sums = torch.where(
+            here, batch.losses.detach().to(self._sums.dtype) * batch.num_items, torch.zeros_like(batch.num_items)
+        )
         self._sums += torch.stack([sums.to(self._sums.dtype), batch.num_items.to(self._sums.dtype)])
 
     def metrics(self, task_names: tuple[str, ...], prefix: str) -> dict[str, float]:
@@ -30,31 +34,36 @@ class EvaluationLosses:
         Cost: one all-reduce of 2 K numbers and one host read. Tasks without a label get no entry.
         """
         sums, counts = distributed.all_reduce_sum(self._sums).tolist()
-        losses = {name: s / n for name, s, n in zip(task_names, sums, counts) if n > 0}
+        losses = {name: s / n for name, s, n in zip(task_names, sums, counts, strict=True) if n > 0}
         if not losses:
             return {}
         mean = sum(losses.values()) / len(losses)
         return {f"{prefix}_loss": mean, **{f"{prefix}_loss_{name}": loss for name, loss in losses.items()}}
 
 
-def own_examples(batch_size: int, rank: int, remainder: int) -> int:
-    """How many examples of a rank's last evaluation batch are no repetition that fills the batch up.
+def own_part(
+    inputs: Mapping[str, Any], batch_size: int, rank: int, remainder: int
+) -> tuple[int, dict[str, Any] | None]:
+    """The part of a rank's last evaluation batch that is no repetition to fill the batch up.
 
     The last global batch holds `remainder` examples in rank order, then repetitions (accelerate's BatchSamplerShard).
+
+    Returns:
+        how many examples are this rank's own (possibly none), and a batch of them, of one example at least, so that
+        every rank runs the same forward passes (sharded models communicate in them); None for the batch when some
+        tensor's first dimension is not the examples, so that it cannot be cut.
     """
-    return max(0, min(batch_size, remainder - rank * batch_size))
-
-
-def first_examples(inputs: Mapping[str, Any], batch_size: int, count: int) -> dict[str, Any] | None:
-    """The first `count` examples of a batch, or None when some tensor's first dimension is not the batch."""
-    cut: dict[str, Any] = {}
+    own = max(0, min(batch_size, remainder - rank * batch_size))
+    part: dict[str, Any] = {}
     for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            if value.ndim == 0 or value.shape[0] != batch_size:
-                return None
-            cut[name] = value[:count]
-        elif isinstance(value, (list, tuple)) and len(value) == batch_size:
-            cut[name] = value[:count]
-        else:
-            return None
-    return cut
+        length = (
+            value.shape[0]
+            if isinstance(value, Tensor) and value.ndim > 0
+            else len(value)
+            if isinstance(value, (list, tuple))
+            else -1
+        )
+        if length != batch_size:
+            return own, None
+        part[name] = value[: max(own, 1)]
+    return own, part

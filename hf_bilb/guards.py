@@ -52,17 +52,23 @@ class Guards(nn.Module):
         steps, negative, beyond_edge, collapsed, *dominated = torch.cat([self.counts, self.dominated]).tolist()
         messages = {}
         if negative:
-            messages["negative"] = f"a coefficient was negative in {negative:.0f} of {steps:.0f} steps: gradient ascent on that task"
+            messages["negative"] = (
+                f"a coefficient was negative in {negative:.0f} of {steps:.0f} steps: gradient ascent on that task"
+            )
         if beyond_edge:
             messages["edge"] = (
-                f"discrepancy_weight was beyond its edge in {beyond_edge:.0f} of {steps:.0f} steps: a task's coefficient can "
+                f"discrepancy_weight was beyond its edge in {beyond_edge:.0f} of {steps:.0f} steps: a coefficient can "
                 "turn negative; use discrepancy_weight: {edge_fraction: a} with a < 1"
             )
         if collapsed:
-            messages["collapsed"] = f"all router weights were below 0.05 in {collapsed:.0f} of {steps:.0f} steps: the method is now nearly ls"
+            messages["collapsed"] = (
+                f"all weights were below 0.05 in {collapsed:.0f} of {steps:.0f} steps: the method is now nearly ls"
+            )
         share, k = max((count, k) for k, count in enumerate(dominated))
         if steps >= MIN_STEPS and share > DOMINATED_STEPS * steps:
-            messages["dominated"] = f"task {task_names[k]!r} had over 90 % of the weight in {share:.0f} of {steps:.0f} steps"
+            messages["dominated"] = (
+                f"task {task_names[k]!r} had over 90 % of the weight in {share:.0f} of {steps:.0f} steps"
+            )
         due = [text for kind, text in messages.items() if kind not in self._said]
         self._said.update(messages)
         return due

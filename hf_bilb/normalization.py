@@ -74,7 +74,7 @@ class Normalization(nn.Module):
         self.seen.logical_or_(present)
 
     def outside_domain(self, losses: Tensor, present: Tensor) -> Tensor:
-        """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm, or as a reference)."""
+        """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm or as a reference)."""
         if self.kind == "none":
             return torch.zeros_like(present)
         if self.kind in ("log", "power"):

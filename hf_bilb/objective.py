@@ -80,6 +80,6 @@ def differentiate(
         output = objective(normalization(point), active, features)
         parameters = tuple(objective.parameters())
         gradients = torch.autograd.grad(output.value, (point, *parameters), allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip((point, *parameters), gradients)]
-    detached = ObjectiveValue(*(None if field is None else field.detach() for field in output))
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip((point, *parameters), gradients, strict=True)]
+    detached = ObjectiveValue._make(None if field is None else field.detach() for field in output)
     return Derivatives(detached, torch.where(active, filled[0], torch.zeros_like(point)), tuple(filled[1:]))

@@ -134,7 +134,9 @@ def _convert_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], path:
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
             return False, None
-        return True, tuple(check_value(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, arguments)))
+        return True, tuple(
+            check_value(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True))
+        )
     element = arguments[0] if arguments else Any
     items = [check_value(v, element, f"{path}[{i}]") for i, v in enumerate(value)]
     return True, tuple(items) if origin is tuple else items
@@ -145,7 +147,9 @@ def _convert_mapping(value: Any, arguments: tuple[Any, ...], path: str) -> tuple
         return False, None
     if not arguments:
         return True, dict(value)
-    return True, {check_value(k, arguments[0], path): check_value(v, arguments[1], f"{path}.{k}") for k, v in value.items()}
+    return True, {
+        check_value(k, arguments[0], path): check_value(v, arguments[1], f"{path}.{k}") for k, v in value.items()
+    }
 
 
 def _convert_scalar(value: Any, annotation: Any) -> tuple[bool, Any]:
@@ -177,7 +181,9 @@ def describe_type(annotation: Any) -> str:
     if origin in (list, tuple, Sequence) or annotation in (list, tuple):
         return f"a list ({describe_type(arguments[0])} each)" if arguments else "a list"
     if dataclasses.is_dataclass(annotation):
-        names = [field.name for field in dataclasses.fields(annotation)]  # type: ignore[arg-type]
+        names = [field.name for field in dataclasses.fields(annotation)]
         return "a mapping with " + ", ".join(names)
     names_of = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a mapping"}
-    return names_of.get(annotation, "a mapping" if origin in (dict, Mapping) else getattr(annotation, "__name__", str(annotation)))
+    return names_of.get(
+        annotation, "a mapping" if origin in (dict, Mapping) else getattr(annotation, "__name__", str(annotation))
+    )

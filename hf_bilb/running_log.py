@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.base import Decision
+from hf_bilb.decision import Decision
 
 #: Above this many tasks the log holds a summary, and the full vectors go to a file.
 MAX_TASKS_IN_LOG = 32
@@ -76,7 +76,7 @@ class RunningLog:
         numbers = self._sums.tolist()
         num_tasks = len(self.task_names)
         vectors = {name: numbers[i * num_tasks : (i + 1) * num_tasks] for i, name in enumerate(_VECTORS)}
-        scalars = dict(zip(_SCALARS, numbers[len(_VECTORS) * num_tasks :]))
+        scalars = dict(zip(_SCALARS, numbers[len(_VECTORS) * num_tasks :], strict=True))
         steps = scalars["fraction"] or math.nan
         self._run_value += scalars["value"]
         self._run_updates += self._updates
@@ -104,7 +104,7 @@ class RunningLog:
         return {
             f"{kind}/{task}": value
             for kind, values in columns.items()
-            for task, value in zip(self.task_names, values)
+            for task, value in zip(self.task_names, values, strict=True)
             if value is not None
         }
 
@@ -149,7 +149,7 @@ class RunningLog:
 
 
 def _ratio(sums: list[float], counts: list[float]) -> list[float | None]:
-    return [total / count if count > 0 else None for total, count in zip(sums, counts)]
+    return [total / count if count > 0 else None for total, count in zip(sums, counts, strict=True)]
 
 
 def append_vectors(folder: str, step: int, epoch: float | None, columns: dict[str, list[float | None]]) -> None:

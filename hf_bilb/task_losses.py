@@ -74,7 +74,9 @@ def as_task_losses(
         vector = losses
         if not isinstance(vector, Tensor) or vector.shape != (len(names),):
             got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
-            raise TaskLossError(f"losses: got {got}, expected a tensor [{len(names)}] or a dict, one loss for each of the tasks {_short(names)}")
+            raise TaskLossError(
+                f"losses: got {got}, expected a tensor [{len(names)}] or a dict, one loss for each of {_short(names)}"
+            )
     counts = _as_counts(num_items, losses, vector, names, default_items)
     if not vector.is_floating_point():
         raise TaskLossError(f"losses: got dtype {vector.dtype}, expected a floating point tensor")
@@ -94,7 +96,9 @@ def _as_counts(
     dtype = torch.promote_types(vector.dtype, torch.float32)
     if num_items is None:
         given = losses if isinstance(losses, Mapping) else names
-        return torch.tensor([default_items if name in given else 0.0 for name in names], dtype=dtype, device=vector.device)
+        return torch.tensor(
+            [default_items if name in given else 0.0 for name in names], dtype=dtype, device=vector.device
+        )
     if isinstance(num_items, Mapping):
         _check_names("num_items", num_items, names)
         missing = [name for name in (losses if isinstance(losses, Mapping) else names) if name not in num_items]
@@ -184,7 +188,7 @@ def masked_l1(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_bce_with_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy per task on logits; labels in [0, 1], NaN or -100 where missing. Shapes as in `masked_mse`."""
+    """Binary cross-entropy per task on logits; labels in [0, 1], NaN or -100 = missing; shapes as in `masked_mse`."""
     mask, labels = _valid(logits, labels)
     return masked_task_means(functional.binary_cross_entropy_with_logits(logits, labels, reduction="none"), mask)
 
@@ -212,6 +216,10 @@ def valid_labels(labels: Tensor) -> Tensor:
 
 def _valid(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if predictions.shape != labels.shape:
-        raise TaskLossError(f"labels: got shape {tuple(labels.shape)}, expected {tuple(predictions.shape)} like the predictions")
+        raise TaskLossError(
+            f"labels: got shape {tuple(labels.shape)}, expected {tuple(predictions.shape)} like the predictions"
+        )
     mask = valid_labels(labels)
-    return mask, torch.where(mask, labels, torch.zeros((), dtype=labels.dtype, device=labels.device)).to(predictions.dtype)
+    return mask, torch.where(mask, labels, torch.zeros((), dtype=labels.dtype, device=labels.device)).to(
+        predictions.dtype
+    )

@@ -1,35 +1,35 @@
 """`BilevelMTLTrainer`: `transformers.Trainer` for K tasks in balance, at the cost of one backward pass.
 
-The way of a batch: model -> K losses (`compute_loss`) -> global losses -> objective -> coefficients -> one backward pass
-(`training_step`) -> optimizer -> router (`BalancerCallback.on_optimizer_step`) -> logs -> checkpoint.
+The way of a batch: model -> K losses (`compute_loss`) -> global losses -> objective -> coefficients -> one backward
+pass (`training_step`) -> optimizer -> router (`BalancerCallback.on_optimizer_step`) -> logs -> checkpoint.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_bilb import checkpointing, distributed
 from hf_bilb.accumulation import AccumulationWindow, label_counts
-from hf_bilb.balancers.base import LossBalancer, NonFiniteLossError, describe_invalid
+from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
+from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
-from hf_bilb.evaluation import EvaluationLosses, first_examples, own_examples
-from hf_bilb.options import OptionError
+from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
-from hf_bilb.task_losses import TaskLosses, TaskLossError, as_task_losses, check_task_names
+from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
 from hf_bilb.trainer_callback import BalancerCallback, pass_balancer
+from hf_bilb.trainer_checks import ForwardColumns, check_settings, resolve_task_names
 from hf_bilb.training_args import BilevelMTLTrainingArguments
+from hf_bilb.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ TaskLossFunc = Callable[[Any, Mapping[str, Any]], Any]
 TaskItemCounts = Callable[[Mapping[str, Any]], Tensor]
 
 
-class BilevelMTLTrainer(Trainer):
+class BilevelMTLTrainer(AtomicCheckpointTrainer):
     """Drop-in for `transformers.Trainer` that balances K task losses.
 
     Args:
         *args, **kwargs: those of `transformers.Trainer`; `args` is a `BilevelMTLTrainingArguments`.
-        task_loss_func: `(outputs, batch) -> losses` or `-> (losses, num_items)`; losses a tensor `[K]` or a dict task ->
-            scalar, num_items likewise. Without it the model's output fields `losses`, `num_items`, `auxiliary_loss` are
-            taken (the contract stands in `hf_bilb.task_losses`).
+        task_loss_func: `(outputs, batch) -> losses` or `-> (losses, num_items)`; losses a tensor `[K]` or a dict of
+            scalars, num_items likewise. Without it the model's output fields `losses`, `num_items`, `auxiliary_loss`
+            are taken (the contract stands in `hf_bilb.task_losses`).
         task_item_counts: `(batch) -> [K]`, how many items each task has in a batch, for gradient accumulation with
             partial labels; built in for label columns with -100 or NaN.
 
@@ -75,59 +75,28 @@ class BilevelMTLTrainer(Trainer):
         task_item_counts: TaskItemCounts | None = None,
         **kwargs: Any,
     ) -> None:
-        self._staging: Path | None = None
         super().__init__(*args, **kwargs)
-        self._check_settings()
+        check_settings(self)
         self.task_loss_func = task_loss_func
         self.task_item_counts = task_item_counts
-        self.task_names = self._resolve_task_names()
+        self.task_names = resolve_task_names(self)
         # A model with one task may be an ordinary one; its first output tells. None = not known yet.
-        self._ordinary: bool | None = None if len(self.task_names) == 1 and task_loss_func is None else False
-        self.loss_is_scaled_for_ga = None if self._ordinary is None else True
+        self._ordinary: bool | None = None
+        self._settle_ordinary(None if len(self.task_names) == 1 and task_loss_func is None else False)
         self.balancer = self._build_balancer()
-        self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
         self._initial_state = self.balancer.state_dict()
         self._restored = False
+        self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
+        self._columns = ForwardColumns(self.accelerator.unwrap_model(self.model), self.label_names)
         self._window: AccumulationWindow | None = None
         self._micro_batch = -1
-        self._invalid: Tensor | None = None
-        self._invalid_losses: Tensor | None = None
-        self._before_update: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._update: Update | None = None
         self._evaluation: EvaluationLosses | None = None
-        self._counts_warned = False
-        self._forward_names, self._forward_takes_any = self._forward_signature()
+        self._counts_checked = False
         pass_balancer(self.callback_handler, self.balancer)
         self.callback_handler.callbacks.insert(0, BalancerCallback(self))
 
     # --- set-up --------------------------------------------------------------------------------------------------
-
-    def _check_settings(self) -> None:
-        args = self.args
-        if not isinstance(args, BilevelMTLTrainingArguments):
-            raise OptionError(f"args: got {type(args).__name__}, expected BilevelMTLTrainingArguments")
-        if args.n_gpu > 1:
-            raise OptionError(
-                f"n_gpu: {args.n_gpu} GPUs in one process mean DataParallel, which averages F over shards; "
-                "start one process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
-            )
-        sizes = {"tensor": self.get_tp_size(), "context": self.get_cp_size(), "sequence": self.get_sp_size()}
-        for kind, size in sizes.items():
-            if size > 1:
-                raise OptionError(f"parallelism_config: {kind} parallelism ({size}) is not supported: losses would be counted {size} times")
-        if args.nonfinite_loss == "skip" and self.is_deepspeed_enabled:
-            raise OptionError("nonfinite_loss: 'skip' is not valid with DeepSpeed, which steps inside its backward pass; use 'raise'")
-
-    def _resolve_task_names(self) -> tuple[str, ...]:
-        config = getattr(self.model, "config", None)
-        of_model = getattr(config, "task_names", None)
-        names = self.args.task_names if self.args.task_names is not None else of_model
-        if names is None:
-            return ("task_0",)
-        if of_model is not None and list(of_model) != list(names):
-            raise OptionError(f"task_names: {list(names)} do not match model.config.task_names {list(of_model)}")
-        if len(names) > 1 and self.compute_loss_func is not None:
-            raise OptionError("compute_loss_func: would be ignored with several tasks; use task_loss_func")
-        return check_task_names(names)
 
     def _build_balancer(self) -> LossBalancer:
         name, options = self.args.balancer_name_and_options()
@@ -142,18 +111,6 @@ class BilevelMTLTrainer(Trainer):
             **options,
         )
 
-    def _forward_signature(self) -> tuple[set[str], bool]:
-        model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-        parameters = inspect.signature(base.forward).parameters
-        return set(parameters), any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns that the model's forward takes; label columns go to `task_loss_func` alone unless it names them."""
-        if self._forward_takes_any:
-            return {k: v for k, v in inputs.items() if k in self._forward_names or k not in self.label_names}
-        return {k: v for k, v in inputs.items() if k in self._forward_names}
-
     # --- one batch -----------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -161,7 +118,7 @@ class BilevelMTLTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._micro_batch = -1
         self._window = None
-        if self._ordinary is False and len(batches) > 1:
+        if not self._ordinary and len(batches) > 1:
             self._window = AccumulationWindow.count([self._item_counts(batch) for batch in batches], device)
         return batches, num_items
 
@@ -171,31 +128,32 @@ class BilevelMTLTrainer(Trainer):
 
     def _item_counts(self, batch: Mapping[str, Any]) -> Tensor:
         if self.task_item_counts is not None:
-            counts = self.task_item_counts(batch)
+            counts: object = self.task_item_counts(batch)
             if not isinstance(counts, Tensor) or counts.shape != (len(self.task_names),):
-                raise TaskLossError(f"task_item_counts: returned {counts!r}, expected a tensor [{len(self.task_names)}]")
+                raise TaskLossError(
+                    f"task_item_counts: returned {counts!r}, expected a tensor [{len(self.task_names)}]"
+                )
             return counts
-        counts = label_counts(batch, self.label_names, len(self.task_names))
-        if counts is not None:
-            return counts
+        of_labels = label_counts(batch, self.label_names, len(self.task_names))
+        if of_labels is not None:
+            return of_labels
         return torch.full((len(self.task_names),), float(find_batch_size(batch) or 1))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, decision on the global losses, this rank's exact share of the backward pass.
 
-        Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step, so that a step
-        that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
+        Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step
+        (`finish_update`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
         """
         self._micro_batch += 1
-        if self._micro_batch == 0 and self.args.nonfinite_loss == "skip":
-            buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-            self._before_update = (self.balancer.state_dict(), buffers)
+        if self._micro_batch == 0:
+            self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        """In training the balanced loss of a micro-batch; in evaluation the unweighted mean of the present tasks' losses."""
+        """In training the balanced loss of a micro-batch; in evaluation the unweighted mean of the tasks' losses."""
         outputs = None
         if self._ordinary is not False:
             if self._ordinary is None and self.compute_loss_func is None and self.label_smoother is None:
@@ -208,14 +166,17 @@ class BilevelMTLTrainer(Trainer):
             if self._ordinary:
                 return (loss, outputs) if return_outputs else loss
         if outputs is None:
-            outputs = model(**self._model_inputs(inputs))
+            outputs = model(**self._columns.select(inputs))
         batch = self._task_losses(outputs, inputs)
-        loss = self._balanced_loss(model, batch, outputs) if model.training else self._evaluated_loss(model, batch, inputs)
+        loss = (
+            self._balanced_loss(model, batch, outputs) if model.training else self._evaluated_loss(model, batch, inputs)
+        )
         return (loss, outputs) if return_outputs else loss
 
-    def _settle_ordinary(self, ordinary: bool) -> None:
+    def _settle_ordinary(self, ordinary: bool | None) -> None:
         self._ordinary = ordinary
-        self.loss_is_scaled_for_ga = None if ordinary else True
+        # Our loss is normalised over the window; an ordinary model's is what Trainer takes it for.
+        self.loss_is_scaled_for_ga = True if ordinary is False else None
 
     def _task_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> TaskLosses:
         fields = outputs if isinstance(outputs, Mapping) else {}
@@ -228,11 +189,11 @@ class BilevelMTLTrainer(Trainer):
         else:
             got = ", ".join(fields) or type(outputs).__name__
             raise TaskLossError(
-                f"the model returned no `losses` (it returned: {got}); return a field `losses` [{len(self.task_names)}], "
-                "or give the Trainer a task_loss_func(outputs, batch)"
+                f"the model returned no `losses` (it returned: {got}); return a field `losses` "
+                f"[{len(self.task_names)}], or give the Trainer a task_loss_func(outputs, batch)"
             )
-        if num_items is not None and self._window is not None and not self._counts_warned:
-            self._warn_about_counts(inputs)
+        if num_items is not None and self._window is not None and not self._counts_checked:
+            self._check_counts(inputs)
         return as_task_losses(
             losses,
             num_items,
@@ -242,12 +203,12 @@ class BilevelMTLTrainer(Trainer):
             auxiliary_loss=fields.get("auxiliary_loss"),
         )
 
-    def _warn_about_counts(self, inputs: Mapping[str, Any]) -> None:
-        self._counts_warned = True
+    def _check_counts(self, inputs: Mapping[str, Any]) -> None:
+        self._counts_checked = True
         if self.task_item_counts is None and label_counts(inputs, self.label_names, len(self.task_names)) is None:
             logger.warning(
-                "gradient accumulation with counts `num_items`, but the label columns %s do not tell the counts of a whole "
-                "window: micro-batches are weighted by their size; give the Trainer task_item_counts(batch) -> [K]",
+                "gradient accumulation with counts `num_items`, but the label columns %s do not tell the counts of a "
+                "whole window: micro-batches are weighted by size; give the Trainer task_item_counts(batch) -> [K]",
                 self.label_names,
             )
 
@@ -261,12 +222,8 @@ class BilevelMTLTrainer(Trainer):
             loss = loss if zero is None else loss + zero.to(loss.dtype)
         fraction = loss.new_ones(()) if share is None else share.fraction
         self._running_log.add(decision, fraction, batch.auxiliary_loss is not None)
-        if self._invalid is None:
-            self._invalid, self._invalid_losses = decision.invalid, decision.losses
-        else:
-            fresh = decision.invalid[:-1] > self._invalid[:-1]
-            self._invalid_losses = torch.where(fresh, decision.losses, self._invalid_losses)
-            self._invalid = torch.maximum(self._invalid, decision.invalid)
+        if self._update is not None:
+            self._update.add(decision)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Its backward pass ends in the optimizer's step: too late to look afterwards.
             self.update_is_valid()
@@ -276,21 +233,18 @@ class BilevelMTLTrainer(Trainer):
 
     def update_is_valid(self) -> bool:
         """Look at the update's losses, one host read; raise or drop it as `nonfinite_loss` says when one is invalid."""
-        if self._invalid is None or not bool(self._invalid.any()):
+        update = self._update
+        problem = None if update is None else update.problem(self.state.global_step + 1)
+        if update is None or problem is None:
             return True
-        codes, losses = self._invalid, self._invalid_losses
-        self._invalid = self._invalid_losses = None
-        if self.args.nonfinite_loss == "raise" or bool((codes == 2).any()):
-            raise NonFiniteLossError(describe_invalid(codes, losses, self.balancer, self.state.global_step + 1))
-        self._drop_update([*self.task_names, "auxiliary_loss"][int(codes.argmax())])
+        message, task, outside_domain = problem
+        if self.args.nonfinite_loss == "raise" or outside_domain:
+            raise NonFiniteLossError(message)
+        self._drop_update(update, task)
         return False
 
-    def _drop_update(self, task: str) -> None:
-        state, buffers = self._before_update
-        self.balancer.load_state_dict(state)
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(buffers[name])
+    def _drop_update(self, update: Update, task: str) -> None:
+        update.undo()
         self._running_log.drop(task)
         logger.warning("step %d is dropped: the loss of task %r is not finite", self.state.global_step + 1, task)
         if self.accelerator.scaler is not None:
@@ -307,13 +261,13 @@ class BilevelMTLTrainer(Trainer):
         if dropped:
             self.optimizer._is_overflow = False
             self.accelerator.gradient_state._set_sync_gradients(True)
-        elif self._invalid is not None:
+        elif self._update is not None and not self._update.empty:
             if self.accelerator.optimizer_step_was_skipped:
                 self.balancer.discard()
             else:
                 self.balancer.step()
             self._running_log.commit()
-        self._invalid = self._invalid_losses = None
+        self._update = None
 
     def begin_run(self) -> None:
         """At the start of a training loop: a fresh balancer unless one was just restored from a checkpoint."""
@@ -322,7 +276,7 @@ class BilevelMTLTrainer(Trainer):
             self.balancer.load_state_dict(self._initial_state)
             self._running_log.reset()
         self._restored = False
-        self._invalid = self._invalid_losses = None
+        self._update = None
         if self.is_world_process_zero() and len(self.task_names) > MAX_TASKS_IN_LOG:
             truncate_vectors(self.args.output_dir, self.state.global_step)
 
@@ -356,13 +310,15 @@ class BilevelMTLTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """As in `Trainer`; the contract's fields are no predictions, and unknown columns are withheld from the model."""
+        """As in `Trainer`; the contract's fields are no predictions, unknown columns are withheld from the model."""
         if self._ordinary:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if ignore_keys is None:
-            ignore_keys = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", None) or ["past_key_values"]
+            ignore_keys = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", None) or [
+                "past_key_values"
+            ]
         if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
-            inputs = self._model_inputs(inputs)
+            inputs = self._columns.select(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, *CONTRACT_FIELDS])
 
     def _evaluated_loss(self, model: nn.Module, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
@@ -377,65 +333,28 @@ class BilevelMTLTrainer(Trainer):
         progress = self.accelerator.gradient_state
         if self.args.world_size == 1 or not progress.end_of_dataloader or progress.remainder <= 0:
             return batch
-        size = int(find_batch_size(inputs) or 0)
-        own = own_examples(size, self.args.process_index, progress.remainder)
-        # Every rank runs the same forward passes (sharded models communicate in them), on one example at least.
-        cut = first_examples(inputs, size, max(own, 1))
-        if cut is None:
-            logger.warning("the last evaluation batch repeats examples that cannot be told apart; its losses count them")
+        own, part = own_part(inputs, int(find_batch_size(inputs) or 0), self.args.process_index, progress.remainder)
+        if part is None:
+            logger.warning(
+                "the last evaluation batch repeats examples that cannot be told apart; its losses count them"
+            )
             return batch
-        again = self._task_losses(model(**self._model_inputs(cut)), cut)
+        again = self._task_losses(model(**self._columns.select(part)), part)
         return again if own > 0 else TaskLosses(again.losses, torch.zeros_like(again.num_items))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`. `resume_from_checkpoint=True` takes the last *complete* checkpoint; a damaged, foreign or
-        other-task checkpoint is refused with one line (`CheckpointError`) before anything is loaded."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpointing.last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            checkpointing.verify(resume_from_checkpoint)
-            if checkpointing.has_balancer(resume_from_checkpoint):
-                checkpointing.read_balancer(resume_from_checkpoint, self.balancer)
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer`, from complete checkpoints only; a damaged, foreign or other-task checkpoint is refused with
+        one line (`CheckpointError`) before anything is loaded. `training_loss` is the mean F of the whole run."""
         self._initial_state = self.balancer.state_dict()
         self._restored = False
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(*args, **kwargs)
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_folder = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        staged, final = run_folder / checkpointing.STAGING / name, run_folder / name
-        if self.args.should_save:
-            checkpointing.clear_staging(staged)
-        self.accelerator.wait_for_everyone()
-        self._staging = staged.parent
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        if self.state.best_model_checkpoint is not None:
-            # Best so far may be this one, which Trainer has seen at its temporary place.
-            self.state.best_model_checkpoint = str(run_folder / Path(self.state.best_model_checkpoint).name)
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpointing.publish(staged, final)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_folder), self.args.save_total_limit, best, use_mtime=True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        if checkpointing.has_balancer(checkpoint):
+            checkpointing.read_balancer(checkpoint, self.balancer)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -450,7 +369,10 @@ class BilevelMTLTrainer(Trainer):
             checkpointing.load_balancer(checkpoint, self.balancer, self._running_log)
             self._restored = True
         else:
-            logger.warning("%s holds no balancer state (save_only_model): the balancer starts FRESH, as the optimizer does", checkpoint)
+            logger.warning(
+                "%s holds no balancer state (save_only_model): the balancer starts FRESH, as the optimizer does",
+                checkpoint,
+            )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

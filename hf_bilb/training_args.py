@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import TrainingArguments
 
+from hf_bilb.balancers.base import AbsentTasks
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.options import OptionError, nearest
 from hf_bilb.task_losses import check_task_names
 
 BalanceOver = Literal["micro_batch"]
-AbsentTasks = Literal["skip", "hold"]
 NonfiniteLoss = Literal["raise", "skip"]
 
 
@@ -36,28 +36,43 @@ class BilevelMTLTrainingArguments(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "balancer"]
 
-    balancer: dict | str = field(default="bilb", metadata={"help": "Balancer: a name, or a mapping with name and options."})
-    task_names: list[str] | None = field(default=None, metadata={"help": "Names of the K tasks, in the order of the losses."})
-    balance_over: str = field(default="micro_batch", metadata={"help": "Over what F is evaluated under accumulation."})
-    absent_tasks: str = field(default="skip", metadata={"help": "Tasks without items in a step: skip or hold."})
-    nonfinite_loss: str = field(default="raise", metadata={"help": "A NaN or infinite loss: raise or skip the step."})
+    # `| None` because transformers' argument parser takes the first type of a union of two, which would be dict.
+    balancer: dict | str | None = field(
+        default="bilb", metadata={"help": "Balancer: a name, or a mapping with name and options."}
+    )
+    task_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the K tasks, in the order of the losses."}
+    )
+    balance_over: BalanceOver = field(
+        default="micro_batch", metadata={"help": "Over what F is evaluated under accumulation."}
+    )
+    absent_tasks: AbsentTasks = field(default="skip", metadata={"help": "Tasks without items in a step: skip or hold."})
+    nonfinite_loss: NonfiniteLoss = field(
+        default="raise", metadata={"help": "A NaN or infinite loss: raise or skip the step."}
+    )
     task_priors: list[float] | None = field(default=None, metadata={"help": "K fixed factors of the tasks."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, kind in (("balance_over", BalanceOver), ("absent_tasks", AbsentTasks), ("nonfinite_loss", NonfiniteLoss)):
+        for key, kind in (
+            ("balance_over", BalanceOver),
+            ("absent_tasks", AbsentTasks),
+            ("nonfinite_loss", NonfiniteLoss),
+        ):
             value, known = getattr(self, key), get_args(kind)
             if value not in known:
                 expected = ", ".join(f'"{name}"' for name in known)
-                raise OptionError(f"{key}: {value!r} is not valid, expected one of {expected}{nearest(str(value), known)}")
+                raise OptionError(
+                    f"{key}: {value!r} is not valid, expected one of {expected}{nearest(str(value), known)}"
+                )
         if self.task_names is not None:
             self.task_names = list(check_task_names(self.task_names))
         name, options = self.balancer_name_and_options()
         resolve_options(name, options)
         if self.label_smoothing_factor != 0 and self.task_names is not None and len(self.task_names) > 1:
             raise OptionError(
-                f"label_smoothing_factor: {self.label_smoothing_factor} would be ignored: with several tasks, smooth in the "
-                "model's or task_loss_func's own losses"
+                f"label_smoothing_factor: {self.label_smoothing_factor} would be ignored with several tasks; smooth in "
+                "the model's or the task_loss_func's own losses"
             )
 
     def balancer_name_and_options(self) -> tuple[str, dict[str, Any]]:
@@ -65,5 +80,5 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         if isinstance(self.balancer, str):
             return self.balancer, {}
         if not isinstance(self.balancer, dict) or "name" not in self.balancer:
-            raise OptionError(f"balancer: {self.balancer!r} is not valid, expected a name or a mapping with `name` and options")
+            raise OptionError(f"balancer: {self.balancer!r} is not valid, expected a name or a mapping with `name`")
         return self.balancer["name"], {key: value for key, value in self.balancer.items() if key != "name"}

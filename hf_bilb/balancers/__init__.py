@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hf_bilb.balancers import bilb, linear_scalarization, scale_invariant, uncertainty
-from hf_bilb.balancers.base import BalancerOptions, LossBalancer
+from hf_bilb.balancers.base import LossBalancer
+from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.balancers.registry import (
     BalancerSpec,
     build_balancer,

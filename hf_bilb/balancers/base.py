@@ -1,4 +1,4 @@
-"""What every loss balancer shares: options, the step on the global batch, its own optimizer, explicit state.
+"""The loss balancer: the step on the global batch, its own optimizer, explicit state; the same for every method.
 
 A method supplies its objective F (`hf_bilb.objective.Objective`); `LossBalancer` is final and does the rest. It is no
 `nn.Module` on purpose: assigned to a model it would leak into the model's weights, optimizer and gradient clipping.
@@ -7,8 +7,7 @@ A method supplies its objective F (`hf_bilb.objective.Objective`); `LossBalancer
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,118 +15,16 @@ from torch import Tensor, nn
 
 from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
-from hf_bilb.coefficients import CoefficientRules, CoefficientScale
+from hf_bilb.balancers.options import BalancerOptions
+from hf_bilb.coefficients import CoefficientRules
+from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare
 from hf_bilb.guards import Guards
-from hf_bilb.normalization import MeanOf, Normalization, NormalizationKind, ReferenceKind
+from hf_bilb.normalization import Normalization
 from hf_bilb.objective import Objective, differentiate
 from hf_bilb.options import OptionError
-from hf_bilb.task_losses import TaskLosses, TaskLossError, as_task_losses
+from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
 
 AbsentTasks = Literal["skip", "hold"]
-LearningRate = float | Literal["follow_model"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BalancerOptions:
-    """Options of every loss balancer.
-
-    Attributes:
-        learning_rate: of the balancer's own parameters; `follow_model` takes the model optimizer's current one.
-        optimizer: of the balancer's own parameters, `adam` (torch defaults) or `sgd`.
-        normalization: of the losses before F: `none`, `initial` (l / l0), `rescaled`, `log`, `power`.
-        power: p of `normalization: power`, (l / l0)^p / p.
-        reference: when l0 is taken: `first_step`, `every_epoch` or `{mean_of: n}`.
-        coefficient_floor: share of the plain sum's coefficient (at equal total) below which no task's falls; null = off.
-        coefficient_scale: `as_defined`, or sum |c| brought to 1 or to the number of present tasks.
-    """
-
-    learning_rate: LearningRate = 1e-3
-    optimizer: Literal["adam", "sgd"] = "adam"
-    normalization: NormalizationKind = "none"
-    power: float = 0.5
-    reference: ReferenceKind | MeanOf = "first_step"
-    coefficient_floor: float | None = None
-    coefficient_scale: CoefficientScale = "as_defined"
-
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    def __post_init__(self) -> None:
-        if self.learning_rate != "follow_model" and self.learning_rate < 0:
-            raise OptionError(f"learning_rate: {self.learning_rate} is not valid, expected a number >= 0")
-        if not self.power > 0:
-            raise OptionError(f"power: {self.power} is not valid, expected a number > 0")
-        if self.coefficient_floor is not None and not 0 <= self.coefficient_floor <= 1:
-            raise OptionError(f"coefficient_floor: {self.coefficient_floor} is not valid, expected a share in [0, 1]")
-
-    def require_positive_normalization(self, name: str) -> None:
-        """Raise `OptionError` for `normalization: log`, whose values are negative, in a method that takes logarithms."""
-        if self.normalization == "log":
-            raise OptionError(f"normalization: 'log' is not valid, expected another one: {name} takes the logarithm itself")
-
-
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum()
-
-
-class WindowShare(NamedTuple):
-    """One micro-batch's part in an accumulation window, in items.
-
-    Attributes:
-        local: `[K]`, this rank's items of this micro-batch over the window's items on all ranks.
-        fraction: scalar, the micro-batch's items of all tasks and ranks over the window's.
-        num_micro_batches: how many micro-batches the window has.
-    """
-
-    local: Tensor
-    fraction: Tensor
-    num_micro_batches: int
-
-
-class Decision(NamedTuple):
-    """What was decided for one (micro-)batch, all detached, identical on every rank.
-
-    Attributes:
-        value: F at the global losses (with `task_priors`, the first-order F in which task k counts a_k times).
-        losses: `[K]` global losses, zero where absent.
-        num_items: `[K]` global counts.
-        present: bool `[K]`.
-        coefficients: `[K]` what each loss is multiplied with, zero where absent.
-        weights: `[K]` or None; discrepancy: scalar or None.
-        auxiliary_loss: scalar, mean over ranks.
-        invalid: int `[K + 1]`: 1 not finite, 2 outside the domain of a logarithm; the last entry is the auxiliary loss.
-    """
-
-    value: Tensor
-    losses: Tensor
-    num_items: Tensor
-    present: Tensor
-    coefficients: Tensor
-    weights: Tensor | None
-    discrepancy: Tensor | None
-    auxiliary_loss: Tensor
-    invalid: Tensor
-
-
-class NonFiniteLossError(ArithmeticError):
-    """A loss with valid items is NaN, infinite, or outside the domain of a logarithm; the message names task and value."""
-
-
-class LossMemory(nn.Module):
-    """The last known global loss of each task, for `absent_tasks: hold`. State: `last_losses [K]`, `seen [K]`."""
-
-    last_losses: Tensor
-    seen: Tensor
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__()
-        self.register_buffer("last_losses", torch.ones(num_tasks, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
-
-    @torch.no_grad()
-    def observe(self, losses: Tensor, present: Tensor) -> None:
-        self.last_losses.copy_(torch.where(present, losses, self.last_losses))
-        self.seen.logical_or_(present)
 
 
 class LossBalancer:
@@ -200,7 +97,7 @@ class LossBalancer:
 
     @property
     def weights(self) -> Tensor | None:
-        """The last sigma `[K]`, where the method has weights; None before the first `backward` and for other methods."""
+        """The last sigma `[K]`; None before the first `backward` and for methods without weights."""
         return None if self._last is None else self._last.weights
 
     @property
@@ -221,7 +118,7 @@ class LossBalancer:
         return self
 
     def bind(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> LossBalancer:
-        """Tell the balancer about the model and its optimizer; needed for `learning_rate: follow_model`. Returns self."""
+        """Make model and optimizer known, which `learning_rate: follow_model` needs; returns self."""
         if optimizer is not None:
             self._optimizer.follow(optimizer)
         return self
@@ -256,7 +153,7 @@ class LossBalancer:
         surrogate, decision = self.surrogate(batch, process_group)
         if bool(decision.invalid.any()):
             self._optimizer.discard()
-            raise NonFiniteLossError(describe_invalid(decision.invalid, decision.losses, self))
+            raise NonFiniteLossError(self.describe_invalid(decision.invalid, decision.losses))
         (torch.Tensor.backward if backward is None else backward)(surrogate)
         return decision.value
 
@@ -292,7 +189,9 @@ class LossBalancer:
         reported = value * fraction + decision.auxiliary_loss / (1 if share is None else share.num_micro_batches)
         return total + (reported - total).detach(), decision
 
-    def decide(self, losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None = None, items: Tensor | None = None) -> Decision:
+    def decide(
+        self, losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None = None, items: Tensor | None = None
+    ) -> Decision:
         """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.
 
         Args:
@@ -378,10 +277,14 @@ class LossBalancer:
         for name in sorted(expected.keys() | state.keys()):
             if name not in state or name not in expected:
                 what = "is missing" if name not in state else "is unknown"
-                raise TaskLossError(f"balancer state: entry {name!r} {what}; was it saved by another method or version?")
+                raise TaskLossError(
+                    f"balancer state: entry {name!r} {what}; was it saved by another method or version?"
+                )
             if state[name].shape != expected[name].shape:
                 got, want = tuple(state[name].shape), tuple(expected[name].shape)
-                raise TaskLossError(f"balancer state: entry {name!r} has shape {got}, expected {want} for {self.num_tasks} tasks")
+                raise TaskLossError(
+                    f"balancer state: entry {name!r} has shape {got}, expected {want} for {self.num_tasks} tasks"
+                )
         self._epoch = int(state["epoch"])
         prefix = "optimizer."
         own = {name: tensor for name, tensor in state.items() if name != "epoch" and not name.startswith(prefix)}
@@ -400,17 +303,20 @@ class LossBalancer:
 
     def _check_device(self, losses: Tensor) -> None:
         if losses.device != self.device:
-            raise TaskLossError(f"losses: are on {losses.device}, the balancer is on {self.device}; call balancer.to(device)")
+            raise TaskLossError(
+                f"losses: are on {losses.device}, the balancer is on {self.device}; call balancer.to(device)"
+            )
 
-
-def describe_invalid(invalid: Tensor, losses: Tensor, balancer: LossBalancer, step: int | None = None) -> str:
-    """One line that names the first invalid task, its value, and the step where known. Reads the device."""
-    where = "" if step is None else f" at step {step}"
-    codes, values = invalid.cpu(), losses.cpu()
-    for k, name in enumerate(balancer.task_names):
-        if codes[k] == 1:
-            return f"the loss of task {name!r} is {float(values[k])}{where}; fix the data or the model, or set nonfinite_loss: skip"
-        if codes[k] == 2:
-            cause = "takes logarithms" if balancer.objective.takes_logarithm else f"has normalization: {balancer.options.normalization}"
-            return f"the loss of task {name!r} is {float(values[k])}{where}, but balancer {balancer.name!r} {cause}: losses must be > 0"
-    return f"the auxiliary loss is not finite{where}"
+    def describe_invalid(self, invalid: Tensor, losses: Tensor, step: int | None = None) -> str:
+        """One line that names the first invalid task, its value, and the step where known. Reads the device."""
+        where = "" if step is None else f" at step {step}"
+        codes, values = invalid.cpu(), losses.cpu()
+        for k, name in enumerate(self.task_names):
+            found = f"the loss of task {name!r} is {float(values[k])}{where}"
+            if codes[k] == 1:
+                return f"{found}; fix the data or the model, or set nonfinite_loss: skip"
+            if codes[k] == 2:
+                normalization = f"has normalization: {self.options.normalization}"
+                cause = "takes logarithms" if self.objective.takes_logarithm else normalization
+                return f"{found}, but balancer {self.name!r} {cause}: losses must be > 0"
+        return f"the auxiliary loss is not finite{where}"

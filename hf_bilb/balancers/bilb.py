@@ -7,10 +7,10 @@
     W -> router.logits, sigma -> weights, l_i -> losses (after `normalization`), lambda -> discrepancy_weight,
     tau -> `tau` (one | weights), denominator -> `weight_denominator`, f -> discrepancy
 
-Where the official code differs between its trainers, `preset` names the trainer: `celeba` and `qm9` are its objective to
-the letter (optimizer, schedule and clipping are the recipe's). In the code lambda multiplies f, as here; in the paper's
-penalty form it multiplies g. What the single loop really does: in g the router DEscends sum sigma_i l_i, so it moves
-weight towards smaller losses; balance comes from f. `router_gradient: upper` lets it descend f alone.
+Where the official code differs between its trainers, `preset` names the trainer: `celeba` and `qm9` are its objective
+to the letter (optimizer, schedule and clipping are the recipe's). In the code lambda multiplies f, as here; in the
+paper's penalty form it multiplies g. What the single loop really does: in g the router DEscends sum sigma_i l_i, so it
+moves weight towards smaller losses; balance comes from f. `router_gradient: upper` lets it descend f alone.
 
 Without a preset the defaults are ours and provisional (power normalization, all pairs, lambda at 0.4 of its edge).
 """
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.base import BalancerOptions, LearningRate, masked_sum
+from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_sum
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.discrepancy import Pairs, discrepancy, largest_slope
 from hf_bilb.normalization import MeanOf, NormalizationKind, ReferenceKind
@@ -35,7 +35,7 @@ from hf_bilb.router import Activation, ParameterRouter, UniformLogits
 
 @dataclass(frozen=True)
 class EdgeFraction:
-    """`discrepancy_weight: {edge_fraction: a}`: lambda = a * edge, the value beyond which a coefficient can turn negative."""
+    """`discrepancy_weight: {edge_fraction: a}`: lambda = a * edge, beyond which a coefficient can turn negative."""
 
     edge_fraction: float
 
@@ -78,7 +78,8 @@ class BilbOptions(BalancerOptions):
         clamp: `[low, high]` of the weights, not renormalised.
         tau: what multiplies the losses in f, `weights` or `one`.
         weight_denominator: g is divided by nothing, by sum sigma, or by its detached value.
-        discrepancy_weight: lambda, a number, or `{edge_fraction: a}` of the value beyond which a coefficient turns negative.
+        discrepancy_weight: lambda, a number, or `{edge_fraction: a}` of the value beyond which a coefficient can turn
+            negative.
         pairs: f over `adjacent` tasks (the paper) or `all` pairs.
         smoothing: gamma in sqrt(d^2 + gamma); 0 is |d|.
         router_gradient: `both` (W descends g + lambda f, the official single loop) or `upper` (lambda f only).
@@ -111,9 +112,11 @@ class BilbOptions(BalancerOptions):
             raise OptionError(f"clamp: {list(self.clamp)} is not valid, expected [low, high] with 0 <= low < high")
 
 
-@register_balancer("bilb", options=BilbOptions, paper="Xiao et al., BiLB4MTL / LDC-MTL, arXiv 2502.08585, eq. 1-2, Algorithm 1")
+@register_balancer(
+    "bilb", options=BilbOptions, paper="Xiao et al., BiLB4MTL / LDC-MTL, arXiv 2502.08585, eq. 1-2, Algorithm 1"
+)
 class Bilb(Objective):
-    """The single loop of BiLB4MTL. State: the router's `logits [K]`. Cost: one forward and one backward of the model."""
+    """The single loop of BiLB4MTL. State: the router's `logits [K]`. Cost: one forward, one backward of the model."""
 
     def __init__(self, num_tasks: int, options: BilbOptions) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class Bilb(Objective):
         return torch.where(active.any(), total, torch.ones_like(total))
 
     def _edge(self, sigma: Tensor, tau: Tensor, denominator: Tensor, active: Tensor) -> Tensor:
-        """The lambda at which min_i dF/dl_i can reach zero: min_i sigma_i / (denominator * largest slope of f * tau_i)."""
+        """The lambda at which a dF/dl_i can reach zero: min_i sigma_i / (denominator * largest slope of f * tau_i)."""
         slope = largest_slope(active, self.options.pairs, sigma.dtype)
         ratios = torch.where(active, sigma / tau, torch.full_like(sigma, torch.inf)).amin()
         edge = ratios / (denominator * slope)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_bilb.balancers.base import BalancerOptions, masked_sum
+from hf_bilb.balancers.options import BalancerOptions, masked_sum
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.objective import Objective, ObjectiveValue
 

@@ -17,7 +17,10 @@ class OwnOptimizer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], kind: Literal["adam", "sgd"], learning_rate: float | Literal["follow_model"]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        kind: Literal["adam", "sgd"],
+        learning_rate: float | Literal["follow_model"],
     ) -> None:
         self._names = list(parameters)
         self._parameters = list(parameters.values())
@@ -26,7 +29,9 @@ class OwnOptimizer:
         self._optimizer: torch.optim.Optimizer | None = None
         if self._parameters:
             rate = 0.0 if learning_rate == "follow_model" else learning_rate
-            cls: type[torch.optim.Adam] | type[torch.optim.SGD] = torch.optim.Adam if kind == "adam" else torch.optim.SGD
+            cls: type[torch.optim.Adam] | type[torch.optim.SGD] = (
+                torch.optim.Adam if kind == "adam" else torch.optim.SGD
+            )
             self._optimizer = cls(self._parameters, lr=rate)
             if kind == "adam":
                 self._load({i: self._fresh_moments(p) for i, p in enumerate(self._parameters)})
@@ -35,7 +40,11 @@ class OwnOptimizer:
 
     @staticmethod
     def _fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        return {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember the model's optimizer, whose learning rate `follow_model` takes."""
@@ -51,7 +60,9 @@ class OwnOptimizer:
             return
         total = self._weight + weight
         ratio = torch.where(total > 0, weight / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(total))
-        self._mean = [mean + ratio.to(mean.dtype) * (new - mean) for mean, new in zip(self._mean, gradients)]
+        self._mean = [
+            mean + ratio.to(mean.dtype) * (new - mean) for mean, new in zip(self._mean, gradients, strict=True)
+        ]
         self._weight = total
 
     def step(self) -> None:
@@ -60,10 +71,12 @@ class OwnOptimizer:
             return
         if self._follows:
             if self._model_optimizer is None:
-                raise RuntimeError("learning_rate: follow_model needs balancer.bind(optimizer=...) with the model's optimizer")
+                raise RuntimeError(
+                    "learning_rate: follow_model needs balancer.bind(optimizer=...) with the model's optimizer"
+                )
             for group in self._optimizer.param_groups:
                 group["lr"] = self._model_optimizer.param_groups[0]["lr"]
-        for parameter, gradient in zip(self._parameters, self._mean):
+        for parameter, gradient in zip(self._parameters, self._mean, strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         self._optimizer.step()
         self.discard()
@@ -75,7 +88,7 @@ class OwnOptimizer:
             parameter.grad = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        """Bring the moments to the device and precision of the parameters (the step counter stays where torch wants it)."""
+        """Bring the moments where the parameters are (the step counter stays where torch wants it)."""
         if self._optimizer is None:
             return
         for state in self._optimizer.state.values():
@@ -88,7 +101,12 @@ class OwnOptimizer:
         if self._optimizer is None:
             return {}
         state = self._optimizer.state_dict()["state"]
-        return {f"{name}.{key}": state[i][key].clone() for i, name in enumerate(self._names) if i in state for key in state[i]}
+        return {
+            f"{name}.{key}": state[i][key].clone()
+            for i, name in enumerate(self._names)
+            if i in state
+            for key in state[i]
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore `state_dict()`; the entries were checked by the caller."""
@@ -101,4 +119,6 @@ class OwnOptimizer:
 
     def _load(self, moments: Mapping[int, Mapping[str, Any]]) -> None:
         if self._optimizer is not None:
-            self._optimizer.load_state_dict({"state": moments, "param_groups": self._optimizer.state_dict()["param_groups"]})
+            self._optimizer.load_state_dict(
+                {"state": moments, "param_groups": self._optimizer.state_dict()["param_groups"]}
+            )

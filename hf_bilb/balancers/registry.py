@@ -13,7 +13,8 @@ from hf_bilb.options import OptionError, parse_options, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:
-    from hf_bilb.balancers.base import AbsentTasks, BalancerOptions, LossBalancer
+    from hf_bilb.balancers.base import AbsentTasks, LossBalancer
+    from hf_bilb.balancers.options import BalancerOptions
 
 ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
 
@@ -31,7 +32,9 @@ class BalancerSpec:
 _REGISTRY: dict[str, BalancerSpec] = {}
 
 
-def register_balancer(name: str, *, options: type[BalancerOptions], paper: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
+def register_balancer(
+    name: str, *, options: type[BalancerOptions], paper: str
+) -> Callable[[ObjectiveClass], ObjectiveClass]:
     """Class decorator that makes an `Objective` available under `name`, in Python and in recipes.
 
     Args:
@@ -117,7 +120,14 @@ def build_balancer(
     try:
         objective = spec.objective(len(names), resolved)
         return LossBalancer(
-            name, objective, resolved, names, absent_tasks=absent_tasks, task_priors=task_priors, device=device, dtype=dtype
+            name,
+            objective,
+            resolved,
+            names,
+            absent_tasks=absent_tasks,
+            task_priors=task_priors,
+            device=device,
+            dtype=dtype,
         )
     except OptionError as error:
         raise OptionError(f"balancer.{error}") from None

@@ -4,8 +4,8 @@
 
     l_k -> losses (after `normalization`)
 
-No parameters; the coefficient of a task is 1 / l_k. The official code (LDC-MTL, FAMO: `ScaleInvariantLinearScalarization`)
-adds no epsilon, and neither do we: a loss <= 0 is an error that names the task.
+No parameters; the coefficient of a task is 1 / l_k. The official code (`ScaleInvariantLinearScalarization`) adds no
+epsilon, and neither do we: a loss <= 0 is an error that names the task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.base import BalancerOptions, masked_sum
+from hf_bilb.balancers.options import BalancerOptions, masked_sum
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.objective import Objective, ObjectiveValue
 
@@ -29,7 +29,9 @@ class ScaleInvariantOptions(BalancerOptions):
         self.require_positive_normalization("si")
 
 
-@register_balancer("si", options=ScaleInvariantOptions, paper="scale-invariant weighting (FAMO, arXiv 2306.03792, section 5)")
+@register_balancer(
+    "si", options=ScaleInvariantOptions, paper="scale-invariant weighting (FAMO, arXiv 2306.03792, section 5)"
+)
 class ScaleInvariant(Objective):
     """F = sum of the logarithms of the losses. State: none. Cost: one forward and one backward of the model."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.base import BalancerOptions, LearningRate, masked_sum
+from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_sum
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.objective import Objective, ObjectiveValue
 from hf_bilb.router import initial_values

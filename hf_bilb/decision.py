@@ -1,0 +1,68 @@
+"""What is decided for one batch, and what is remembered of the losses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class WindowShare(NamedTuple):
+    """One micro-batch's part in an accumulation window, in items.
+
+    Attributes:
+        local: `[K]`, this rank's items of this micro-batch over the window's items on all ranks.
+        fraction: scalar, the micro-batch's items of all tasks and ranks over the window's.
+        num_micro_batches: how many micro-batches the window has.
+    """
+
+    local: Tensor
+    fraction: Tensor
+    num_micro_batches: int
+
+
+class Decision(NamedTuple):
+    """What was decided for one (micro-)batch, all detached, identical on every rank.
+
+    Attributes:
+        value: F at the global losses (with `task_priors`, the first-order F in which task k counts a_k times).
+        losses: `[K]` global losses, zero where absent.
+        num_items: `[K]` global counts.
+        present: bool `[K]`.
+        coefficients: `[K]` what each loss is multiplied with, zero where absent.
+        weights: `[K]` or None; discrepancy: scalar or None.
+        auxiliary_loss: scalar, mean over ranks.
+        invalid: int `[K + 1]`: 1 not finite, 2 outside the domain of a logarithm; the last entry is the auxiliary loss.
+    """
+
+    value: Tensor
+    losses: Tensor
+    num_items: Tensor
+    present: Tensor
+    coefficients: Tensor
+    weights: Tensor | None
+    discrepancy: Tensor | None
+    auxiliary_loss: Tensor
+    invalid: Tensor
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss with valid items is NaN, infinite or outside a logarithm's domain; the message names task and value."""
+
+
+class LossMemory(nn.Module):
+    """The last known global loss of each task, for `absent_tasks: hold`. State: `last_losses [K]`, `seen [K]`."""
+
+    last_losses: Tensor
+    seen: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.register_buffer("last_losses", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor, present: Tensor) -> None:
+        self.last_losses.copy_(torch.where(present, losses, self.last_losses))
+        self.seen.logical_or_(present)

@@ -1,0 +1,68 @@
+"""What the Trainer refuses before it starts, and what it finds out about model and columns once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+from hf_bilb.options import OptionError
+from hf_bilb.task_losses import check_task_names
+from hf_bilb.training_args import BilevelMTLTrainingArguments
+
+
+def check_settings(trainer: Trainer) -> None:
+    """Raise `OptionError` for settings under which the balancing would be wrong or silently ignored."""
+    args = trainer.args
+    if not isinstance(args, BilevelMTLTrainingArguments):
+        raise OptionError(f"args: got {type(args).__name__}, expected BilevelMTLTrainingArguments")
+    if args.n_gpu > 1:
+        raise OptionError(
+            f"n_gpu: {args.n_gpu} GPUs in one process mean DataParallel, which averages F over shards; "
+            "start one process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    for kind, size in sizes.items():
+        if size > 1:
+            raise OptionError(
+                f"parallelism_config: {kind} parallelism ({size}) is not supported: losses would count {size} times"
+            )
+    if args.nonfinite_loss == "skip" and trainer.is_deepspeed_enabled:
+        raise OptionError(
+            "nonfinite_loss: 'skip' is not valid with DeepSpeed, which steps inside its backward pass; use 'raise'"
+        )
+
+
+def resolve_task_names(trainer: Trainer) -> tuple[str, ...]:
+    """The K task names: those of the arguments, else of `model.config.task_names`, else one task."""
+    of_model = getattr(getattr(trainer.model, "config", None), "task_names", None)
+    names = trainer.args.task_names if trainer.args.task_names is not None else of_model
+    if names is None:
+        return ("task_0",)
+    if of_model is not None and list(of_model) != list(names):
+        raise OptionError(f"task_names: {list(names)} do not match model.config.task_names {list(of_model)}")
+    if len(names) > 1 and trainer.compute_loss_func is not None:
+        raise OptionError("compute_loss_func: would be ignored with several tasks; use task_loss_func")
+    return check_task_names(names)
+
+
+class ForwardColumns:
+    """Which columns of a batch the model's forward takes; labels it does not name go to `task_loss_func` alone."""
+
+    def __init__(self, model: nn.Module, label_names: list[str]) -> None:
+        # A peft model's own forward takes anything; what counts is the model inside.
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        parameters = inspect.signature(base.forward).parameters
+        self._names = set(parameters)
+        self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._label_names = set(label_names)
+
+    def select(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of `inputs` to call the model with."""
+        if self._takes_any:
+            return {k: v for k, v in inputs.items() if k in self._names or k not in self._label_names}
+        return {k: v for k, v in inputs.items() if k in self._names}
