@@ -168,7 +168,7 @@ def masked_task_means(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_mse(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error per task; NaN labels are missing.
+    """Mean squared error per task; NaN labels are missing (-100 is a value like any other).
 
     Args:
         predictions: `[B, K]`.
@@ -177,19 +177,19 @@ def masked_mse(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `losses [K]` and `num_items [K]`.
     """
-    mask, labels = _valid(predictions, labels)
+    mask, labels = _valid(predictions, labels, ~labels.isnan())
     return masked_task_means((predictions - labels).square(), mask)
 
 
 def masked_l1(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean absolute error per task; NaN labels are missing. Shapes as in `masked_mse`."""
-    mask, labels = _valid(predictions, labels)
+    mask, labels = _valid(predictions, labels, ~labels.isnan())
     return masked_task_means((predictions - labels).abs(), mask)
 
 
 def masked_bce_with_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy per task on logits; labels in [0, 1], NaN or -100 = missing; shapes as in `masked_mse`."""
-    mask, labels = _valid(logits, labels)
+    mask, labels = _valid(logits, labels, valid_labels(labels))
     return masked_task_means(functional.binary_cross_entropy_with_logits(logits, labels, reduction="none"), mask)
 
 
@@ -214,12 +214,9 @@ def valid_labels(labels: Tensor) -> Tensor:
     return present & ~labels.isnan() if labels.is_floating_point() else present
 
 
-def _valid(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _valid(predictions: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if predictions.shape != labels.shape:
         raise TaskLossError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(predictions.shape)} like the predictions"
         )
-    mask = valid_labels(labels)
-    return mask, torch.where(mask, labels, torch.zeros((), dtype=labels.dtype, device=labels.device)).to(
-        predictions.dtype
-    )
+    return mask, torch.where(mask, labels, 0).to(predictions.dtype)

@@ -1,0 +1,138 @@
+"""What a data set hands over: its parts, tasks, metrics, and what it dictates to the model. And how a set is split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_bilb.options import OptionError
+
+if TYPE_CHECKING:  # both take seconds to import, and only their names are needed
+    import datasets
+    from transformers import EvalPrediction
+
+    Part: TypeAlias = torch.utils.data.Dataset[Any] | datasets.Dataset
+
+
+class MissingPackageError(ImportError):
+    """A data set's own package is not installed. The message is one line and says what to install."""
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """One number that `compute_metrics` returns.
+
+    Attributes:
+        key: its name in the returned dict and in the logs (after `eval_`), `"mae_homo"`.
+        task: the task it belongs to, `"homo"`.
+        name: the metric, as a table's heading: `"MAE"`.
+        unit: of its value, empty when it has none: `"meV"`.
+        higher_is_better: which way is up.
+    """
+
+    key: str
+    task: str
+    name: str
+    unit: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A data set, ready for the Trainer.
+
+    Attributes:
+        train, validation, test: map-style data sets: `datasets.Dataset` or `torch.utils.data.Dataset`.
+        task_names: the K tasks, in order.
+        label_names: the columns that are labels (`TrainingArguments.label_names`).
+        data_collator: for the Trainer; None for its default.
+        compute_metrics: `EvalPrediction` -> metric key -> value, in the units of `metrics`.
+        metrics: what `compute_metrics` returns, in order.
+        trivial_metrics: the same for the best predictor that sees no input (regression: the training mean), on `test`.
+        model_arguments: what the data dictate to the model's config (`num_features`, `task_names`, ...).
+    """
+
+    train: Part
+    validation: Part
+    test: Part
+    task_names: tuple[str, ...]
+    label_names: tuple[str, ...]
+    data_collator: Callable[[list[Any]], dict[str, Any]] | None
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    metrics: tuple[MetricInfo, ...]
+    trivial_metrics: Mapping[str, float]
+    model_arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DataSetSpec:
+    """An entry of the registry: the dataclass of the options, and the function that loads the set with them."""
+
+    options: type[Any]
+    load: Callable[[Any], TaskData]
+
+
+# --- splits and statistics ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers of the three parts, each `[N]` in shuffled order."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def split_rows(num_rows: int, seed: int, num_train: int | None, num_validation: int, num_test: int) -> Split:
+    """Shuffle rows `0 .. num_rows - 1` and cut them: test, validation, training.
+
+    In this order, so that the test and validation parts stay the same rows whatever `num_train` is, and a smaller
+    training part is the beginning of a larger one. `num_train=None` takes all the rest.
+
+    Raises:
+        OptionError: when a part does not fit (see `check_split`).
+    """
+    check_split(num_rows, num_train, num_validation, num_test)
+    order = np.random.default_rng(seed).permutation(num_rows)
+    held_out = num_test + num_validation
+    last = num_rows if num_train is None else held_out + num_train
+    return Split(train=order[held_out:last], validation=order[num_test:held_out], test=order[:num_test])
+
+
+def check_split(num_rows: int, num_train: int | None, num_validation: int, num_test: int) -> None:
+    """Raise `OptionError` naming the first of the three numbers that is below 1 or too large, and what it may be."""
+    _check_count("num_test", num_test, num_rows - 2)
+    _check_count("num_validation", num_validation, num_rows - num_test - 1)
+    if num_train is not None:
+        _check_count("num_train", num_train, num_rows - num_test - num_validation, " or null (all the rest)")
+
+
+def _check_count(key: str, value: int, maximum: int, otherwise: str = "") -> None:
+    if not 1 <= value <= maximum:
+        raise OptionError(f"{key}: {value} is not valid, expected 1 to {maximum}{otherwise}")
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Column means and standard deviations `[D]` (float64, population), taken from the training rows only."""
+
+    means: NDArray[np.float64]
+    stds: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, values: NDArray[np.floating]) -> Standardizer:
+        """From `values [N, D]`; a column that never varies gets standard deviation 1, so that it becomes zero."""
+        values = values.astype(np.float64)
+        stds = values.std(axis=0)
+        constant = values.min(axis=0) == values.max(axis=0)  # their computed deviation may be a rounding error, not 0
+        return cls(means=values.mean(axis=0), stds=np.where(constant, 1.0, stds))
+
+    def standardize(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
+        """`[N, D]` -> `[N, D]` with the training rows' mean 0 and standard deviation 1."""
+        return (values - self.means) / self.stds

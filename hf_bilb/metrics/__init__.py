@@ -1,0 +1,1 @@
+"""Metrics of tasks: pure functions of predictions and labels, and streaming accumulators beside them."""
