@@ -26,9 +26,12 @@ class AccumulationWindow:
     everywhere: Tensor
 
     @classmethod
-    def count(cls, counts: Sequence[Tensor], device: torch.device) -> AccumulationWindow:
-        """From this rank's counts `[K]` of each micro-batch. Cost: one all-reduce of M K numbers per update."""
-        local = torch.stack([count.to(torch.float32) for count in counts]).to(device)
+    def count(cls, counts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> AccumulationWindow:
+        """From this rank's counts `[K]` of each micro-batch, with shares in `dtype` (the balancer's).
+
+        Cost: one all-reduce of M K numbers per update.
+        """
+        local = torch.stack([count.to(dtype) for count in counts]).to(device)
         return cls(local, distributed.all_reduce_sum(local))
 
     def share(self, micro_batch: int) -> WindowShare:

@@ -55,9 +55,11 @@ class AtomicCheckpointTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        if self.state.best_model_checkpoint is not None:
-            # The best may be this one, which Trainer has seen at its temporary place.
-            self.state.best_model_checkpoint = str(run_folder / Path(self.state.best_model_checkpoint).name)
+        if self.state.best_global_step:
+            # Trainer has looked for the best one beside this one, at the temporary place.
+            best = run_folder / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(staged / "trainer_state.json"))
         # Every rank has written its part before the rename, and none goes on before it.
@@ -68,8 +70,8 @@ class AtomicCheckpointTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_folder), self.args.save_total_limit, best, use_mtime=True)
+            kept = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_folder), self.args.save_total_limit, kept, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer pushes while the checkpoint is still staged; `_save_checkpoint` does it once it is in place.

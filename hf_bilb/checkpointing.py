@@ -7,6 +7,7 @@ options, task names, running log): no pickle.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -39,8 +40,8 @@ class CheckpointError(ValueError):
 
 
 def clear_staging(staged: Path) -> None:
-    """Remove what an interrupted save may have left where the checkpoint `staged` will be written."""
-    shutil.rmtree(staged, ignore_errors=True)
+    """Remove what interrupted saves have left beside the checkpoint `staged`, which is about to be written."""
+    shutil.rmtree(staged.parent, ignore_errors=True)
     staged.mkdir(parents=True)
 
 
@@ -71,14 +72,14 @@ def verify(checkpoint: str | Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint folder")
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        sizes = dict(json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"].items())
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: has no {MARKER}: writing it was not finished, or not by BilevelMTLTrainer"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder / MARKER}: is damaged") from None
-    for name, size in files.items():
+    for name, size in sizes.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: is missing from the checkpoint")
         found = (folder / name).stat().st_size
@@ -93,12 +94,10 @@ def last_complete_checkpoint(run_folder: str | Path) -> str:
         CheckpointError: when there is none.
     """
     folder = Path(run_folder)
+    _finish_renames(folder)
     found = [
         (int(m.group(1)), p) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := _CHECKPOINT.match(p.name))
     ]
-    if (folder / STAGING).is_dir():
-        for left in sorted(p.name for p in (folder / STAGING).iterdir()):
-            logger.warning("%s was being written when a run stopped; it is passed over", folder / STAGING / left)
     for _, path in sorted(found, reverse=True):
         try:
             verify(path)
@@ -107,6 +106,22 @@ def last_complete_checkpoint(run_folder: str | Path) -> str:
             continue
         return str(path)
     raise CheckpointError(f"{folder}: has no complete checkpoint to resume from")
+
+
+def _finish_renames(folder: Path) -> None:
+    """Take over checkpoints that were stopped between their marker and their rename; warn of the other ones."""
+    staging = folder / STAGING
+    for staged in sorted(staging.iterdir()) if staging.is_dir() else ():
+        final = folder / staged.name
+        try:
+            verify(staged)
+        except CheckpointError:
+            logger.warning("%s was being written when a run stopped; it is passed over", staged)
+            continue
+        if _CHECKPOINT.match(staged.name) and not final.exists():
+            # Every rank comes here; the first one does it.
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(staged, final)
 
 
 # --- the balancer's files -----------------------------------------------------------------------------------------
@@ -153,24 +168,26 @@ def read_balancer(folder: str | Path, balancer: LossBalancer) -> tuple[dict[str,
         raise CheckpointError(
             f"{path / DESCRIPTION}: {_task_difference(description['task_names'], balancer.task_names)}"
         )
-    if description["options"] != repr(balancer.options):
-        logger.warning("%s: was saved with other options than this run's; this run's hold", path / DESCRIPTION)
     try:
         tensors = load_file(path / TENSORS, device=str(balancer.device))
+        balancer.check_state_dict(tensors)
     except FileNotFoundError:
         raise CheckpointError(f"{path / TENSORS}: is missing") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path / TENSORS}: is truncated or no safetensors file ({error})") from None
+    except TaskLossError as error:
+        raise CheckpointError(f"{path / TENSORS}: {error}") from None
     return tensors, description
 
 
 def load_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog | None = None) -> None:
     """Restore `balancer` (and the running log) from `folder`; raises `CheckpointError` as `read_balancer` does."""
     tensors, description = read_balancer(folder, balancer)
-    try:
-        balancer.load_state_dict(tensors)
-    except TaskLossError as error:
-        raise CheckpointError(f"{Path(folder) / TENSORS}: {error}") from None
+    if description["options"] != repr(balancer.options):
+        logger.warning(
+            "%s: was saved with other options than this run's; this run's hold", Path(folder) / DESCRIPTION
+        )
+    balancer.load_state_dict(tensors)
     if log is not None:
         log.load_state(description["log"])
 

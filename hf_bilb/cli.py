@@ -10,18 +10,22 @@ from typing import IO, Any
 
 import click
 
+from hf_bilb.balancers.base import NonFiniteLossError
 from hf_bilb.checkpointing import CheckpointError
 from hf_bilb.data import MissingPackageError
 from hf_bilb.options import OptionError
-from hf_bilb.recipe import dump_recipe, read_recipe
+from hf_bilb.recipe import dump_recipe, one_line, read_recipe
 from hf_bilb.reporting.results import labels, read_results, write_text
 from hf_bilb.reporting.tables import Comparison, compare, render_csv, render_markdown, render_text
 
 
 class UserError(click.ClickException):
-    """A mistake in what the user gave: one line on stderr, no traceback, exit code 2."""
+    """A mistake in what was given: one line on stderr instead of a traceback, exit code 2."""
 
     exit_code = 2
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(one_line(error))
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line; of several processes only the first one speaks."""
@@ -29,12 +33,20 @@ class UserError(click.ClickException):
             click.echo(f"hf-bilb: error: {self.format_message()}", err=True)
 
 
+class TrainingFailed(UserError):
+    """Training came to an end that it cannot go on from, and the line says where; exit code 1."""
+
+    exit_code = 1
+
+
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (OptionError, CheckpointError, MissingPackageError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(error) from None
+    except NonFiniteLossError as error:
+        raise TrainingFailed(error) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

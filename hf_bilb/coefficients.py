@@ -46,19 +46,16 @@ class CoefficientRules(nn.Module):
         With priors the reported value is F + sum (a_k - 1) c_k l_k: F in which task k counts a_k times, to first order
         (exactly sum a_k l_k for `ls`).
         """
-        applied = torch.where(present, coefficients, torch.zeros_like(coefficients))
-        count = present.sum().to(applied.dtype)
+        applied = torch.where(present, coefficients, 0.0)
         if self.floor is not None:
+            count = present.sum()
             floor = self.floor * applied.abs().sum() / count.clamp(min=1)
             applied = torch.where(present, torch.maximum(applied, floor), applied)
         if self.scale != "as_defined":
             total = applied.abs().sum()
-            target = torch.ones_like(count) if self.scale == "sum_to_one" else count
+            target = 1.0 if self.scale == "sum_to_one" else present.sum()
             applied = applied * torch.where(total > 0, target / total.clamp(min=torch.finfo(total.dtype).tiny), total)
         if self.has_priors:
-            value = (
-                value
-                + ((self.task_priors - 1) * applied * torch.where(present, losses, torch.zeros_like(losses))).sum()
-            )
+            value = value + ((self.task_priors - 1) * applied * torch.where(present, losses, 0.0)).sum()
             applied = applied * self.task_priors
         return applied, value

@@ -27,13 +27,13 @@ class Decision(NamedTuple):
 
     Attributes:
         value: F at the global losses (with `task_priors`, the first-order F in which task k counts a_k times).
-        losses: `[K]` global losses, zero where absent.
+        losses: `[K]` global losses; zero where absent.
         num_items: `[K]` global counts.
         present: bool `[K]`.
         coefficients: `[K]` what each loss is multiplied with, zero where absent.
         weights: `[K]` or None; discrepancy: scalar or None.
         auxiliary_loss: scalar, mean over ranks.
-        invalid: int `[K + 1]`: 1 not finite, 2 outside the domain of a logarithm; the last entry is the auxiliary loss.
+        valid: bool scalar, False when a loss or a coefficient is not finite, or a loss outside a logarithm's domain.
     """
 
     value: Tensor
@@ -44,7 +44,7 @@ class Decision(NamedTuple):
     weights: Tensor | None
     discrepancy: Tensor | None
     auxiliary_loss: Tensor
-    invalid: Tensor
+    valid: Tensor
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -64,5 +64,5 @@ class LossMemory(nn.Module):
 
     @torch.no_grad()
     def observe(self, losses: Tensor, present: Tensor) -> None:
-        self.last_losses.copy_(torch.where(present, losses, self.last_losses))
-        self.seen.logical_or_(present)
+        torch.where(present, losses, self.last_losses, out=self.last_losses)
+        self.seen |= present

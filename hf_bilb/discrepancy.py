@@ -29,36 +29,40 @@ def discrepancy(values: Tensor, active: Tensor, pairs: Pairs, smoothing: float =
     return scale * (_all_pairs(values, active) if smoothing == 0 else _all_pairs_smoothed(values, active, smoothing))
 
 
-def largest_slope(active: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
-    """The largest possible |df/dv_i|: 2 between two neighbours (1 for a single pair), 2 (n-1)/n over all pairs."""
-    count = active.sum().to(dtype)
+def largest_slopes(active: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    """The largest possible |df/dv_i| `[K]`: the number of neighbours (0, 1 or 2), or 2 (n-1)/n over all pairs; zero
+    where not `active`."""
+    count = active.sum()
     if pairs == "adjacent":
-        return (count - 1).clamp(min=0, max=2)
-    return 2 * (count - 1).clamp(min=0) / count.clamp(min=1)
+        place = active.cumsum(dim=0)
+        slopes = (place > 1).to(dtype) + (place < count).to(dtype)
+    else:
+        slopes = 2 - 2 / count.clamp(min=1).to(dtype)
+    return slopes * active
 
 
 def _adjacent(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
     positions = torch.arange(values.numel(), device=values.device)
-    last_active = torch.where(active, positions, -torch.ones_like(positions)).cummax(dim=0).values
+    last_active = torch.where(active, positions, -1).cummax(dim=0).values
     previous = torch.cat([last_active.new_full((1,), -1), last_active[:-1]])
     differences = values - values[previous.clamp(min=0)]
     magnitudes = differences.abs() if smoothing == 0 else (differences.square() + smoothing).sqrt()
-    return torch.where(active & (previous >= 0), magnitudes, torch.zeros_like(magnitudes)).sum()
+    return torch.where(active & (previous >= 0), magnitudes, 0.0).sum()
 
 
 def _all_pairs(values: Tensor, active: Tensor) -> Tensor:
     # sum_{i<j} |v_i - v_j| = sum_i s_i v_i with s_i = #{v_j < v_i} - #{v_j > v_i}: value and gradient are those of the
     # K x K matrix (zero at ties, as for |0|), without building it.
-    fixed = torch.where(active, values.detach(), torch.full_like(values, torch.inf))
+    fixed = torch.where(active, values.detach(), torch.inf)
     ordered = fixed.sort().values
     smaller = torch.searchsorted(ordered, fixed, right=False)
     larger = active.sum() - torch.searchsorted(ordered, fixed, right=True)
-    slopes = torch.where(active, smaller - larger, torch.zeros_like(smaller)).to(values.dtype)
-    return (slopes * torch.where(active, values, torch.zeros_like(values))).sum()
+    slopes = torch.where(active, smaller - larger, 0).to(values.dtype)
+    return torch.dot(slopes, torch.where(active, values, 0.0))
 
 
 def _all_pairs_smoothed(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
     differences = values.unsqueeze(0) - values.unsqueeze(1)
     magnitudes = (differences.square() + smoothing).sqrt()
     mask = torch.triu(active.unsqueeze(0) & active.unsqueeze(1), diagonal=1)
-    return torch.where(mask, magnitudes, torch.zeros_like(magnitudes)).sum()
+    return torch.where(mask, magnitudes, 0.0).sum()

@@ -47,14 +47,14 @@ def reduce_losses(
     """
     items = num_items.detach()
     here = items > 0
-    sums = torch.where(here, losses.detach().to(items.dtype) * items, torch.zeros_like(items))
-    extra = items.new_zeros(1) if auxiliary_loss is None else auxiliary_loss.detach().to(items.dtype).reshape(1)
+    local = torch.where(here, losses.detach().to(items.dtype), 0.0)
+    extra = items.new_zeros(()) if auxiliary_loss is None else auxiliary_loss.detach().to(items.dtype).reshape(())
     ranks = data_parallel_size(group)
     if ranks == 1:
         # Sum and count need no detour: the loss itself, to the last bit.
-        return torch.where(here, losses.detach().to(items.dtype), torch.zeros_like(items)), items, extra[0]
+        return local, items, extra
     num_tasks = items.numel()
-    total = all_reduce_sum(torch.cat([sums, items, extra]), group)
+    total = all_reduce_sum(torch.cat([local * items, items, extra.reshape(1)]), group)
     global_items = total[num_tasks : 2 * num_tasks]
     return total[:num_tasks] / global_items.clamp(min=1), global_items, total[-1] / ranks
 

@@ -22,11 +22,13 @@ class Guards(nn.Module):
 
     counts: Tensor
     dominated: Tensor
+    _never: Tensor
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(4, dtype=torch.float64))
         self.register_buffer("dominated", torch.zeros(num_tasks, dtype=torch.float64))
+        self.register_buffer("_never", torch.zeros((), dtype=torch.bool), persistent=False)
         self._said: set[str] = set()
 
     @torch.no_grad()
@@ -34,18 +36,13 @@ class Guards(nn.Module):
         self, coefficients: Tensor, present: Tensor, valid: Tensor, edge_ratio: Tensor | None, collapsed: Tensor | None
     ) -> None:
         """Count one step (nothing unless `valid`, a bool scalar); arguments as in `Decision` and `ObjectiveValue`."""
-        never = torch.zeros((), dtype=torch.bool, device=coefficients.device)
-        flags = [
-            ~never,
-            (coefficients < 0).any(),
-            # The edge itself is a coefficient of zero: only beyond it, by more than rounding.
-            never if edge_ratio is None else edge_ratio > 1 + 1e-6,
-            never if collapsed is None else collapsed,
-        ]
-        self.counts.add_((torch.stack(flags) & valid).to(self.counts.dtype))
-        magnitudes = coefficients.abs()
-        dominant = (magnitudes > DOMINATION * magnitudes.sum()) & (present.sum() > 1) & valid
-        self.dominated.add_(dominant.to(self.dominated.dtype))
+        negative = (coefficients < 0).any()
+        # The edge itself is a coefficient of zero: only beyond it, by more than rounding.
+        beyond = self._never if edge_ratio is None else edge_ratio > 1 + 1e-6
+        self.counts += torch.stack([valid, negative, beyond, self._never if collapsed is None else collapsed]) & valid
+        if len(self.dominated) > 1:
+            magnitudes = coefficients.abs()
+            self.dominated += (magnitudes > DOMINATION * magnitudes.sum()) & (present.sum() > 1) & valid
 
     def due_messages(self, task_names: Sequence[str]) -> list[str]:
         """Messages for what happened since the last call and has not been said yet. Cost: one read of K + 4 numbers."""

@@ -68,10 +68,16 @@ class Normalization(nn.Module):
     def observe(self, losses: Tensor, present: Tensor) -> None:
         """Take the losses `[K]` of the present tasks into their references, while these are still being formed."""
         forming = present & (self.observations < self.window)
-        mean = (self.reference_losses * self.observations + losses) / (self.observations + 1)
-        self.reference_losses.copy_(torch.where(forming, mean, self.reference_losses))
-        self.observations.add_(forming.to(self.observations.dtype))
-        self.seen.logical_or_(present)
+        # A window of one takes the loss itself, to the last bit.
+        mean = losses if self.window == 1 else self.reference_losses.lerp(losses, 1 / (self.observations + 1))
+        torch.where(forming, mean, self.reference_losses, out=self.reference_losses)
+        self.observations += forming
+        self.seen |= present
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether some losses <= 0 are refused, see `outside_domain`."""
+        return self.kind != "none"
 
     def outside_domain(self, losses: Tensor, present: Tensor) -> Tensor:
         """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm or as a reference)."""
@@ -87,9 +93,8 @@ class Normalization(nn.Module):
         if self.kind == "none":
             return losses
         if self.kind == "rescaled":
-            largest = torch.full_like(reference, torch.inf)
-            smallest = torch.where(self.seen, reference, largest).min()
-            return losses / (reference / torch.where(self.seen.any(), smallest, torch.ones_like(smallest)))
+            smallest = torch.where(self.seen, reference, torch.inf).min()
+            return losses / (reference / torch.where(self.seen.any(), smallest, 1.0))
         if self.kind == "log":
             return torch.log(losses / reference)
         ratio = losses / reference

@@ -75,11 +75,11 @@ def differentiate(
     Cost: one forward and backward of K numbers, no device synchronisation, no communication.
     """
     # Placeholder one: finite under every normalization, so that no NaN or infinity reaches the graph.
-    point = torch.where(active, losses.detach(), torch.ones_like(losses)).requires_grad_()
+    point = torch.where(active, losses.detach(), 1.0).requires_grad_()
     with torch.enable_grad():
         output = objective(normalization(point), active, features)
         parameters = tuple(objective.parameters())
         gradients = torch.autograd.grad(output.value, (point, *parameters), allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for x, g in zip((point, *parameters), gradients, strict=True)]
     detached = ObjectiveValue._make(None if field is None else field.detach() for field in output)
-    return Derivatives(detached, torch.where(active, filled[0], torch.zeros_like(point)), tuple(filled[1:]))
+    return Derivatives(detached, torch.where(active, filled[0], 0.0), tuple(filled[1:]))

@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import platform
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import click
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProgressCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
@@ -28,6 +30,7 @@ from hf_bilb.training_args import BilevelMTLTrainingArguments
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+_RECIPE_HEAD = "# resolved from"
 _VERSIONS_OF = ("hf-bilb", "torch", "transformers", "accelerate", "datasets", "numpy")
 
 
@@ -47,11 +50,12 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         MissingPackageError: the data set's package is not installed.
     """
     started = time.perf_counter()
+    _quieten()
     args = training_arguments(recipe)  # before anything is loaded: finds settings that contradict each other
     checkpoint = _check_folder(Path(args.output_dir), resume)
     state = PartialState()
     if state.is_main_process:
-        _write_recipe(recipe, Path(args.output_dir))
+        _write_recipe(recipe, Path(args.output_dir), resume)
     set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
     with state.local_main_process_first():  # one process prepares the cache, the others read it
         spec = DATA_SETS[recipe.data["name"]]
@@ -64,10 +68,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         data_collator=data.data_collator,
         compute_metrics=data.compute_metrics,
     )
-    trainer.remove_callback(ProgressCallback)
-    if not args.disable_tqdm:
-        trainer.add_callback(ConciseProgress)
-    training = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    training = _train(trainer, checkpoint)
     trainer.save_model()
     trainer.save_state()
     measured = trainer.evaluate(getattr(data, recipe.evaluation.split), metric_key_prefix=recipe.evaluation.split)
@@ -77,6 +78,24 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         _write_folder(recipe, results, trainer.state.log_history, data.task_names)
     state.wait_for_everyone()
     return results
+
+
+def _quieten() -> None:
+    """Leave out what says nothing to somebody who runs a recipe, in this process."""
+    transformers_logging.disable_progress_bar()  # a bar per file that is written; the Trainer's own bar stays
+    warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true but no accelerator is found")
+
+
+def _train(trainer: BilevelMTLTrainer, checkpoint: str | None) -> dict[str, float]:
+    progress = ConciseProgress()
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(progress)
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint).metrics
+    finally:
+        if progress.training_bar is not None:  # training failed: what is said about it starts on a line of its own
+            progress.training_bar.close()
 
 
 def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelMTLTrainingArguments:
@@ -131,24 +150,27 @@ def _check_folder(folder: Path, resume: bool) -> str | None:
     """The checkpoint to resume from, or None for a fresh start; refuses to start over in the folder of another run."""
     if resume:
         return checkpointing.last_complete_checkpoint(folder)
-    for name in [FILE_NAME, *sorted(path.name for path in folder.glob("checkpoint-*"))]:
-        if (folder / name).exists():
-            raise OptionError(
-                f"trainer.output_dir: {str(folder)!r} already holds a run ({name}): --resume goes on with it, "
-                "another folder starts anew"
-            )
+    held = [path.name for path in (folder / FILE_NAME, *sorted(folder.glob("checkpoint-*"))) if path.exists()]
+    if held:
+        raise OptionError(
+            f"trainer.output_dir: {str(folder)!r} already holds a run ({held[0]}): --resume goes on with it, "
+            "another folder starts anew"
+        )
+    path = folder / RECIPE_FILE
+    if path.is_file() and not path.read_text(encoding="utf-8").startswith(_RECIPE_HEAD):
+        raise OptionError(f"trainer.output_dir: {str(path)!r} was not written by a run and would be lost")
     return None
 
 
-def _write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the resolved recipe; when the folder has one already (a resume), say what differs from it."""
+def _write_recipe(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Write the resolved recipe; on a resume, say where it differs from the one that the run was started with."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECIPE_FILE
-    if path.is_file():
+    if resume and path.is_file():
         before = load_yaml(path.read_text(encoding="utf-8"), str(path))
         for difference in differences(before, recipe.to_dict()) if isinstance(before, Mapping) else []:
             logger.warning("%s: this folder's run was started with another value: %s", path, difference)
-    write_text(path, f"# resolved from the recipe {recipe.name!r} by hf-bilb\n{dump_recipe(recipe)}")
+    write_text(path, f"{_RECIPE_HEAD} the recipe {recipe.name!r} by hf-bilb\n{dump_recipe(recipe)}")
 
 
 def _write_folder(recipe: Recipe, results: RunResults, history: list[dict[str, Any]], tasks: tuple[str, ...]) -> None:
@@ -213,15 +235,7 @@ def _training_facts(trainer: BilevelMTLTrainer, metrics: Mapping[str, float], ch
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "weights": _final_weights(trainer),
     }
-
-
-def _final_weights(trainer: BilevelMTLTrainer) -> dict[str, float | None] | None:
-    weights = trainer.balancer.weights
-    if weights is None:
-        return None
-    return dict(zip(trainer.task_names, map(finite, weights.tolist()), strict=True))
 
 
 def _versions() -> dict[str, str]:

@@ -41,6 +41,8 @@ class RunningLog:
         """Take in one micro-batch that makes up `fraction` of its update; it counts from `commit` on."""
         dtype = self._sums.dtype
         present = decision.present.to(dtype)
+        # A batch without a label has no F.
+        fraction = fraction * decision.present.any()
         weights = torch.zeros_like(present) if decision.weights is None else decision.weights
         zero = present.new_zeros(())
         scalars = [
@@ -77,17 +79,20 @@ class RunningLog:
         num_tasks = len(self.task_names)
         vectors = {name: numbers[i * num_tasks : (i + 1) * num_tasks] for i, name in enumerate(_VECTORS)}
         scalars = dict(zip(_SCALARS, numbers[len(_VECTORS) * num_tasks :], strict=True))
-        steps = scalars["fraction"] or math.nan
+        steps = scalars["fraction"]
         self._run_value += scalars["value"]
         self._run_updates += self._updates
         columns = {"loss": _ratio(vectors["loss_sum"], vectors["items"])}
         if self._has_weights:
             columns["weight"] = _ratio(vectors["weight"], vectors["presence"])
         columns["coefficient"] = _ratio(vectors["coefficient"], vectors["presence"])
-        logs = {"loss": scalars["value"] / steps, "loss_mean": scalars["loss_mean"] / steps}
-        if self._has_discrepancy:
+        # Nothing to say where every step was dropped; `loss` must be there, as Trainer has put its own.
+        logs = {"loss": scalars["value"] / steps if steps else math.nan}
+        if steps:
+            logs["loss_mean"] = scalars["loss_mean"] / steps
+        if steps and self._has_discrepancy:
             logs["discrepancy"] = scalars["discrepancy"] / steps
-        if self._has_auxiliary:
+        if steps and self._has_auxiliary:
             logs["auxiliary_loss"] = scalars["auxiliary"] / steps
         logs.update({f"dropped_steps/{task}": float(count) for task, count in self.dropped.items()})
         logs.update(self._per_task(columns) if num_tasks <= MAX_TASKS_IN_LOG else self._summary(columns))

@@ -119,7 +119,8 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         self._micro_batch = -1
         self._window = None
         if not self._ordinary and len(batches) > 1:
-            self._window = AccumulationWindow.count([self._item_counts(batch) for batch in batches], device)
+            counts = [self._item_counts(batch) for batch in batches]
+            self._window = AccumulationWindow.count(counts, device, self.balancer.dtype)
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
@@ -157,7 +158,7 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         outputs = None
         if self._ordinary is not False:
             if self._ordinary is None and self.compute_loss_func is None and self.label_smoother is None:
-                watched = _Watched(model)
+                watched = _Watched(model, self._columns)
                 loss, outputs = super().compute_loss(watched, inputs, True, num_items_in_batch)
                 self._settle_ordinary("losses" not in outputs if isinstance(outputs, Mapping) else True)
             else:
@@ -303,7 +304,12 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if self._ordinary is False:
             prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update(self._evaluation.metrics(self.task_names, prefix))
+            losses = self._evaluation.metrics(self.task_names, prefix)
+            # Trainer's own is a mean of batch means, and zero where no task has a label.
+            output.metrics.pop(f"{prefix}_loss", None)
+            output.metrics.update(losses)
+            if not losses and description != "Prediction":
+                logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
         self._evaluation = None
         return output
 
@@ -347,7 +353,9 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`, from complete checkpoints only; a damaged, foreign or other-task checkpoint is refused with
         one line (`CheckpointError`) before anything is loaded. `training_loss` is the mean F of the whole run."""
-        self._initial_state = self.balancer.state_dict()
+        if self.model_init is None:
+            # Like the optimizer, the balancer goes on from a former `train`; a model built anew gets a fresh one.
+            self._initial_state = self.balancer.state_dict()
         self._restored = False
         output = super().train(*args, **kwargs)
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
@@ -386,11 +394,12 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
 class _Watched:
     """Calls the model for `Trainer.compute_loss`, which insists on a `loss` that a multi-task model need not return."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, columns: ForwardColumns) -> None:
         self.model = model
+        self.columns = columns
 
     def __call__(self, **inputs: Any) -> Any:
-        outputs = self.model(**inputs)
+        outputs = self.model(**self.columns.select(inputs, keep_labels=True))
         if isinstance(outputs, Mapping) and "loss" not in outputs and "losses" in outputs:
             return {**outputs, "loss": outputs["losses"].sum()}
         return outputs

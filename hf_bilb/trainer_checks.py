@@ -61,8 +61,8 @@ class ForwardColumns:
         self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._label_names = set(label_names)
 
-    def select(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of `inputs` to call the model with."""
+    def select(self, inputs: Mapping[str, Any], keep_labels: bool = False) -> dict[str, Any]:
+        """The part of `inputs` to call the model with; `keep_labels`: a forward with `**kwargs` gets all, as in Trainer."""
         if self._takes_any:
-            return {k: v for k, v in inputs.items() if k in self._names or k not in self._label_names}
+            return {k: v for k, v in inputs.items() if keep_labels or k in self._names or k not in self._label_names}
         return {k: v for k, v in inputs.items() if k in self._names}

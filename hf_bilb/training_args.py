@@ -53,6 +53,9 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     task_priors: list[float] | None = field(default=None, metadata={"help": "K fixed factors of the tasks."})
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and "loss" in (self.metric_for_best_model or "").split("_"):
+            # `eval_loss_<task>` too: TrainingArguments knows by its end alone that a metric is a loss.
+            self.greater_is_better = False
         super().__post_init__()
         for key, kind in (
             ("balance_over", BalanceOver),

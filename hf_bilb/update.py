@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.decision import Decision
@@ -21,32 +21,25 @@ class Update:
     def __init__(self, balancer: LossBalancer, model: nn.Module, undoable: bool) -> None:
         self._balancer = balancer
         self._model = model
-        self._codes: Tensor | None = None
-        self._losses: Tensor | None = None
+        self._decisions: list[Decision] = []
         self._state = balancer.state_dict() if undoable else None
         self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if undoable else {}
 
     @property
     def empty(self) -> bool:
         """Whether no decision has been taken (an ordinary model with one task)."""
-        return self._codes is None
+        return not self._decisions
 
     def add(self, decision: Decision) -> None:
-        """Take in one micro-batch's decision, without reading the device."""
-        if self._codes is None or self._losses is None:
-            self._codes, self._losses = decision.invalid, decision.losses
-            return
-        fresh = decision.invalid[:-1] > self._codes[:-1]
-        self._losses = torch.where(fresh, decision.losses, self._losses)
-        self._codes = torch.maximum(self._codes, decision.invalid)
+        """Take in one micro-batch's decision (K numbers, detached)."""
+        self._decisions.append(decision)
 
     def problem(self, step: int) -> tuple[str, str, bool] | None:
         """None when all losses are valid, else (message, task, whether a logarithm cannot take it). One host read."""
-        if self._codes is None or self._losses is None or not bool(self._codes.any()):
+        if self.empty or bool(torch.stack([decision.valid for decision in self._decisions]).all()):
             return None
-        worst = int(self._codes.argmax())
-        message = self._balancer.describe_invalid(self._codes, self._losses, step)
-        return message, [*self._balancer.task_names, "auxiliary_loss"][worst], bool(self._codes[worst] == 2)
+        first = next(decision for decision in self._decisions if not bool(decision.valid))
+        return self._balancer.describe_invalid(first, step)
 
     def undo(self) -> None:
         """Bring the balancer and the model's buffers back to where they were (parameters have not moved yet)."""

@@ -6,6 +6,7 @@ A method supplies its objective F (`hf_bilb.objective.Objective`); `LossBalancer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -150,10 +151,12 @@ class LossBalancer:
             NonFiniteLossError: naming the task, before any gradient is written (this reads one flag on the host).
         """
         batch = as_task_losses(losses, num_items, self.task_names, router_features=router_features)
+        last = self._last
         surrogate, decision = self.surrogate(batch, process_group)
-        if bool(decision.invalid.any()):
+        if not bool(decision.valid):
+            self._last = last
             self._optimizer.discard()
-            raise NonFiniteLossError(self.describe_invalid(decision.invalid, decision.losses))
+            raise NonFiniteLossError(self.describe_invalid(decision)[0])
         (torch.Tensor.backward if backward is None else backward)(surrogate)
         return decision.value
 
@@ -176,55 +179,54 @@ class LossBalancer:
         losses, num_items, auxiliary = distributed.reduce_losses(
             batch.losses, batch.num_items, batch.auxiliary_loss, process_group
         )
-        fraction = losses.new_ones(()) if share is None else share.fraction
-        decision = self.decide(losses, num_items, auxiliary, items=num_items.sum())
+        decision = self.decide(losses, num_items, auxiliary)
         ranks = distributed.data_parallel_size(process_group)
         local = batch.num_items / num_items.clamp(min=1) if share is None else share.local
-        connected = torch.where(batch.num_items > 0, batch.losses, torch.zeros_like(batch.losses))
-        total = ranks * (decision.coefficients * local.to(self.dtype) * connected).sum()
-        value = decision.value.to(total.dtype)
+        # A task without items here may have any value, NaN included: it takes no part, with a zero gradient.
+        connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
+        total = torch.dot((ranks * decision.coefficients * local).to(connected.dtype), connected)
+        reported = decision.value if share is None else decision.value * share.fraction
         if batch.auxiliary_loss is not None:
             parts = 1 if share is None else share.num_micro_batches
             total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
-        reported = value * fraction + decision.auxiliary_loss / (1 if share is None else share.num_micro_batches)
-        return total + (reported - total).detach(), decision
+            reported = reported + decision.auxiliary_loss / parts
+        return total + (reported - total.detach()), decision
 
-    def decide(
-        self, losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None = None, items: Tensor | None = None
-    ) -> Decision:
+    def decide(self, losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None = None) -> Decision:
         """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.
 
         Args:
             losses: `[K]` global losses.
             num_items: `[K]` global counts; zero = absent.
             auxiliary_loss: scalar, for the record.
-            items: scalar weight of this micro-batch in the mean of the router's gradients; default the sum of counts.
         """
         losses, num_items = losses.detach().to(self.dtype), num_items.detach().to(self.dtype)
         present = num_items > 0
         auxiliary = losses.new_zeros(()) if auxiliary_loss is None else auxiliary_loss.detach().to(self.dtype)
-        invalid = self._invalid(losses, present, auxiliary)
         # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
-        valid = ~invalid.any()
-        self.normalization.observe(losses, present & valid)
-        self._memory.observe(losses, present & valid)
+        valid = self._valid(losses, present, auxiliary)
+        observed = present & valid
+        self.normalization.observe(losses, observed)
+        self._memory.observe(losses, observed)
         active, point = present, losses
         if self.absent_tasks == "hold":
             active, point = self._memory.seen.clone(), self._memory.last_losses
         result = differentiate(self.objective, self.normalization, point, active)
-        self._optimizer.accumulate(result.parameter_gradients, num_items.sum() if items is None else items)
+        self._optimizer.accumulate(result.parameter_gradients, num_items)
         coefficients, value = self._rules(result.coefficients, result.output.value, losses, present)
+        # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
+        valid = valid & _is_finite(coefficients.sum())
         self._guards.observe(coefficients, present, valid, result.output.edge_ratio, result.output.collapsed)
         self._last = Decision(
             value=value,
-            losses=torch.where(present, losses, torch.zeros_like(losses)),
+            losses=losses,
             num_items=num_items,
             present=present,
             coefficients=coefficients,
             weights=result.output.weights,
             discrepancy=result.output.discrepancy,
             auxiliary_loss=auxiliary,
-            invalid=invalid,
+            valid=valid,
         )
         return self._last
 
@@ -267,12 +269,8 @@ class LossBalancer:
         state["epoch"] = torch.tensor(self._epoch)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore `state_dict()`.
-
-        Raises:
-            TaskLossError: entries that are missing, unknown or of another shape; nothing is changed then.
-        """
+    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raise `TaskLossError` when `load_state_dict(state)` would: entries missing, unknown or of another shape."""
         expected = self.state_dict()
         for name in sorted(expected.keys() | state.keys()):
             if name not in state or name not in expected:
@@ -285,6 +283,14 @@ class LossBalancer:
                 raise TaskLossError(
                     f"balancer state: entry {name!r} has shape {got}, expected {want} for {self.num_tasks} tasks"
                 )
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `state_dict()`.
+
+        Raises:
+            TaskLossError: entries that are missing, unknown or of another shape; nothing is changed then.
+        """
+        self.check_state_dict(state)
         self._epoch = int(state["epoch"])
         prefix = "optimizer."
         own = {name: tensor for name, tensor in state.items() if name != "epoch" and not name.startswith(prefix)}
@@ -293,13 +299,14 @@ class LossBalancer:
 
     # --- checks --------------------------------------------------------------------------------------------------
 
-    def _invalid(self, losses: Tensor, present: Tensor, auxiliary: Tensor) -> Tensor:
-        """Codes `[K + 1]`, see `Decision.invalid`; on the device, so that reading them is the caller's choice."""
-        outside = self.normalization.outside_domain(losses, present)
+    def _valid(self, losses: Tensor, present: Tensor, auxiliary: Tensor) -> Tensor:
+        """Bool scalar, on the device: whether all losses are finite and in the domain of the logarithms taken."""
+        valid = _is_finite(losses.sum() + auxiliary)
+        if self.normalization.needs_positive_losses:
+            valid = valid & ~self.normalization.outside_domain(losses, present).any()
         if self.objective.takes_logarithm:
-            outside = outside | (present & (losses <= 0))
-        codes = torch.where(present & ~losses.isfinite(), 1, torch.where(outside, 2, 0))
-        return torch.cat([codes, (~auxiliary.isfinite()).to(codes.dtype).reshape(1)])
+            valid = valid & torch.where(present, losses > 0, True).all()
+        return valid
 
     def _check_device(self, losses: Tensor) -> None:
         if losses.device != self.device:
@@ -307,16 +314,35 @@ class LossBalancer:
                 f"losses: are on {losses.device}, the balancer is on {self.device}; call balancer.to(device)"
             )
 
-    def describe_invalid(self, invalid: Tensor, losses: Tensor, step: int | None = None) -> str:
-        """One line that names the first invalid task, its value, and the step where known. Reads the device."""
+    def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
+        """What is wrong with a decision that is not `valid`; reads the device.
+
+        Returns:
+            one line that names the task, its value and, where known, the step; the task; whether the value is finite
+            but none that the method can take (outside the domain of a logarithm, or so small that F overflows).
+        """
         where = "" if step is None else f" at step {step}"
-        codes, values = invalid.cpu(), losses.cpu()
-        for k, name in enumerate(self.task_names):
-            found = f"the loss of task {name!r} is {float(values[k])}{where}"
-            if codes[k] == 1:
-                return f"{found}; fix the data or the model, or set nonfinite_loss: skip"
-            if codes[k] == 2:
-                normalization = f"has normalization: {self.options.normalization}"
-                cause = "takes logarithms" if self.objective.takes_logarithm else normalization
-                return f"{found}, but balancer {self.name!r} {cause}: losses must be > 0"
-        return f"the auxiliary loss is not finite{where}"
+        values = decision.losses.tolist()
+        present = [k for k, here in enumerate(decision.present.tolist()) if here]
+        for k in present:
+            if not math.isfinite(values[k]):
+                name = self.task_names[k]
+                advice = "fix the data or the model, or set nonfinite_loss: skip"
+                return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
+        if not math.isfinite(float(decision.auxiliary_loss)):
+            return f"the auxiliary loss is {float(decision.auxiliary_loss)}{where}", "auxiliary_loss", False
+        k = min(present, key=lambda k: values[k])
+        if values[k] > 0 or not (self.objective.takes_logarithm or self.normalization.needs_positive_losses):
+            coefficients = decision.coefficients.tolist()
+            k = next(k for k in present if not math.isfinite(coefficients[k]))
+            found = f"the coefficient of task {self.task_names[k]!r} is {coefficients[k]}{where}"
+            return f"{found}: balancer {self.name!r} cannot balance a loss of {values[k]}", self.task_names[k], True
+        normalization = f"has normalization: {self.options.normalization}"
+        cause = "takes logarithms" if self.objective.takes_logarithm else normalization
+        rule = f"but balancer {self.name!r} {cause}: losses must be > 0"
+        return f"the loss of task {self.task_names[k]!r} is {values[k]}{where}, {rule}", self.task_names[k], True
+
+
+def _is_finite(total: Tensor) -> Tensor:
+    """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
+    return (total - total) == 0

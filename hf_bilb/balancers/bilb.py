@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_sum
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.discrepancy import Pairs, discrepancy, largest_slope
+from hf_bilb.discrepancy import Pairs, discrepancy, largest_slopes
 from hf_bilb.normalization import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.objective import Objective, ObjectiveValue
 from hf_bilb.options import OptionError
@@ -134,27 +134,31 @@ class Bilb(Objective):
         g = masked_sum(lower_sigma * losses, active) / denominator
         f = discrepancy(tau * losses, active, options.pairs, options.smoothing)
 
-        edge = self._edge(sigma.detach(), tau.detach(), denominator.detach(), active)
+        edge, several = self._edge(sigma.detach(), denominator.detach(), active)
         if isinstance(options.discrepancy_weight, EdgeFraction):
-            weight = options.discrepancy_weight.edge_fraction * edge
+            ratio = torch.full_like(edge, options.discrepancy_weight.edge_fraction)
+            weight = ratio * edge
         else:
             weight = torch.full_like(edge, options.discrepancy_weight)
+            ratio = weight / edge
         # Sigmoid weights near zero cancel in sigma / sum sigma while f vanishes: the method has silently become LS.
         collapsed = (sigma.detach().amax() < 0.05) if options.activation == "sigmoid" else None
-        several = (active.sum() > 1).to(edge.dtype)
-        return ObjectiveValue(g + weight * f, sigma, f, several * weight / edge, collapsed)
+        return ObjectiveValue(g + weight * f, sigma, f, torch.where(several, ratio, torch.zeros_like(ratio)), collapsed)
 
     def _denominator(self, sigma: Tensor, active: Tensor) -> Tensor:
         kind = self.options.weight_denominator
         if kind == "none":
             return torch.ones_like(sigma[0])
         total = masked_sum(sigma if kind == "sum" else sigma.detach(), active)
-        return torch.where(active.any(), total, torch.ones_like(total))
+        return torch.where(active.any(), total, 1.0)
 
-    def _edge(self, sigma: Tensor, tau: Tensor, denominator: Tensor, active: Tensor) -> Tensor:
-        """The lambda at which a dF/dl_i can reach zero: min_i sigma_i / (denominator * largest slope of f * tau_i)."""
-        slope = largest_slope(active, self.options.pairs, sigma.dtype)
-        ratios = torch.where(active, sigma / tau, torch.full_like(sigma, torch.inf)).amin()
-        edge = ratios / (denominator * slope)
+    def _edge(self, sigma: Tensor, denominator: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """The lambda at which a dF/dl_i can reach zero, min_i sigma_i / (denominator * tau_i * largest slope of f at i),
+        and whether there are several tasks."""
+        slopes = largest_slopes(active, self.options.pairs, sigma.dtype)
+        # sigma / tau, also where sigma has underflowed to zero
+        ratios = torch.ones_like(sigma) if self.options.tau == "weights" else sigma
+        bounds = torch.where(slopes > 0, ratios / (denominator * slopes), torch.full_like(sigma, torch.inf))
+        several = slopes.any()
         # One task alone has no discrepancy: any lambda is harmless, and a fraction of infinity would be NaN times zero.
-        return torch.where(slope > 0, edge, torch.ones_like(edge))
+        return torch.where(several, bounds.amin(), torch.ones_like(bounds[0])), several

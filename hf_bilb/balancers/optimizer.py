@@ -50,10 +50,11 @@ class OwnOptimizer:
         """Remember the model's optimizer, whose learning rate `follow_model` takes."""
         self._model_optimizer = optimizer
 
-    def accumulate(self, gradients: Sequence[Tensor], weight: Tensor) -> None:
-        """Add one micro-batch's gradients with the given weight (items) to the running mean; no device sync."""
+    def accumulate(self, gradients: Sequence[Tensor], num_items: Tensor) -> None:
+        """Add one micro-batch's gradients, weighted by its items `[K]`, to the running mean; no device sync."""
         if self._optimizer is None:
             return
+        weight = num_items.sum()
         if self._weight is None:
             # A single micro-batch keeps its gradient to the last bit.
             self._mean, self._weight = list(gradients), weight

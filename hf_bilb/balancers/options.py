@@ -58,4 +58,4 @@ class BalancerOptions:
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum()
+    return torch.where(mask, values, 0.0).sum()

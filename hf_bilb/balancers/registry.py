@@ -119,18 +119,18 @@ def build_balancer(
     resolved = resolve_options(name, {**given, **options})
     try:
         objective = spec.objective(len(names), resolved)
-        return LossBalancer(
-            name,
-            objective,
-            resolved,
-            names,
-            absent_tasks=absent_tasks,
-            task_priors=task_priors,
-            device=device,
-            dtype=dtype,
-        )
     except OptionError as error:
         raise OptionError(f"balancer.{error}") from None
+    return LossBalancer(
+        name,
+        objective,
+        resolved,
+        names,
+        absent_tasks=absent_tasks,
+        task_priors=task_priors,
+        device=device,
+        dtype=dtype,
+    )
 
 
 def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -43,4 +43,4 @@ class ScaleInvariant(Objective):
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """The sum of log `losses [K]` over the `active` tasks."""
         # The logarithm of a placeholder must stay finite, or its zero gradient becomes NaN.
-        return ObjectiveValue(masked_sum(torch.log(torch.where(active, losses, torch.ones_like(losses))), active))
+        return ObjectiveValue(masked_sum(torch.log(torch.where(active, losses, 1.0)), active))

@@ -1,0 +1,82 @@
+"""The coefficients are dF/dlosses and the router's gradient is dF/dtheta: compared with central differences, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_bilb.balancers import LossBalancer
+from hf_bilb.objective import differentiate
+from tests.contract.cases import CASES, Case, advance, random_losses
+from tests.contract.frozen import Frozen, central_differences
+
+K = 6
+TOLERANCE = 2e-7
+
+
+def moved(case: Case, absent: int | None = None) -> tuple[LossBalancer, Tensor, Tensor]:
+    """A balancer in mid-run (references taken, router moved), the next losses and which tasks are there."""
+    balancer = case.build(K)
+    balancer.bind(optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2))
+    balancer.on_epoch_begin(0)
+    losses = random_losses(K, 5)
+    for row in losses[:4]:
+        advance(balancer, row)
+    active = torch.ones(K, dtype=torch.bool)
+    if absent is not None:
+        active[absent] = False
+    return balancer, losses[4].clone(), active
+
+
+@pytest.mark.parametrize("absent", [None, 2], ids=["all", "one_absent"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_coefficients(case: Case, absent: int | None) -> None:
+    balancer, point, active = moved(case, absent)
+
+    def value() -> Tensor:
+        with torch.no_grad():
+            return balancer.objective(balancer.normalization(point), active, None).value
+
+    expected = central_differences(value, point, 1e-6)
+    found = differentiate(balancer.objective, balancer.normalization, point, active).coefficients
+    scale = expected.abs().max()
+    assert scale > 0
+    assert (found - expected).abs().max() <= TOLERANCE * scale
+    if absent is not None:
+        assert expected[absent] == 0
+
+
+@pytest.mark.parametrize("absent", [None, 2], ids=["all", "one_absent"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_of_own_parameters(case: Case, absent: int | None) -> None:
+    balancer, point, active = moved(case, absent)
+    parameters = dict(balancer.objective.named_parameters())
+    found = differentiate(balancer.objective, balancer.normalization, point, active)
+    assert len(found.parameter_gradients) == len(parameters)
+    frozen = Frozen(lambda: balancer.objective(balancer.normalization(point), active, None).value)
+    assert torch.equal(frozen().detach(), found.output.value)
+    for (name, parameter), gradient in zip(parameters.items(), found.parameter_gradients):
+        expected = central_differences(lambda: frozen().detach(), parameter, 1e-5)
+        scale = max(float(expected.abs().max()), 1e-3)
+        deviation = float((gradient - expected).abs().max())
+        assert deviation <= 1e-6 * scale, f"{name}: {gradient} instead of {expected}"
+
+
+def test_the_applied_coefficients_are_those() -> None:
+    # The whole way through backward(): what multiplies each loss is dF/dl, whatever the counts.
+    balancer, point, active = moved(Case("bilb", "default"))
+    expected = differentiate(balancer.objective, balancer.normalization, point, active).coefficients
+    applied = advance(balancer, point, num_items=torch.tensor([3.0, 1, 5, 2, 2, 100]))
+    assert torch.equal(balancer.coefficients, expected)
+    # Times N_k / N_k, which rounds.
+    torch.testing.assert_close(applied, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("router_gradient", ["both", "upper"])
+def test_upper_lets_the_router_descend_the_discrepancy_alone(router_gradient: str) -> None:
+    options = {"router_gradient": router_gradient, "tau": "one", "discrepancy_weight": 0.01}
+    balancer, point, active = moved(Case("bilb", "tau_one", options))
+    gradient = differentiate(balancer.objective, balancer.normalization, point, active).parameter_gradients[0]
+    # With tau = 1 the discrepancy does not contain the router.
+    assert bool(gradient.any()) == (router_gradient == "both")

@@ -1,0 +1,79 @@
+"""Imports point one way: methods know torch alone, the Trainer knows methods, recipes know everything."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "hf_bilb").rglob("*.py"))
+}
+TOP = {"hf_bilb.recipe", "hf_bilb.run", "hf_bilb.cli", "hf_bilb.__main__"}
+TRAINING = {"hf_bilb.trainer", "hf_bilb.training_args", "hf_bilb.data", "hf_bilb.models", "hf_bilb.reporting"}
+
+
+def imported(module: str) -> set[str]:
+    """Every module that `module` names in an import, at the top or in a function; the package's own as modules."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (inner & MODULES.keys()) or {node.module or ""}
+    return names
+
+
+def reachable(module: str) -> set[str]:
+    """What `module` imports, and what those of the package import in turn."""
+    seen: set[str] = set()
+    queue = [module]
+    while queue:
+        fresh = imported(queue.pop()) - seen
+        seen |= fresh
+        queue += sorted(fresh & MODULES.keys())
+    return seen
+
+
+def within(names: set[str], packages: set[str]) -> set[str]:
+    return {name for name in names if any(name == p or name.startswith(f"{p}.") for p in packages)}
+
+
+def outside(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} - {"hf_bilb"} - sys.stdlib_module_names
+
+
+METHODS = sorted(name for name in MODULES if name.startswith("hf_bilb.balancers") or name == "hf_bilb.normalization")
+
+
+@pytest.mark.parametrize("module", METHODS)
+def test_methods_need_nothing_but_torch(module):
+    # hf_bilb itself is where the version stands; its imports of the Trainer are lazy
+    names = reachable(module) - reachable("hf_bilb") if "hf_bilb" in imported(module) else reachable(module)
+    assert outside(names) <= {"torch"}
+    assert within(names, TOP | TRAINING) == set()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - TOP))
+def test_nothing_imports_recipes_or_the_command_line(module):
+    assert within(imported(module), TOP) == set()
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("hf_bilb.reporting")))
+def test_reports_need_neither_torch_nor_transformers(module):
+    assert outside(reachable(module)) <= {"matplotlib", "numpy"}
+
+
+def test_the_trainer_knows_no_data_set_model_or_report():
+    assert within(reachable("hf_bilb.trainer"), {"hf_bilb.data", "hf_bilb.models", "hf_bilb.reporting"}) == set()
+
+
+def test_the_walk_sees_what_is_imported():
+    assert "hf_bilb.balancers.base" in reachable("hf_bilb.trainer")
+    assert outside(reachable("hf_bilb.run")) >= {"torch", "transformers", "click", "yaml", "matplotlib"}
