@@ -184,9 +184,7 @@ def load_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog | 
     """Restore `balancer` (and the running log) from `folder`; raises `CheckpointError` as `read_balancer` does."""
     tensors, description = read_balancer(folder, balancer)
     if description["options"] != repr(balancer.options):
-        logger.warning(
-            "%s: was saved with other options than this run's; this run's hold", Path(folder) / DESCRIPTION
-        )
+        logger.warning("%s: was saved with other options than this run's; this run's hold", Path(folder) / DESCRIPTION)
     balancer.load_state_dict(tensors)
     if log is not None:
         log.load_state(description["log"])

@@ -65,4 +65,4 @@ class LossMemory(nn.Module):
     @torch.no_grad()
     def observe(self, losses: Tensor, present: Tensor) -> None:
         torch.where(present, losses, self.last_losses, out=self.last_losses)
-        self.seen |= present
+        self.seen.logical_or_(present)

@@ -23,10 +23,7 @@ def discrepancy(values: Tensor, active: Tensor, pairs: Pairs, smoothing: float =
     """
     if pairs == "adjacent":
         return _adjacent(values, active, smoothing)
-    count = active.sum().to(values.dtype)
-    # mean over n(n-1)/2 pairs, times n-1
-    scale = 2 / count.clamp(min=1)
-    return scale * (_all_pairs(values, active) if smoothing == 0 else _all_pairs_smoothed(values, active, smoothing))
+    return _all_pairs(values, active) if smoothing == 0 else _all_pairs_smoothed(values, active, smoothing)
 
 
 def largest_slopes(active: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
@@ -55,14 +52,18 @@ def _all_pairs(values: Tensor, active: Tensor) -> Tensor:
     # K x K matrix (zero at ties, as for |0|), without building it.
     fixed = torch.where(active, values.detach(), torch.inf)
     ordered = fixed.sort().values
-    smaller = torch.searchsorted(ordered, fixed, right=False)
-    larger = active.sum() - torch.searchsorted(ordered, fixed, right=True)
-    slopes = torch.where(active, smaller - larger, 0).to(values.dtype)
-    return torch.dot(slopes, torch.where(active, values, 0.0))
+    count = active.sum()
+    slopes = torch.searchsorted(ordered, fixed) + torch.searchsorted(ordered, fixed, right=True) - count
+    return torch.dot(torch.where(active, slopes, 0) * _mean_times_rest(count, values.dtype), values)
 
 
 def _all_pairs_smoothed(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
     differences = values.unsqueeze(0) - values.unsqueeze(1)
     magnitudes = (differences.square() + smoothing).sqrt()
     mask = torch.triu(active.unsqueeze(0) & active.unsqueeze(1), diagonal=1)
-    return torch.where(mask, magnitudes, 0.0).sum()
+    return torch.where(mask, magnitudes, 0.0).sum() * _mean_times_rest(active.sum(), values.dtype)
+
+
+def _mean_times_rest(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """What brings a sum over n (n-1) / 2 pairs to their mean times n - 1."""
+    return 2 / count.clamp(min=1).to(dtype)

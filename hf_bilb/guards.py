@@ -39,10 +39,11 @@ class Guards(nn.Module):
         negative = (coefficients < 0).any()
         # The edge itself is a coefficient of zero: only beyond it, by more than rounding.
         beyond = self._never if edge_ratio is None else edge_ratio > 1 + 1e-6
-        self.counts += torch.stack([valid, negative, beyond, self._never if collapsed is None else collapsed]) & valid
+        flags = torch.stack([valid, negative, beyond, self._never if collapsed is None else collapsed])
+        self.counts.add_(flags & valid)
         if len(self.dominated) > 1:
             magnitudes = coefficients.abs()
-            self.dominated += (magnitudes > DOMINATION * magnitudes.sum()) & (present.sum() > 1) & valid
+            self.dominated.add_((magnitudes > DOMINATION * magnitudes.sum()) & (present.sum() > 1) & valid)
 
     def due_messages(self, task_names: Sequence[str]) -> list[str]:
         """Messages for what happened since the last call and has not been said yet. Cost: one read of K + 4 numbers."""

@@ -71,8 +71,8 @@ class Normalization(nn.Module):
         # A window of one takes the loss itself, to the last bit.
         mean = losses if self.window == 1 else self.reference_losses.lerp(losses, 1 / (self.observations + 1))
         torch.where(forming, mean, self.reference_losses, out=self.reference_losses)
-        self.observations += forming
-        self.seen |= present
+        self.observations.add_(forming)
+        self.seen.logical_or_(present)
 
     @property
     def needs_positive_losses(self) -> bool:

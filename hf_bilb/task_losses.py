@@ -95,21 +95,23 @@ def _as_counts(
     # At least float32: counts of pixels overflow half precision.
     dtype = torch.promote_types(vector.dtype, torch.float32)
     if num_items is None:
-        given = losses if isinstance(losses, Mapping) else names
-        return torch.tensor(
-            [default_items if name in given else 0.0 for name in names], dtype=dtype, device=vector.device
-        )
-    if isinstance(num_items, Mapping):
+        counts = torch.full((len(names),), default_items, dtype=dtype, device=vector.device)
+    elif isinstance(num_items, Mapping):
         _check_names("num_items", num_items, names)
         missing = [name for name in (losses if isinstance(losses, Mapping) else names) if name not in num_items]
         if missing:
             raise TaskLossError(f"num_items: no count for task {missing[0]!r}, which has a loss")
         values = [torch.as_tensor(num_items.get(name, 0.0), dtype=dtype, device=vector.device) for name in names]
-        return torch.stack([value.detach().reshape(()) for value in values])
-    if not isinstance(num_items, Tensor) or num_items.shape != (len(names),):
+        counts = torch.stack([value.detach().reshape(()) for value in values])
+    elif isinstance(num_items, Tensor) and num_items.shape == (len(names),):
+        counts = num_items.detach().to(device=vector.device, dtype=dtype)
+    else:
         got = f"shape {tuple(num_items.shape)}" if isinstance(num_items, Tensor) else type(num_items).__name__
         raise TaskLossError(f"num_items: got {got}, expected a tensor [{len(names)}], one count for each task")
-    return num_items.detach().to(device=vector.device, dtype=dtype)
+    if isinstance(losses, Mapping) and len(losses) < len(names):
+        # Whatever its count says: a task without a loss is absent.
+        counts = counts * torch.tensor([name in losses for name in names], device=vector.device)
+    return counts
 
 
 def _stack(losses: Mapping[str, Tensor], names: list[str]) -> Tensor:
@@ -124,9 +126,8 @@ def _stack(losses: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 
 def _check_names(what: str, given: Mapping[str, object], names: list[str]) -> None:
-    for name in given:
-        if name not in names:
-            raise TaskLossError(f"{what}: {name!r} is no task{nearest(str(name), names)}; tasks: {_short(names)}")
+    for name in given.keys() - set(names):
+        raise TaskLossError(f"{what}: {name!r} is no task{nearest(str(name), names)}; tasks: {_short(names)}")
 
 
 def _short(names: Sequence[str]) -> str:

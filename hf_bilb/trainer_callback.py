@@ -28,16 +28,21 @@ class BalancerCallback(TrainerCallback):
     def __init__(self, trainer: BilevelMTLTrainer) -> None:
         self._trainer = trainer
         self._dropped = False
+        self._epoch: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._epoch = None
         self._trainer.begin_run()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer.balancer.on_epoch_begin(int(state.epoch or 0))
+        # Counted from where the run begins or resumes: `state.epoch` lags behind when an epoch is cut short, and with a
+        # data set of unknown length.
+        self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
+        self._trainer.balancer.on_epoch_begin(self._epoch)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -47,6 +47,11 @@ def resolve_task_names(trainer: Trainer) -> tuple[str, ...]:
         raise OptionError(f"task_names: {list(names)} do not match model.config.task_names {list(of_model)}")
     if len(names) > 1 and trainer.compute_loss_func is not None:
         raise OptionError("compute_loss_func: would be ignored with several tasks; use task_loss_func")
+    if len(names) > 1 and trainer.args.label_smoothing_factor != 0:
+        raise OptionError(
+            f"label_smoothing_factor: {trainer.args.label_smoothing_factor} would be ignored with several tasks; "
+            "smooth in the model's or the task_loss_func's own losses"
+        )
     return check_task_names(names)
 
 
@@ -62,7 +67,7 @@ class ForwardColumns:
         self._label_names = set(label_names)
 
     def select(self, inputs: Mapping[str, Any], keep_labels: bool = False) -> dict[str, Any]:
-        """The part of `inputs` to call the model with; `keep_labels`: a forward with `**kwargs` gets all, as in Trainer."""
+        """The part of `inputs` to call the model with; `keep_labels`: a forward with `**kwargs` gets all of them."""
         if self._takes_any:
             return {k: v for k, v in inputs.items() if keep_labels or k in self._names or k not in self._label_names}
         return {k: v for k, v in inputs.items() if k in self._names}

@@ -72,11 +72,6 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             self.task_names = list(check_task_names(self.task_names))
         name, options = self.balancer_name_and_options()
         resolve_options(name, options)
-        if self.label_smoothing_factor != 0 and self.task_names is not None and len(self.task_names) > 1:
-            raise OptionError(
-                f"label_smoothing_factor: {self.label_smoothing_factor} would be ignored with several tasks; smooth in "
-                "the model's or the task_loss_func's own losses"
-            )
 
     def balancer_name_and_options(self) -> tuple[str, dict[str, Any]]:
         """The balancer's name and its options, from either form of `balancer`."""

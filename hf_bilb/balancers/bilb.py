@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_sum
+from hf_bilb.balancers.options import BalancerOptions, LearningRate
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.discrepancy import Pairs, discrepancy, largest_slopes
 from hf_bilb.normalization import MeanOf, NormalizationKind, ReferenceKind
@@ -127,38 +127,36 @@ class Bilb(Objective):
         """F = g + lambda f over the `active` tasks."""
         options = self.options
         sigma = self.router()
-        tau = sigma if options.tau == "weights" else torch.ones_like(sigma)
-
-        lower_sigma = sigma if options.router_gradient == "both" else sigma.detach()
-        denominator = self._denominator(lower_sigma, active)
-        g = masked_sum(lower_sigma * losses, active) / denominator
-        f = discrepancy(tau * losses, active, options.pairs, options.smoothing)
+        lower = torch.where(active, sigma if options.router_gradient == "both" else sigma.detach(), 0.0)
+        denominator = self._denominator(lower, active)
+        g = torch.dot(lower, losses) / denominator
+        f = discrepancy(sigma * losses if options.tau == "weights" else losses, active, options.pairs, options.smoothing)
 
         edge, several = self._edge(sigma.detach(), denominator.detach(), active)
+        weight: float | Tensor
         if isinstance(options.discrepancy_weight, EdgeFraction):
-            ratio = torch.full_like(edge, options.discrepancy_weight.edge_fraction)
-            weight = ratio * edge
+            weight, ratio = options.discrepancy_weight.edge_fraction * edge, options.discrepancy_weight.edge_fraction
         else:
-            weight = torch.full_like(edge, options.discrepancy_weight)
-            ratio = weight / edge
+            weight, ratio = options.discrepancy_weight, options.discrepancy_weight / edge
         # Sigmoid weights near zero cancel in sigma / sum sigma while f vanishes: the method has silently become LS.
         collapsed = (sigma.detach().amax() < 0.05) if options.activation == "sigmoid" else None
-        return ObjectiveValue(g + weight * f, sigma, f, torch.where(several, ratio, torch.zeros_like(ratio)), collapsed)
+        return ObjectiveValue(g + weight * f, sigma, f, several * ratio, collapsed)
 
-    def _denominator(self, sigma: Tensor, active: Tensor) -> Tensor:
+    def _denominator(self, weights: Tensor, active: Tensor) -> Tensor:
+        """The sum of `weights [K]`, which are zero for inactive tasks; one where there is nothing to divide."""
         kind = self.options.weight_denominator
         if kind == "none":
-            return torch.ones_like(sigma[0])
-        total = masked_sum(sigma if kind == "sum" else sigma.detach(), active)
+            return torch.ones_like(weights[0])
+        total = (weights if kind == "sum" else weights.detach()).sum()
         return torch.where(active.any(), total, 1.0)
 
     def _edge(self, sigma: Tensor, denominator: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The lambda at which a dF/dl_i can reach zero, min_i sigma_i / (denominator * tau_i * largest slope of f at i),
-        and whether there are several tasks."""
+        """The lambda at which a dF/dl_i can reach zero, min_i sigma_i / (denominator * tau_i * largest slope of f in i),
+        and whether there are several tasks: one alone has no discrepancy, so that any lambda is harmless."""
         slopes = largest_slopes(active, self.options.pairs, sigma.dtype)
-        # sigma / tau, also where sigma has underflowed to zero
-        ratios = torch.ones_like(sigma) if self.options.tau == "weights" else sigma
-        bounds = torch.where(slopes > 0, ratios / (denominator * slopes), torch.full_like(sigma, torch.inf))
-        several = slopes.any()
-        # One task alone has no discrepancy: any lambda is harmless, and a fraction of infinity would be NaN times zero.
-        return torch.where(several, bounds.amin(), torch.ones_like(bounds[0])), several
+        if self.options.tau == "one":
+            # A weight that has underflowed to zero must not turn the slope of an inactive task into NaN.
+            slopes = slopes / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
+        steepest = slopes.amax()
+        several = steepest > 0
+        return 1 / (denominator * torch.where(several, steepest, 1.0)), several

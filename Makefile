@@ -1,0 +1,68 @@
+# Everything that is done with this project, each with one command on a machine that has Python and make:
+#   make quickstart   train on QM9 with plain summing and with BiLB, compare the two (minutes, on a CPU)
+#   make test         the tests
+#   make lint         ruff and mypy
+#   make bench        what balancing costs per step
+#   make campaign     long fault and backend campaigns (campaigns/README.md)
+#   make clean        remove .venv, caches and the quickstart's runs
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -q --durations=15
+BIN := $(VENV)/bin
+QUICKSTART := runs/quickstart
+
+# Flags that keep `accelerate launch` from asking for a configuration. One process and one thread: the batches are small,
+# a second thread gains little on idle cores and loses much on busy ones.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format bench campaign clean
+
+help:
+	@sed -n '2,7s/^# *//p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second call instant; a change of the dependencies makes them stale. [dev] contains [qm9].
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing hf-bilb[dev] into $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	@touch $(VENV)/installed-qm9 $@
+
+$(VENV)/installed-qm9: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing hf-bilb[qm9] into $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[qm9]"
+	@touch $@
+
+# The folder $(QUICKSTART) belongs to this target: it is written anew each time. Runs of your own go elsewhere.
+quickstart: $(VENV)/installed-qm9
+	rm -rf $(QUICKSTART)
+	$(LAUNCH) -m hf_bilb train recipes/qm9/mlp_ls.yaml trainer.output_dir=$(QUICKSTART)/qm9_mlp_ls
+	$(LAUNCH) -m hf_bilb train recipes/qm9/mlp_bilb.yaml trainer.output_dir=$(QUICKSTART)/qm9_mlp_bilb
+	$(BIN)/hf-bilb report $(QUICKSTART)/qm9_mlp_ls $(QUICKSTART)/qm9_mlp_bilb --output $(QUICKSTART)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/balancing_overhead.py
+
+# pytest ends with 5 where a folder holds no test: no campaign is no failure.
+campaign: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest campaigns -q --durations=0; code=$$?; \
+	if [ $$code -eq 5 ]; then echo "no campaign yet (campaigns/README.md)"; else exit $$code; fi
+
+clean:
+	rm -rf $(VENV) $(QUICKSTART) .pytest_cache .mypy_cache .ruff_cache build dist hf_bilb.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

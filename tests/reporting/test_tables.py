@@ -1,0 +1,180 @@
+"""The table against figures worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+
+import pytest
+
+from hf_bilb.options import OptionError
+from hf_bilb.reporting.results import MetricResult, RunResults, is_better, labels
+from hf_bilb.reporting.tables import (
+    compare,
+    error_ratio,
+    geometric_mean,
+    number,
+    render_csv,
+    render_markdown,
+    render_text,
+)
+
+METRICS = [("mae_homo", "homo", "MAE", "meV", False), ("auc_toxic", "toxic", "AUC", "", True)]
+
+
+def run(
+    balancer: str, values: list[float | None], trivial: tuple[float | None, ...] = (200.0, 0.5), **changes
+) -> RunResults:
+    metrics = [MetricResult(*m, value=v, trivial=t) for m, v, t in zip(METRICS, values, trivial, strict=True)]
+    fields = {"recipe": f"mlp_{balancer}", "model": "mlp", "data": "made_up", "split": "test"}
+    return RunResults(balancer=balancer, metrics=metrics, **{**fields, **changes})
+
+
+LS = run("ls", [100.0, 0.8])
+BILB = run("bilb", [50.0, 0.4])
+
+
+def test_ratio_below_one_is_better_whichever_way_the_metric_points():
+    assert error_ratio(50.0, 100.0, higher_is_better=False) == 0.5
+    assert error_ratio(0.8, 0.4, higher_is_better=True) == 0.5
+
+
+@pytest.mark.parametrize(("value", "base"), [(None, 1.0), (1.0, None), (0.0, 1.0), (1.0, 0.0), (-1.0, 2.0)])
+def test_ratio_is_undefined_without_two_positive_numbers(value, base):
+    assert error_ratio(value, base, higher_is_better=False) is None
+
+
+def test_geometric_mean():
+    assert geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
+    assert geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
+    assert geometric_mean([1.0, None]) is None
+    assert geometric_mean([]) is None
+
+
+def test_compare_relates_to_the_first_run():
+    table = compare([LS, BILB], ["ls", "bilb"])
+    assert [row.ratios for row in table.rows] == [(1.0, 0.5), (1.0, 2.0)]
+    assert [row.best for row in table.rows] == [(1,), (0,)]
+    assert [row.beats_trivial for row in table.rows] == [(True, True), (True, False)]
+    assert table.geometric_means() == pytest.approx([1.0, 1.0])
+    assert table.worst_ratios() == [(1.0, "toxic"), (2.0, "toxic")]
+    assert table.notes == ()
+
+
+def test_a_missing_value_makes_the_summary_unknown_and_not_better():
+    table = compare([LS, run("bilb", [None, 0.9])], ["ls", "bilb"])
+    assert table.rows[0].ratios == (1.0, None)
+    assert table.rows[0].best == (0,)
+    assert table.rows[0].beats_trivial == (True, False)
+    assert table.geometric_means() == [1.0, None]
+    assert table.worst_ratios()[1] is None
+
+
+def test_ties_are_both_best():
+    table = compare([LS, run("bilb", [100.0, 0.9])], ["ls", "bilb"])
+    assert table.rows[0].best == (0, 1)
+
+
+def test_is_better_is_strict_and_false_where_unknown():
+    assert is_better(1.0, 2.0, higher_is_better=False)
+    assert not is_better(1.0, 1.0, higher_is_better=False)
+    assert not is_better(1.0, 1.0, higher_is_better=True)
+    assert not is_better(None, 1.0, higher_is_better=False)
+    assert not is_better(1.0, None, higher_is_better=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.0, "0.000"),
+        (0.45674, "0.4567"),
+        (12.3449, "12.34"),
+        (0.99996, "1.000"),
+        (9999.6, "10000"),
+        (12344.4, "12340"),
+        (0.00012344, "0.0001234"),
+        (1.2344e-5, "1.234e-05"),
+        (-3.14159, "-3.142"),
+        (2.5e8, "2.500e+08"),
+    ],
+)
+def test_number(value, text):
+    assert number(value) == text
+
+
+def test_markdown_of_two_runs():
+    assert render_markdown(compare([LS, BILB], ["ls", "bilb"])) == (
+        "| task | metric | unit | ls | bilb | mean predictor | bilb / ls | beats mean |\n"
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |\n"
+        "| homo | MAE | meV | 100.0 | **50.00** | 200.0 | 0.5000 | yes |\n"
+        "| toxic | AUC |  | **0.8000** | 0.4000 | 0.5000 | 2.000 | NO: bilb |\n"
+        "| geometric mean |  |  |  |  |  | 1.000 |  |\n"
+        "| worst |  |  |  |  |  | 2.000 (toxic) |  |\n"
+    )
+
+
+def test_markdown_of_one_run_has_neither_bold_nor_ratios():
+    assert render_markdown(compare([LS], ["ls"])) == (
+        "| task | metric | unit | ls | mean predictor | beats mean |\n"
+        "| --- | --- | --- | ---: | ---: | --- |\n"
+        "| homo | MAE | meV | 100.0 | 200.0 | yes |\n"
+        "| toxic | AUC |  | 0.8000 | 0.5000 | yes |\n"
+    )
+
+
+def test_without_a_trivial_predictor_nothing_is_said_about_it():
+    table = compare([run("ls", [100.0, 0.8], trivial=(None, None))], ["ls"])
+    assert "| 100.0 | - | - |" in render_markdown(table)
+
+
+def test_text_is_aligned_and_marks_the_best():
+    lines = render_text(compare([LS, BILB], ["ls", "bilb"])).splitlines()
+    assert lines[0].split() == "task metric unit ls bilb mean predictor bilb / ls beats mean".split()
+    assert "50.00*" in lines[2]
+    assert "0.8000*" in lines[3]
+    assert lines[5].split() == ["geometric", "mean", "1.000"]
+    assert lines[6].split() == ["worst", "2.000", "(toxic)"]
+    ends = {lines[i].index(word) + len(word) for i, word in ((0, "bilb / ls"), (2, "0.5000"), (6, "2.000 (toxic)"))}
+    assert len(ends) == 1
+
+
+def test_csv_keeps_full_precision():
+    table = compare([run("ls", [1 / 3, 0.8]), run("bilb", [None, 0.4])], ["ls", "bilb"])
+    rows = list(csv.DictReader(io.StringIO(render_csv(table))))
+    assert float(rows[0]["ls"]) == 1 / 3
+    assert rows[0]["bilb"] == rows[0]["ratio:bilb"] == ""
+    assert float(rows[1]["ratio:bilb"]) == 2.0
+    assert rows[1]["higher_is_better"] == "true"
+
+
+def test_other_rows_are_noted_in_every_rendering():
+    table = compare([LS, run("bilb", [50.0, 0.4], trivial=(201.0, 0.5))], ["ls", "bilb"])
+    note = "bilb and ls did not see the same rows: the mean predictor's mae_homo is 201.0 and 200.0"
+    assert table.notes == (note,)
+    assert note in render_markdown(table)
+    assert note in render_text(table)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(OptionError, match="bilb was measured on validation, ls on test"):
+        compare([LS, run("bilb", [1.0, 1.0], split="validation")], ["ls", "bilb"])
+    odd = RunResults("x", "mlp", "made_up", "bilb", "test", metrics=LS.metrics[:1])
+    with pytest.raises(OptionError, match=r"other metrics or units \(first: auc_toxic\)"):
+        compare([LS, odd], ["ls", "bilb"])
+
+
+def test_labels_are_the_shortest_names_that_tell_runs_apart():
+    assert labels([LS, BILB], ["a/x", "b/x"]) == ["ls", "bilb"]
+    other = run("ls", [1.0, 1.0], recipe="wide")
+    assert labels([LS, other], ["a/x", "b/y"]) == ["mlp_ls", "wide"]
+    assert labels([LS, LS], ["a/x", "b/y"]) == ["x", "y"]
+    assert labels([LS, LS], ["a/x", "b/x"]) == ["a/x", "b/x"]
+
+
+def test_worst_ratio_is_the_largest():
+    table = compare([LS, run("bilb", [130.0, 0.79])], ["ls", "bilb"])
+    ratio, task = table.worst_ratios()[1]
+    assert task == "homo"
+    assert math.isclose(ratio, 1.3)
