@@ -32,7 +32,7 @@ class TaskLosses:
         num_items: `[K]`, valid items behind each loss, detached; zero = the task is absent here.
         router_features: `[B, D]` or None.
         auxiliary_loss: scalar that is added to the objective as it is, or None.
-        complete: False when tasks were missing from a dict, so that their heads are not connected to `losses`.
+        complete: False when tasks of a dict were missing or constant: their heads are not connected to `losses`.
     """
 
     losses: Tensor
@@ -68,8 +68,9 @@ def as_task_losses(
     complete = True
     if isinstance(losses, Mapping):
         _check_names("losses", losses, names)
-        complete = len(losses) == len(names)
         vector = _stack(losses, names)
+        # A constant (zero for an absent task) connects its head as little as no entry does.
+        complete = len(losses) == len(names) and all(loss.requires_grad for loss in losses.values())
     else:
         vector = losses
         if not isinstance(vector, Tensor) or vector.shape != (len(names),):

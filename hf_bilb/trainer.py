@@ -248,11 +248,10 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         update.undo()
         self._running_log.drop(task)
         logger.warning("step %d is dropped: the loss of task %r is not finite", self.state.global_step + 1, task)
-        if self.accelerator.scaler is not None:
-            # Close the scaler's round, or it refuses the next one.
-            if self.args.max_grad_norm <= 0:
-                self.accelerator.unscale_gradients(self.optimizer)
-            self.accelerator.scaler.update()
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            # Clipping may have begun the scaler's round; closed at the same scale, it takes the next one.
+            scaler.update(scaler.get_scale())
         # The prepared optimizer does nothing between synchronisation points, and reports the step as skipped.
         self.accelerator.gradient_state._set_sync_gradients(False)
         self.optimizer._is_overflow = True

@@ -53,10 +53,12 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     task_priors: list[float] | None = field(default=None, metadata={"help": "K fixed factors of the tasks."})
 
     def __post_init__(self) -> None:
-        if self.greater_is_better is None and "loss" in (self.metric_for_best_model or "").split("_"):
-            # `eval_loss_<task>` too: TrainingArguments knows by its end alone that a metric is a loss.
-            self.greater_is_better = False
+        undecided = self.greater_is_better is None  # type: ignore[has-type]
+        metric = self.metric_for_best_model or ""
         super().__post_init__()
+        if undecided and "loss" in metric.split("_"):
+            # `eval_loss_<task>` too: TrainingArguments takes for a loss only what ends with the word.
+            self.greater_is_better = False
         for key, kind in (
             ("balance_over", BalanceOver),
             ("absent_tasks", AbsentTasks),

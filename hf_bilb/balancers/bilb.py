@@ -130,10 +130,13 @@ class Bilb(Objective):
         lower = torch.where(active, sigma if options.router_gradient == "both" else sigma.detach(), 0.0)
         denominator = self._denominator(lower, active)
         g = torch.dot(lower, losses) / denominator
-        f = discrepancy(sigma * losses if options.tau == "weights" else losses, active, options.pairs, options.smoothing)
+        f = discrepancy(
+            sigma * losses if options.tau == "weights" else losses, active, options.pairs, options.smoothing
+        )
 
         edge, several = self._edge(sigma.detach(), denominator.detach(), active)
         weight: float | Tensor
+        ratio: float | Tensor
         if isinstance(options.discrepancy_weight, EdgeFraction):
             weight, ratio = options.discrepancy_weight.edge_fraction * edge, options.discrepancy_weight.edge_fraction
         else:
@@ -151,8 +154,8 @@ class Bilb(Objective):
         return torch.where(active.any(), total, 1.0)
 
     def _edge(self, sigma: Tensor, denominator: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The lambda at which a dF/dl_i can reach zero, min_i sigma_i / (denominator * tau_i * largest slope of f in i),
-        and whether there are several tasks: one alone has no discrepancy, so that any lambda is harmless."""
+        """The lambda at which a dF/dl_i can reach zero, min_i sigma_i / (denominator * tau_i * largest slope of f), and
+        whether there are several tasks: one alone has no discrepancy, so that any lambda is harmless."""
         slopes = largest_slopes(active, self.options.pairs, sigma.dtype)
         if self.options.tau == "one":
             # A weight that has underflowed to zero must not turn the slope of an inactive task into NaN.
