@@ -36,9 +36,10 @@ class AccumulationWindow:
 
     def share(self, micro_batch: int) -> WindowShare:
         """The share of micro-batch number `micro_batch`."""
-        totals = self.everywhere.sum(dim=0)
-        fraction = self.everywhere[micro_batch].sum() / totals.sum().clamp(min=1)
-        return WindowShare(self.local[micro_batch] / totals.clamp(min=1), fraction, len(self.local))
+        totals = self.everywhere.sum(dim=0).clamp(min=1)
+        everywhere = self.everywhere[micro_batch]
+        fraction = everywhere.sum() / self.everywhere.sum().clamp(min=1)
+        return WindowShare(self.local[micro_batch] / totals, everywhere / totals, fraction, len(self.local))
 
 
 def label_counts(batch: Mapping[str, Any], label_names: Sequence[str], num_tasks: int) -> Tensor | None:

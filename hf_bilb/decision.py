@@ -13,11 +13,13 @@ class WindowShare(NamedTuple):
 
     Attributes:
         local: `[K]`, this rank's items of this micro-batch over the window's items on all ranks.
+        everywhere: `[K]`, all ranks' items of this micro-batch over the window's.
         fraction: scalar, the micro-batch's items of all tasks and ranks over the window's.
         num_micro_batches: how many micro-batches the window has.
     """
 
     local: Tensor
+    everywhere: Tensor
     fraction: Tensor
     num_micro_batches: int
 

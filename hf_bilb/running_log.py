@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_bilb.decision import Decision
+from hf_bilb.decision import Decision, WindowShare
 
 #: Above this many tasks the log holds a summary, and the full vectors go to a file.
 MAX_TASKS_IN_LOG = 32
 VECTORS_FILE = "task_vectors.jsonl"
 _VECTORS = ("loss_sum", "items", "coefficient", "weight", "presence")
 _SCALARS = ("value", "loss_mean", "discrepancy", "auxiliary", "fraction")
+_LOSS_MEAN = _SCALARS.index("loss_mean") - len(_SCALARS)  # counted from the end
 
 
 class RunningLog:
@@ -37,30 +38,31 @@ class RunningLog:
         self._run_value, self._run_updates = 0.0, 0
         self.dropped: dict[str, int] = {}
 
-    def add(self, decision: Decision, fraction: Tensor, has_auxiliary: bool) -> None:
-        """Take in one micro-batch that makes up `fraction` of its update; it counts from `commit` on."""
+    def add(self, decision: Decision, value: Tensor, share: WindowShare | None, has_auxiliary: bool) -> None:
+        """Take in one micro-batch with its part `value` of F and its `share` of the update; counts from `commit` on."""
         dtype = self._sums.dtype
         present = decision.present.to(dtype)
         # A batch without a label has no F.
-        fraction = fraction * decision.present.any()
+        fraction = decision.present.any().to(dtype) * (1.0 if share is None else share.fraction)
+        parts = 1 if share is None else share.num_micro_batches
         weights = torch.zeros_like(present) if decision.weights is None else decision.weights
         zero = present.new_zeros(())
-        scalars = [
-            decision.value + decision.auxiliary_loss,
-            decision.losses.sum() / present.sum().clamp(min=1),
-            zero if decision.discrepancy is None else decision.discrepancy,
-            decision.auxiliary_loss,
-            zero + 1,
-        ]
-        per_step = torch.cat([decision.coefficients, weights * present, present, torch.stack(scalars)]).to(dtype)
+        discrepancy = zero if decision.discrepancy is None else decision.discrepancy * fraction
+        # The mean loss of the update follows in `commit`, from its sums.
+        scalars = [value.detach().to(dtype), zero, discrepancy, decision.auxiliary_loss / parts, fraction]
+        per_step = torch.cat([decision.coefficients, weights * present, present]).to(dtype) * fraction
         items = decision.num_items.to(dtype)
-        self._pending += torch.cat([decision.losses * items, items, per_step * fraction.to(dtype)])
+        self._pending += torch.cat([decision.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
         self._has_weights |= decision.weights is not None
         self._has_discrepancy |= decision.discrepancy is not None
         self._has_auxiliary |= has_auxiliary
 
     def commit(self) -> None:
         """The update took place: its micro-batches count."""
+        num_tasks = len(self.task_names)
+        sums, items = self._pending[:num_tasks], self._pending[num_tasks : 2 * num_tasks]
+        losses = sums / items.clamp(min=torch.finfo(items.dtype).tiny)
+        self._pending[_LOSS_MEAN] = losses.sum() / (items > 0).sum().clamp(min=1)
         self._sums += self._pending
         self._pending.zero_()
         self._updates += 1

@@ -221,8 +221,7 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
             everywhere = [] if model.find_unused_parameters else list(model.parameters())
             zero = distributed.reach([*_tensors(outputs), *everywhere])
             loss = loss if zero is None else loss + zero.to(loss.dtype)
-        fraction = loss.new_ones(()) if share is None else share.fraction
-        self._running_log.add(decision, fraction, batch.auxiliary_loss is not None)
+        self._running_log.add(decision, loss, share, batch.auxiliary_loss is not None)
         if self._update is not None:
             self._update.add(decision)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -108,7 +108,9 @@ class SyntheticData(Dataset):
         return {"features": self.features[index], "labels": self.labels[index]}
 
 
-def build_model(dtype: torch.dtype = torch.float32, seed: int = 0, kwargs_forward: bool = False, **config: Any) -> SyntheticModel:
+def build_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, kwargs_forward: bool = False, **config: Any
+) -> SyntheticModel:
     """A model whose weights depend on `seed` alone."""
     torch.manual_seed(seed)
     cls = SyntheticKwargsModel if kwargs_forward else SyntheticModel

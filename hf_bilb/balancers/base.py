@@ -185,12 +185,17 @@ class LossBalancer:
         # A task without items here may have any value, NaN included: it takes no part, with a zero gradient.
         connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
         total = torch.dot((ranks * decision.coefficients * local).to(connected.dtype), connected)
-        reported = decision.value if share is None else decision.value * share.fraction
+        reported = decision.value if share is None else self._part_of_window(decision, share)
         if batch.auxiliary_loss is not None:
             parts = 1 if share is None else share.num_micro_batches
             total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
             reported = reported + decision.auxiliary_loss / parts
         return total + (reported - total.detach()), decision
+
+    def _part_of_window(self, decision: Decision, share: WindowShare) -> Tensor:
+        """A micro-batch's part of the window's F; the parts of a method that is linear in the losses add up exactly."""
+        of_tasks = (share.everywhere - share.fraction).to(self.dtype)
+        return decision.value * share.fraction + torch.dot(decision.coefficients * decision.losses, of_tasks)
 
     def decide(self, losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None = None) -> Decision:
         """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.

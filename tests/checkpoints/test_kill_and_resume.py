@@ -1,0 +1,99 @@
+"""Killed with SIGKILL and resumed in a fresh interpreter: as if never stopped, to the last bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints.runs import KILLED_SAVE, LOGGING_STEPS, POINTS, RUNS, SAVE_STEPS
+
+NAMES = [pytest.param(name, marks=pytest.mark.distributed if run.num_ranks > 1 else ()) for name, run in RUNS.items()]
+
+
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    return torch.load(folder / "whole.pt"), torch.load(folder / "resumed.pt")
+
+
+def assert_bit_identical(whole: dict[str, Any], resumed: dict[str, Any]) -> None:
+    assert torch.equal(whole["parameters"], resumed["parameters"])
+    assert whole["balancer"].keys() == resumed["balancer"].keys()
+    for key, value in whole["balancer"].items():
+        assert torch.equal(value, resumed["balancer"][key]), f"balancer state {key} differs"
+    # As text, exact: the gradient norm of a dropped step is NaN, which equals nothing.
+    assert json.dumps(whole["logs"], sort_keys=True) == json.dumps(resumed["logs"], sort_keys=True)
+    assert whole["training_loss"] == resumed["training_loss"] == whole["logs"][-1]["train_loss"]
+    assert whole["vectors"] == resumed["vectors"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_killed_run_goes_on_as_if_never_stopped(resumed_runs: Path, name: str) -> None:
+    run = RUNS[name]
+    assert run.kill_at % LOGGING_STEPS and run.kill_at % SAVE_STEPS and run.kill_at % 11
+    whole, resumed = load(resumed_runs / name)
+    assert whole["began_at"] == 0
+    assert resumed["began_at"] == run.resumes_from, "it has to go on, not to start over"
+    assert whole["steps"] == resumed["steps"] == 33
+    assert whole["world_size"] == resumed["world_size"] == run.num_ranks
+    assert_bit_identical(whole, resumed)
+
+
+def test_the_compared_state_holds_router_moments_and_references(resumed_runs: Path) -> None:
+    whole, _ = load(resumed_runs / "qm9")
+    names = " ".join(whole["balancer"])
+    for part in ("router.logits", "exp_avg", "exp_avg_sq", "step", "reference_losses", "last_losses", "epoch"):
+        assert part in names
+    assert whole["logs"][0].keys() >= {
+        "loss",
+        "loss_mean",
+        "loss/alpha",
+        "weight/alpha",
+        "coefficient/alpha",
+        "discrepancy",
+    }
+
+
+def test_dropped_steps_are_counted_over_the_kill(resumed_runs: Path) -> None:
+    _, resumed = load(resumed_runs / "dropped")
+    counts = [value for key, value in resumed["logs"][-2].items() if key.startswith("dropped_steps/")]
+    assert sum(counts) >= 2, resumed["logs"][-2]
+
+
+def test_task_vectors_are_written_once_per_logging_step(resumed_runs: Path) -> None:
+    _, resumed = load(resumed_runs / "many_tasks")
+    assert [line[: line.index(",")] for line in resumed["vectors"].splitlines()] == [
+        f'{{"step": {step}' for step in range(LOGGING_STEPS, 33, LOGGING_STEPS)
+    ]
+
+
+def test_the_best_checkpoint_survives_a_kill(resumed_runs: Path) -> None:
+    whole, resumed = load(resumed_runs / "best_model")
+    assert Path(whole["best"]).name == Path(resumed["best"]).name
+    assert Path(resumed["best"]).is_dir()
+
+
+def test_a_run_killed_from_outside_four_times(resumed_runs: Path) -> None:
+    # It saves in every step, so that most of these kills hit a checkpoint that is being written.
+    whole, resumed = load(resumed_runs / "outside")
+    assert resumed["began_at"] > 4
+    assert resumed["steps"] == 66
+    assert_bit_identical(whole, resumed)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_while_saving_leaves_no_half_checkpoint(resumed_runs: Path, point: str) -> None:
+    folder = resumed_runs / point
+    left = ["checkpoint-10", "checkpoint-5"] if point == "before_rotation" else ["_incomplete", "checkpoint-5"]
+    assert torch.load(folder / "left.pt") == left
+    # A checkpoint that only its rename was missing is taken over.
+    complete = point in ("before_rename", "before_rotation")
+    resumed = torch.load(folder / "resumed.pt")
+    assert resumed["began_at"] == (KILLED_SAVE if complete else SAVE_STEPS)
+    passed_over = [text for text in resumed["messages"] if "passed over" in text]
+    assert len(passed_over) == (0 if complete else 1)
+    assert all(f"checkpoint-{KILLED_SAVE}" in text for text in passed_over)
+    assert not (folder / "killed" / "_incomplete").exists(), "the next save is to clean up"
+    assert_bit_identical(torch.load(resumed_runs / POINTS[0] / "whole.pt"), resumed)

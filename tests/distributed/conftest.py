@@ -1,0 +1,59 @@
+"""One launch of two processes and one of one process, shared by all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 400
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Results by name of the scenario: of one process, and of the two ranks."""
+
+    one: dict[str, Any]
+    ranks: tuple[dict[str, Any], dict[str, Any]]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("distributed")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # A launch variable of an outer launcher would make a rank of this process.
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    launches = {}
+    for size, launcher in ((1, []), (2, torchrun)):
+        command = [sys.executable, *launcher, "-m", "tests.distributed.worker", str(folder), str(size)]
+        log = folder / f"world{size}.log"
+        with log.open("w") as output:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        launches[size] = (process, log)
+    try:
+        for size, (process, log) in launches.items():
+            code = process.wait(timeout=TIMEOUT)
+            assert code == 0, f"the launch of {size} process(es) ended with {code}:\n{log.read_text()[-6000:]}"
+    finally:
+        for process, _ in launches.values():
+            process.terminate()
+    one, first, second = (
+        torch.load(folder / f"{name}.pt") for name in ("world1-rank0", "world2-rank0", "world2-rank1")
+    )
+    return Runs(one, (first, second))

@@ -1,0 +1,316 @@
+"""What the distributed tests run, on one rank and on two: name -> function that returns what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from hf_bilb import BilevelMTLTrainer, distributed
+from hf_bilb.balancers.base import LossBalancer
+from hf_bilb.decision import NonFiniteLossError, WindowShare
+from hf_bilb.task_losses import masked_mse
+from tests.distributed.training import (
+    SmallestGap,
+    arguments,
+    optimizer_settings,
+    train,
+    train_plain,
+    train_standalone,
+    uneven_data,
+    world_size,
+)
+from tests.synthetic import TASK_NAMES, SyntheticData, SyntheticModel, SyntheticOutput, build_data, build_model
+
+BALANCERS: dict[str, dict[str, Any]] = {
+    "ls": {"name": "ls"},
+    "si": {"name": "si"},
+    "uw": {"name": "uw"},
+    "bilb": {"name": "bilb", "learning_rate": 0.05},
+    "bilb-celeba": {"name": "bilb", "preset": "celeba", "learning_rate": 0.05},
+    "bilb-qm9": {"name": "bilb", "preset": "qm9", "learning_rate": 0.05},
+}
+SABOTAGE = [
+    "local_denominator/ls",
+    "local_denominator/bilb",
+    "local_objective/si",
+    "local_objective/uw",
+    "local_objective/bilb",
+    "no_factor_ranks/ls",
+]
+#: Coefficients 1 / l, up to 5000 in this data: a large step would amplify rounding errors.
+STEEP = {"si", "bilb-qm9"}
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+Scenario = Callable[[], dict[str, Any]]
+
+
+# --- equality with one process ------------------------------------------------------------------------------------
+
+
+def equality(balancer: str, absent: str, dtype: torch.dtype) -> dict[str, Any]:
+    with SmallestGap() as gap:
+        result = train(
+            build_model(dtype),
+            uneven_data(dtype),
+            balancer=BALANCERS[balancer],
+            absent_tasks=absent,
+            num_train_epochs=2,
+            **optimizer_settings(dtype, steep=balancer in STEEP),
+        )
+    return {**result, "smallest_gap": gap.value}
+
+
+def standalone(balancer: str) -> dict[str, Any]:
+    return train_standalone(BALANCERS[balancer], torch.float64, steps=50)
+
+
+# --- sabotage: the same, broken in one place ----------------------------------------------------------------------
+
+
+@contextmanager
+def sabotaged(kind: str) -> Iterator[None]:
+    original = LossBalancer.surrogate
+
+    def surrogate(self: LossBalancer, batch: Any, process_group: Any = None, share: Any = None) -> Any:
+        ranks = distributed.data_parallel_size(process_group)
+        here = (batch.num_items > 0).to(batch.num_items.dtype)
+        everywhere = distributed.all_reduce_sum(batch.num_items, process_group).clamp(min=1)
+        exact = batch.num_items / everywhere
+        local = {"local_denominator": here / ranks, "local_objective": exact, "no_factor_ranks": exact / ranks}[kind]
+        return original(self, batch, process_group, WindowShare(local, torch.ones_like(local), torch.ones(()), 1))
+
+    def reduce_locally(losses: Tensor, num_items: Tensor, auxiliary_loss: Any, group: Any = None) -> Any:
+        here = num_items > 0
+        return torch.where(here, losses.detach(), torch.zeros_like(num_items)), num_items, num_items.new_zeros(())
+
+    reduce = distributed.reduce_losses
+    LossBalancer.surrogate = surrogate
+    if kind == "local_objective":
+        distributed.reduce_losses = reduce_locally
+    try:
+        yield
+    finally:
+        LossBalancer.surrogate = original
+        distributed.reduce_losses = reduce
+
+
+def sabotage(kind: str, balancer: str) -> dict[str, Any]:
+    """To be compared with the scenario `equality` of one process, in which nothing is broken."""
+    with sabotaged(kind):
+        return equality(balancer, "skip", torch.float32)
+
+
+# --- heads that are not connected on one rank ---------------------------------------------------------------------
+
+
+class SeparateHeads(SyntheticModel):
+    """One module per head, each used only where its task has labels; losses and counts are dicts of what there is."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, 1) for _ in config.task_names)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> SyntheticOutput:
+        hidden = self.trunk(features)
+        losses, num_items = {}, {}
+        for k, name in enumerate(self.config.task_names):
+            if labels[:, k].isfinite().any():
+                loss, count = masked_mse(self.heads[k](hidden), labels[:, k : k + 1])
+                losses[name], num_items[name] = loss[0], count[0]
+        return SyntheticOutput(losses=losses, num_items=num_items, logits=hidden)
+
+
+class ConstantZeros(SeparateHeads):
+    """Hands over a zero that is connected to nothing for a task without labels."""
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> SyntheticOutput:
+        found = super().forward(features, labels)
+        for name in self.config.task_names:
+            found.losses.setdefault(name, features.new_zeros(()))
+            found.num_items.setdefault(name, features.new_zeros(()))
+        return found
+
+
+class DictOfHeads(SeparateHeads):
+    """Runs every head, but hands over the losses of the tasks with labels only: through `task_loss_func`."""
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> SyntheticOutput:
+        hidden = self.trunk(features)
+        return SyntheticOutput(logits=torch.cat([head(hidden) for head in self.heads], dim=1))
+
+
+def dict_losses(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    losses, num_items = masked_mse(outputs.logits, batch["labels"])
+    given = [k for k in range(len(num_items)) if num_items[k] > 0]
+    return {TASK_NAMES[k]: losses[k] for k in given}, {TASK_NAMES[k]: num_items[k] for k in given}
+
+
+HEADS: dict[str, type[SeparateHeads]] = {"unused": SeparateHeads, "constant": ConstantZeros, "dropped": DictOfHeads}
+
+
+def data_for_dicts() -> SyntheticData:
+    """As `uneven_data`, but every task has a label on one rank at least, and every rank a label at least.
+
+    An empty dict of losses is an error; and whether Adam moves a head without any gradient depends on whether the
+    gradient is zero (DDP without `find_unused_parameters`) or None (with it, or one process).
+    """
+    data = uneven_data(torch.float64)
+    steps = data.labels.view(25, 2, 4, -1)
+    steps[7, 1, 0, 2] = 0.25
+    steps[8, 0, 1, 1] = -0.5
+    steps[5, 0, 2, 1] = 0.4
+    steps[:5, 1, 3, 3] = 0.7
+    return data
+
+
+def missing_heads(kind: str, find_unused: bool) -> dict[str, Any]:
+    return train(
+        build_separate_heads(HEADS[kind]),
+        data_for_dicts(),
+        balancer=BALANCERS["bilb"],
+        num_train_epochs=1,
+        ddp_find_unused_parameters=find_unused,
+        task_loss_func=dict_losses if kind == "dropped" else None,
+        **optimizer_settings(torch.float64),
+    )
+
+
+def missing_heads_in_windows(kind: str, find_unused: bool) -> dict[str, Any]:
+    """Two micro-batches in a window, each with heads that are missing on one rank; `alpha` is always there."""
+    data = build_data(80, dtype=torch.float64, missing=0.6)
+    data.labels[:, 0] = data.labels[:, 0].nan_to_num(0.1)
+    windows = data.labels.view(10, 8, -1)
+    assert windows.isfinite().any(dim=1).all(), "every task is to be somewhere in every window"
+    return train(
+        build_separate_heads(HEADS[kind]),
+        data,
+        balancer=BALANCERS["bilb"],
+        accumulation=2,
+        num_train_epochs=2,
+        ddp_find_unused_parameters=find_unused,
+        task_loss_func=dict_losses if kind == "dropped" else None,
+        **optimizer_settings(torch.float64),
+    )
+
+
+def build_separate_heads(cls: type[SeparateHeads]) -> SeparateHeads:
+    reference = build_model(torch.float64)
+    model = cls(reference.config).double()
+    with torch.no_grad():
+        model.trunk.load_state_dict(reference.trunk.state_dict())
+        for k, head in enumerate(model.heads):
+            head.weight.copy_(reference.heads.weight[k : k + 1])
+            head.bias.copy_(reference.heads.bias[k : k + 1])
+    return model
+
+
+# --- no factor of 2, 4 or 8 ---------------------------------------------------------------------------------------
+
+
+def no_factor(kwargs_forward: bool, accumulation: int) -> dict[str, Any]:
+    data = build_data(192, dtype=torch.float64, missing=0.3)
+    batch = 4 * accumulation * world_size()
+    steps = 6
+    found = train(
+        build_model(torch.float64, kwargs_forward=kwargs_forward),
+        data,
+        balancer="ls",
+        accumulation=accumulation,
+        global_batch=batch,
+        max_steps=steps,
+        optim="sgd",
+        learning_rate=5e-2,
+    )
+    return {**found, "plain": train_plain(build_model(torch.float64), data, batch, steps, 5e-2)}
+
+
+def accumulated(accumulation: int, balancer: str = "ls", **settings: Any) -> dict[str, Any]:
+    # 44 rows in windows of 8: the last one has 4, which is fewer micro-batches of the same size.
+    return train(
+        build_model(torch.float64, auxiliary_weight=0.1),
+        build_data(44, dtype=torch.float64, missing=0.4),
+        balancer=balancer,
+        accumulation=accumulation,
+        num_train_epochs=3,
+        optim="adamw_torch",
+        learning_rate=1e-2,
+        logging_steps=6,
+        **settings,
+    )
+
+
+# --- a loss that is not finite on one rank ------------------------------------------------------------------------
+
+
+def poisoned(policy: str) -> dict[str, Any]:
+    data = uneven_data(torch.float64)
+    # The last four rows of batch 9: rank 1's.
+    data.features[9 * 8 + 5] = torch.inf
+    data.labels[9 * 8 + 5] = 1.0
+    try:
+        return train(
+            build_model(torch.float64),
+            data,
+            balancer=BALANCERS["bilb"],
+            num_train_epochs=1,
+            nonfinite_loss=policy,
+            **optimizer_settings(torch.float64),
+        )
+    except NonFiniteLossError as error:
+        return {"error": str(error)}
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    """The rows of a data set, without its length."""
+
+    def __init__(self, data: SyntheticData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.data[i] for i in range(len(self.data)))
+
+
+def evaluated(rows: int, stream: bool = False) -> dict[str, Any]:
+    args = arguments(per_device_eval_batch_size=8 // world_size(), balancer="ls")
+    data = build_data(rows, dtype=torch.float64, missing=0.3)
+    dataset = Stream(data) if stream else data
+    trainer = BilevelMTLTrainer(model=build_model(torch.float64), args=args, eval_dataset=dataset)
+    return {"metrics": {k: v for k, v in trainer.evaluate().items() if "loss" in k}}
+
+
+def all_scenarios() -> dict[str, Scenario]:
+    """Every scenario by name; the name is what the tests ask for."""
+    found: dict[str, Scenario] = {}
+    for balancer in BALANCERS:
+        found[f"standalone/{balancer}"] = partial(standalone, balancer)
+        for absent, precision in (("skip", "float64"), ("hold", "float64"), ("skip", "float32")):
+            found[f"equality/{balancer}/{absent}/{precision}"] = partial(equality, balancer, absent, DTYPES[precision])
+    found["equality/bilb/hold/float32"] = partial(equality, "bilb", "hold", torch.float32)
+    for kind in HEADS:
+        for find_unused in (False, True):
+            found[f"heads/{kind}/{find_unused}"] = partial(missing_heads, kind, find_unused)
+            found[f"heads_in_windows/{kind}/{find_unused}"] = partial(missing_heads_in_windows, kind, find_unused)
+    for kwargs_forward in (False, True):
+        for accumulation in (1, 4):
+            found[f"factor/{kwargs_forward}/{accumulation}"] = partial(no_factor, kwargs_forward, accumulation)
+    # Whole batches on one rank only: a last batch of 4 rows would be filled up to 4 rows on each of two ranks.
+    for accumulation in (1, 2, 4) if world_size() == 1 else (2, 4):
+        found[f"accumulated/ls/{accumulation}"] = partial(accumulated, accumulation)
+    found["accumulated/bilb/2"] = partial(accumulated, 2, BALANCERS["bilb"])
+    for policy in ("skip", "raise"):
+        found[f"poisoned/{policy}"] = partial(poisoned, policy)
+    for rows in (3, 13, 16, 21):
+        found[f"evaluated/{rows}"] = partial(evaluated, rows)
+        found[f"evaluated_stream/{rows}"] = partial(evaluated, rows, stream=True)
+    if world_size() > 1:
+        for name in SABOTAGE:
+            found[f"sabotage/{name}"] = partial(sabotage, *name.split("/"))
+    return found

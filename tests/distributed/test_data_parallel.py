@@ -1,0 +1,150 @@
+"""Two real processes (gloo, DistributedDataParallel) against one process with the whole batch, after 50 steps.
+
+Each rank has other data and other missing tasks, with unequal counts; see `training.uneven_data`. `scenarios.py` says
+what runs, `conftest.py` launches it once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.conftest import Runs
+from tests.distributed.scenarios import BALANCERS, HEADS, SABOTAGE
+from tests.synthetic import TASK_NAMES, relative_difference
+
+pytestmark = pytest.mark.distributed
+
+#: Relative L2 of the parameters, DESIGN "What exact and the same mean": Adam in float64, SGD in float32.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
+#: Of logged numbers and of the balancer's state; in float32 a coefficient 1 / l amplifies rounding.
+LOG_TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
+
+EQUALITY = [
+    f"equality/{balancer}/{absent}/{precision}"
+    for balancer in BALANCERS
+    for absent, precision in (("skip", "float64"), ("hold", "float64"), ("skip", "float32"))
+] + ["equality/bilb/hold/float32"]
+MISSING_HEADS = [
+    f"{scenario}/{kind}/{find_unused}"
+    for scenario in ("heads", "heads_in_windows")
+    for kind in HEADS
+    for find_unused in (False, True)
+]
+
+
+def assert_ranks_agree(runs: Runs, name: str) -> None:
+    first, second = (rank[name] for rank in runs.ranks)
+    assert first["world_size"] == second["world_size"] == 2
+    assert runs.one[name]["world_size"] == 1
+    assert first["balancer"].keys() == second["balancer"].keys()
+    for key in first["balancer"]:
+        assert torch.equal(first["balancer"][key], second["balancer"][key]), f"{key} differs between the ranks"
+    assert torch.equal(first["parameters"], second["parameters"])
+
+
+def assert_same_balancer(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(
+            found[key], expected[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def assert_same_logs(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
+    assert len(found) == len(expected) > 1
+    for ours, theirs in zip(found, expected, strict=True):
+        # The gradient norm of a dropped step is NaN.
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", EQUALITY)
+def test_two_ranks_equal_one_process(runs: Runs, name: str) -> None:
+    precision = name.split("/")[-1]
+    found, expected = runs.ranks[0][name], runs.one[name]
+    assert found["steps"] == expected["steps"] == 50
+    assert_ranks_agree(runs, name)
+    assert relative_difference(found["parameters"], expected["parameters"]) <= TOLERANCE[precision]
+    assert_same_balancer(found["balancer"], expected["balancer"], LOG_TOLERANCE[precision])
+    torch.testing.assert_close(
+        found["coefficients"], expected["coefficients"], rtol=LOG_TOLERANCE[precision], atol=LOG_TOLERANCE[precision]
+    )
+
+
+@pytest.mark.parametrize("name", EQUALITY)
+def test_logged_losses_equal_those_of_one_process(runs: Runs, name: str) -> None:
+    found, expected = runs.ranks[0][name]["logs"], runs.one[name]["logs"]
+    assert {"loss", "loss_mean", "loss/alpha", "loss/delta", "coefficient/alpha"} <= expected[0].keys()
+    assert "train_loss" in expected[-1]
+    assert_same_logs(found, expected, LOG_TOLERANCE[name.split("/")[-1]])
+
+
+@pytest.mark.parametrize("name", [name for name in EQUALITY if "bilb" in name])
+def test_no_difference_crosses_zero_within_rounding(runs: Runs, name: str) -> None:
+    # Otherwise the sign in d|d| would be a matter of rounding, and equality a matter of luck.
+    margin = {"float64": 1e-6, "float32": 1e-4}[name.split("/")[-1]]
+    assert margin < runs.one[name]["smallest_gap"] < 1
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_the_standalone_balancer_equals_one_process(runs: Runs, balancer: str) -> None:
+    name = f"standalone/{balancer}"
+    found, expected = runs.ranks[0][name], runs.one[name]
+    assert_ranks_agree(runs, name)
+    assert relative_difference(found["parameters"], expected["parameters"]) <= 1e-12
+    assert_same_balancer(found["balancer"], expected["balancer"], 1e-11)
+    torch.testing.assert_close(found["values"], expected["values"], rtol=1e-11, atol=1e-11)
+    assert torch.equal(found["values"], runs.ranks[1][name]["values"]), "F is the same on every rank"
+
+
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_the_standalone_loop_equals_the_trainer(runs: Runs, balancer: str) -> None:
+    by_hand, by_trainer = runs.ranks[0][f"standalone/{balancer}"], runs.ranks[0][f"equality/{balancer}/skip/float64"]
+    assert relative_difference(by_hand["parameters"], by_trainer["parameters"]) <= 1e-12
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_local_denominator_or_objective_is_noticed(runs: Runs, name: str) -> None:
+    kind, balancer = name.split("/")
+    expected = runs.one[f"equality/{balancer}/skip/float32"]["parameters"]
+    first, second = (rank[f"sabotage/{name}"] for rank in runs.ranks)
+    assert relative_difference(first["parameters"], expected) > 1e-4
+    if kind == "local_objective":
+        state = next(key for key in first["balancer"] if "last_losses" in key)
+        assert not torch.equal(first["balancer"][state], second["balancer"][state])
+
+
+@pytest.mark.parametrize("name", MISSING_HEADS)
+def test_heads_that_are_not_connected_on_one_rank(runs: Runs, name: str) -> None:
+    found, expected = runs.ranks[0][name], runs.one[name]
+    assert_ranks_agree(runs, name)
+    assert relative_difference(found["parameters"], expected["parameters"]) <= 1e-12
+    assert_same_logs(found["logs"], expected["logs"], 1e-11)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_drops_the_step_on_both(runs: Runs) -> None:
+    name = "poisoned/skip"
+    found, expected = runs.ranks[0][name], runs.one[name]
+    assert_ranks_agree(runs, name)
+    assert found["parameters"].isfinite().all()
+    assert relative_difference(found["parameters"], expected["parameters"]) <= 1e-12
+    assert sum(value for key, value in found["logs"][-2].items() if key.startswith("dropped_steps/")) == 1
+    assert_same_logs(found["logs"], expected["logs"], 1e-11)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_raises_the_same_on_both(runs: Runs) -> None:
+    errors = {results["poisoned/raise"]["error"] for results in (runs.one, *runs.ranks)}
+    assert len(errors) == 1
+    assert "task 'alpha' is nan at step 10" in errors.pop()
+
+
+@pytest.mark.parametrize("rows", [3, 13, 16, 21])
+@pytest.mark.parametrize("scenario", ["evaluated", "evaluated_stream"])
+def test_evaluation_counts_every_example_once(runs: Runs, scenario: str, rows: int) -> None:
+    name = f"{scenario}/{rows}"
+    expected = runs.one[name]["metrics"]
+    assert expected.keys() == {"eval_loss", *(f"eval_loss_{task}" for task in TASK_NAMES)}
+    for results in runs.ranks:
+        assert results[name]["metrics"] == pytest.approx(expected, rel=1e-12)

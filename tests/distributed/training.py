@@ -1,0 +1,193 @@
+"""Short training runs for the distributed tests, by the Trainer and by plain loops; the same code on one and two ranks.
+
+A rank's micro-batches are `per_rank` rows; accelerate deals the micro-batches of the sequential order out in turn, so
+that a global batch is the same contiguous block of rows whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, build_balancer
+from hf_bilb.balancers import bilb
+from tests.synthetic import SyntheticData, build_data, build_model, flat_parameters
+
+#: Rows of a global batch, whatever the number of ranks.
+GLOBAL_BATCH = 8
+STEPS_PER_EPOCH = 25
+NOT_COMPARED = ("runtime", "per_second", "flos")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def uneven_data(dtype: torch.dtype) -> SyntheticData:
+    """25 global batches of 8 rows; the first 4 rows of each are rank 0's, the others rank 1's, when there are two.
+
+    A third of the labels is missing at random, and beyond that: a task absent on one rank, on the other, on both, a
+    rank without any label, and a task that is first seen in step 6.
+    """
+    data = build_data(STEPS_PER_EPOCH * GLOBAL_BATCH, dtype=dtype, missing=0.3)
+    steps = data.labels.view(STEPS_PER_EPOCH, 2, GLOBAL_BATCH // 2, -1)
+    steps[3, 1, :, 2] = torch.nan
+    steps[4, 0, :, 0] = torch.nan
+    steps[5, :, :, 1] = torch.nan
+    steps[7, 1] = torch.nan
+    steps[8, 0] = torch.nan
+    steps[:5, :, :, 3] = torch.nan
+    counts = steps.isfinite().sum(dim=2)
+    assert (counts[:, 0] != counts[:, 1]).any(dim=1).sum() > 20, "the ranks' counts are to differ"
+    return data
+
+
+class Recorder(TrainerCallback):
+    """Keeps the coefficients of every step."""
+
+    def __init__(self) -> None:
+        self.coefficients: list[Tensor] = []
+
+    def on_step_end(self, *args: Any, balancer: Any = None, **kwargs: Any) -> None:
+        self.coefficients.append(balancer.coefficients.clone())
+
+
+def arguments(**settings: Any) -> BilevelMTLTrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "sequential",
+        "ddp_backend": "gloo" if world_size() > 1 else None,
+        "seed": 3,
+    }
+    return BilevelMTLTrainingArguments(**{**defaults, **settings})
+
+
+def logged(trainer: BilevelMTLTrainer) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in entry.items() if not any(word in key for word in NOT_COMPARED)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def train(
+    model: nn.Module,
+    data: SyntheticData,
+    *,
+    accumulation: int = 1,
+    global_batch: int = GLOBAL_BATCH,
+    task_loss_func: Callable[..., Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train with the Trainer on global batches of `global_batch` rows in all, and return what is compared."""
+    per_rank, rest = divmod(global_batch, accumulation * world_size())
+    assert rest == 0
+    args = arguments(per_device_train_batch_size=per_rank, gradient_accumulation_steps=accumulation, **settings)
+    assert args.world_size == world_size()
+    recorder = Recorder()
+    trainer = BilevelMTLTrainer(
+        model=model, args=args, train_dataset=data, callbacks=[recorder], task_loss_func=task_loss_func
+    )
+    trainer.train()
+    wrapped = isinstance(trainer.model_wrapped, DistributedDataParallel)
+    assert wrapped == (world_size() > 1), "two ranks without DistributedDataParallel would train apart"
+    return {
+        "steps": trainer.state.global_step,
+        "parameters": flat_parameters(model),
+        "balancer": trainer.balancer.state_dict(),
+        "coefficients": torch.stack(recorder.coefficients),
+        "logs": logged(trainer),
+    }
+
+
+def optimizer_settings(dtype: torch.dtype, steep: bool = False) -> dict[str, Any]:
+    """Adam in float64; SGD in float32, as Adam divides rounding errors by small numbers; `steep`: smaller steps."""
+    if dtype == torch.float64:
+        return {"optim": "adamw_torch", "learning_rate": 1e-2}
+    return {"optim": "sgd", "learning_rate": 1e-3 if steep else 5e-2}
+
+
+def train_standalone(
+    balancer_options: dict[str, Any], dtype: torch.dtype, steps: int, **balancer_settings: Any
+) -> dict[str, Any]:
+    """The same by hand: plain DistributedDataParallel, `balancer.backward`, `balancer.step`."""
+    model, data = build_model(dtype), uneven_data(dtype)
+    balancer = build_balancer(balancer_options, num_tasks=4, dtype=dtype, **balancer_settings)
+    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    per_rank = GLOBAL_BATCH // world_size()
+    values = []
+    for step in range(steps):
+        if step % STEPS_PER_EPOCH == 0:
+            balancer.on_epoch_begin(step // STEPS_PER_EPOCH)
+        start = step % STEPS_PER_EPOCH * GLOBAL_BATCH + rank() * per_rank
+        rows = slice(start, start + per_rank)
+        outputs = wrapped(data.features[rows], data.labels[rows])
+        optimizer.zero_grad()
+        values.append(balancer.backward(outputs.losses, outputs.num_items))
+        optimizer.step()
+        balancer.step()
+    return {
+        "steps": steps,
+        "parameters": flat_parameters(model),
+        "balancer": balancer.state_dict(),
+        "values": torch.stack(values),
+    }
+
+
+def train_plain(model: nn.Module, data: SyntheticData, global_batch: int, steps: int, learning_rate: float) -> Tensor:
+    """A hand-written loop without Trainer, balancer or ranks: SGD on the sum of the tasks' losses, whole batches."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    for step in range(steps):
+        rows = slice(step * global_batch, (step + 1) * global_batch)
+        predictions, labels = model(data.features[rows]).logits, data.labels[rows]
+        losses = []
+        for k in range(labels.shape[1]):
+            there = labels[:, k].isfinite()
+            losses.append((predictions[there, k] - labels[there, k]).square().mean())
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    return flat_parameters(model)
+
+
+class SmallestGap:
+    """Context that records the smallest |d| > 0 that BiLB's discrepancy sees: near zero, rounding decides its sign."""
+
+    def __enter__(self) -> SmallestGap:
+        self.value = math.inf
+        self._original = bilb.discrepancy
+        bilb.discrepancy = self._record
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        bilb.discrepancy = self._original
+
+    def _record(self, values: Tensor, active: Tensor, *args: Any) -> Tensor:
+        there = values.detach()[active]
+        gaps = (there.unsqueeze(0) - there.unsqueeze(1)).abs()
+        # Equal to the last bit (all l / l0 = 1 when references are taken) is equal in both ways to compute it.
+        gaps = gaps[gaps > 0]
+        if gaps.numel():
+            self.value = min(self.value, float(gaps.min()))
+        return self._original(values, active, *args)
