@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,7 +50,23 @@ def outside(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names} - {"hf_bilb"} - sys.stdlib_module_names
 
 
-METHODS = sorted(name for name in MODULES if name.startswith("hf_bilb.balancers") or name == "hf_bilb.normalization")
+#: What a loop of one's own needs beside the methods: none of it knows the Trainer.
+ENGINE = {
+    f"hf_bilb.{name}"
+    for name in (
+        "coefficients",
+        "decision",
+        "discrepancy",
+        "distributed",
+        "guards",
+        "normalization",
+        "objective",
+        "options",
+        "router",
+        "task_losses",
+    )
+}
+METHODS = sorted(ENGINE | {name for name in MODULES if name.startswith("hf_bilb.balancers")})
 
 
 @pytest.mark.parametrize("module", METHODS)
@@ -72,6 +89,32 @@ def test_reports_need_neither_torch_nor_transformers(module):
 
 def test_the_trainer_knows_no_data_set_model_or_report():
     assert within(reachable("hf_bilb.trainer"), {"hf_bilb.data", "hf_bilb.models", "hf_bilb.reporting"}) == set()
+
+
+ONE_STEP = """
+import sys
+import hf_bilb, torch
+for name in hf_bilb.list_balancers():
+    balancer = hf_bilb.build_balancer(name, num_tasks=3)
+    parameters = torch.ones(3, requires_grad=True)
+    balancer.backward(parameters.square())
+    balancer.step()
+    balancer.load_state_dict(balancer.state_dict())
+heavy = {"transformers", "accelerate", "datasets", "safetensors", "numpy.testing", "yaml", "click", "matplotlib"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+
+
+def test_a_loop_of_ones_own_imports_neither_transformers_nor_recipes():
+    done = subprocess.run([sys.executable, "-c", ONE_STEP], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    import hf_bilb
+
+    with pytest.raises(AttributeError, match="module 'hf_bilb' has no attribute 'BilevelTrainer'"):
+        hf_bilb.BilevelTrainer  # noqa: B018
 
 
 def test_the_walk_sees_what_is_imported():

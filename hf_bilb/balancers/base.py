@@ -339,7 +339,8 @@ class LossBalancer:
         k = min(present, key=lambda k: values[k])
         if values[k] > 0 or not (self.objective.takes_logarithm or self.normalization.needs_positive_losses):
             coefficients = decision.coefficients.tolist()
-            k = next(k for k in present if not math.isfinite(coefficients[k]))
+            largest = max(present, key=lambda k: values[k])  # finite numbers whose sum is not
+            k = next((k for k in present if not math.isfinite(coefficients[k])), largest)
             found = f"the coefficient of task {self.task_names[k]!r} is {coefficients[k]}{where}"
             return f"{found}: balancer {self.name!r} cannot balance a loss of {values[k]}", self.task_names[k], True
         normalization = f"has normalization: {self.options.normalization}"

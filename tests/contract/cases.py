@@ -1,4 +1,4 @@
-"""What the contract suite runs over: every registered balancer, with variants of its options and every normalization."""
+"""What the contract suite runs over: every registered balancer, with variants of options and every normalization."""
 
 from __future__ import annotations
 

@@ -30,7 +30,11 @@ class Frozen:
 
     def __call__(self) -> Tensor:
         constants = iter(self._constants)
-        with mock.patch.object(torch.Tensor, "detach", lambda tensor: next(constants)):
+
+        def play_back(tensor: Tensor) -> Tensor:
+            return next(constants)
+
+        with mock.patch.object(torch.Tensor, "detach", play_back):
             return self._function()
 
 

@@ -1,4 +1,4 @@
-"""The coefficients are dF/dlosses and the router's gradient is dF/dtheta: compared with central differences, in float64."""
+"""The coefficients are dF/dlosses, the router's gradient is dF/dtheta: compared with central differences in float64."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_gradient_of_own_parameters(case: Case, absent: int | None) -> None:
     assert len(found.parameter_gradients) == len(parameters)
     frozen = Frozen(lambda: balancer.objective(balancer.normalization(point), active, None).value)
     assert torch.equal(frozen().detach(), found.output.value)
-    for (name, parameter), gradient in zip(parameters.items(), found.parameter_gradients):
+    for (name, parameter), gradient in zip(parameters.items(), found.parameter_gradients, strict=True):
         expected = central_differences(lambda: frozen().detach(), parameter, 1e-5)
         scale = max(float(expected.abs().max()), 1e-3)
         deviation = float((gradient - expected).abs().max())

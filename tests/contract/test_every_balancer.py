@@ -1,4 +1,4 @@
-"""What every registered balancer keeps, whatever the method: finite numbers, complete state, absence, symmetry, no syncs."""
+"""What every registered balancer keeps: finite numbers, complete state, absence, symmetry, no device syncs."""
 
 from __future__ import annotations
 
@@ -112,13 +112,14 @@ def test_resume_from_a_file_is_bit_identical(case: Case, absent_tasks: str, tmp_
     parameters = torch.full((num_tasks,), 0.5, dtype=torch.float64, requires_grad=True)
     list(run(balancer, parameters, range(cut)))
     save_file(balancer.state_dict(), tmp_path / "state.safetensors")
-    saved = parameters.detach().clone()
+    saved, references = parameters.detach().clone(), balancer.reference_losses
     through = list(run(balancer, parameters, range(cut, end)))
 
     resumed = build(case, num_tasks, absent_tasks=absent_tasks)
     resumed.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(resumed.reference_losses, references)
     again = list(run(resumed, saved.requires_grad_(), range(cut, end)))
-    for t, (one, other) in enumerate(zip(through, again)):
+    for t, (one, other) in enumerate(zip(through, again, strict=True)):
         for key in one:
             assert torch.equal(one[key], other[key]), f"{key}, {t} steps after the resume"
     ours, theirs = resumed.state_dict(), balancer.state_dict()
@@ -280,11 +281,11 @@ class ForbidSync(TorchDispatchMode):
 def whole_step(balancer: LossBalancer, row: Tensor, form: str) -> None:
     """What a training step does with K losses, up to the optimizers' steps."""
     log = RunningLog(balancer.task_names, balancer.device, balancer.dtype)
-    losses = row * 1.0 if form == "tensor" else dict(zip(balancer.task_names, row.unbind()))
+    losses = row * 1.0 if form == "tensor" else dict(zip(balancer.task_names, row.unbind(), strict=True))
     batch = as_task_losses(losses, None, balancer.task_names, default_items=8.0)
     surrogate, decision = balancer.surrogate(batch)
     surrogate.backward()
-    log.add(decision, decision.value.new_ones(()), has_auxiliary=False)
+    log.add(decision, surrogate, None, has_auxiliary=False)
     log.commit()
 
 

@@ -33,6 +33,9 @@ def test_floor_lifts_negative_coefficients_and_leaves_absent_tasks() -> None:
     assert advance(build("bilb", 4, **options), row, items).min() < 0
     floored = advance(build("bilb", 4, coefficient_floor=0.1, **options), row, items)
     assert floored[:3].min() > 0 and floored[3] == 0
+    # A share of mean |c|: with the signed mean, tasks that cancel would have no floor.
+    plain = advance(build("bilb", 4, **options), row, items)
+    assert float(floored[:3].min()) == pytest.approx(0.1 * float(plain.abs().sum()) / 3, rel=1e-12)
 
 
 def test_the_floor_leaves_the_router_alone() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
+from hf_bilb.decision import NonFiniteLossError
 from hf_bilb.objective import differentiate
 from tests.contract.cases import advance, random_losses
 
@@ -144,5 +145,24 @@ def test_a_saturated_router_stays_finite(activation: str, tau: str, pairs: str, 
         "bilb", 3, activation=activation, initial_logits=logits, tau=tau, pairs=pairs, discrepancy_weight=weight
     )
     for row in random_losses(3, 3, dtype=torch.float32):
-        assert advance(balancer, row).isfinite().all()
+        for items in ([1.0, 1, 1], [1, 0, 1], [0, 1, 1], [0, 0, 1]):
+            assert advance(balancer, row, torch.tensor(items)).isfinite().all()
     assert all(tensor.isfinite().all() for tensor in balancer.state_dict().values())
+
+
+def test_a_task_without_weight_alone_is_refused() -> None:
+    # Its weight is all there is to divide by.
+    balancer = build_balancer("bilb", 3, initial_logits=[0.0, -200.0, 1.0])
+    with pytest.raises(NonFiniteLossError, match=r"^the coefficient of task 'task_1' is nan: balancer 'bilb' cannot"):
+        advance(balancer, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 0.0]))
+
+
+@kinds
+def test_an_underflowed_weight_of_an_absent_task_leaves_the_edge_alone(tau: str, pairs: str, denominator: str) -> None:
+    logits, active = [0.5, -1000.0, 1.0], torch.tensor([True, False, True])
+    ratios = []
+    for chosen, mask in ((logits, active), ([0.5, 1.0], torch.tensor([True, True]))):
+        balancer = build(tau, pairs, denominator, chosen, 0.2)
+        losses = torch.ones(len(chosen), dtype=torch.float64)
+        ratios.append(differentiate(balancer.objective, balancer.normalization, losses, mask).output.edge_ratio)
+    assert float(ratios[0]) == pytest.approx(float(ratios[1]), rel=1e-12) and ratios[0] > 0

@@ -36,7 +36,7 @@ def test_formulas(kind: str, formula) -> None:
     references, losses = vector(2.0, 0.5, 8.0), vector(1.0, 3.0, 0.1)
     normalization.observe(references, ALL)
     normalization.observe(losses, ALL)
-    expected = [formula(float(a), float(b), 0.5) for a, b in zip(losses, references)]
+    expected = [formula(float(a), float(b), 0.5) for a, b in zip(losses, references, strict=True)]
     torch.testing.assert_close(normalization(losses), vector(*expected), rtol=1e-14, atol=1e-14)
 
 
@@ -76,7 +76,7 @@ def test_mean_of_runs_until_its_window_is_full() -> None:
     seen = [(vector(1, 10, 5), ALL), (vector(3, 20, 0), torch.tensor([True, True, False]))]
     seen += [(vector(5, 30, 7), ALL), (vector(100, 100, 12), ALL), (vector(100, 100, 100), ALL)]
     expected = [[1, 10, 5], [2, 15, 5], [3, 20, 6], [3, 20, 8], [3, 20, 8]]
-    for (losses, present), references in zip(seen, expected):
+    for (losses, present), references in zip(seen, expected, strict=True):
         normalization.observe(losses, present)
         torch.testing.assert_close(normalization.reference_losses, vector(*references), rtol=1e-15, atol=0)
 
@@ -95,6 +95,17 @@ def test_every_epoch_replaces_the_reference_at_the_first_step_that_has_the_task(
     other.begin_epoch()
     other.observe(vector(4, 5, 6), ALL)
     assert other.reference_losses.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_which_tasks_have_been_seen_is_state() -> None:
+    # The smallest reference is the absent task's: without `seen`, a resumed run would scale by another one.
+    normalization, resumed = build("rescaled"), build("rescaled")
+    normalization.observe(vector(2, 0.5, 8), ALL)
+    resumed.load_state_dict(normalization.state_dict())
+    later = torch.tensor([True, False, True])
+    for each in (normalization, resumed):
+        each.observe(vector(3, 3, 3), later)
+    assert torch.equal(resumed(vector(1, 1, 1)), normalization(vector(1, 1, 1)))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ def train(name: str, form: str, steps: int = 12, **options: Any) -> tuple[LossBa
     for t in range(steps):
         optimizer.zero_grad()
         losses = model(t)
-        values.append(float(balancer.backward(losses if form == "tensor" else dict(zip(NAMES, losses.unbind())))))
+        values.append(
+            float(balancer.backward(losses if form == "tensor" else dict(zip(NAMES, losses.unbind(), strict=True))))
+        )
         optimizer.step()
         balancer.step(reevaluate=lambda t=t: model(t))
     return balancer, model, values
@@ -53,7 +55,7 @@ def test_the_loop_of_the_design(name: str) -> None:
     assert values[-1] < values[0]
     by_dict, other, again = train(name, "dict")
     assert values == again
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
     assert torch.equal(balancer.coefficients, by_dict.coefficients)
     assert (balancer.weights is not None) == (name in ("uw", "bilb"))
 
@@ -204,7 +206,7 @@ def test_router_gradients_are_the_item_weighted_mean(name: str) -> None:
     before = parameter.detach().clone()
     rows, items = random_losses(3, 3, seed=5), torch.tensor([[4.0, 4, 4], [1, 0, 2], [10, 20, 3]])
     gradients = []
-    for row, counts in zip(rows, items):
+    for row, counts in zip(rows, items, strict=True):
         found = differentiate(balancer.objective, balancer.normalization, row, counts > 0)
         gradients.append(found.parameter_gradients[0])
         balancer.backward(row.clone().requires_grad_(), num_items=counts)
@@ -290,7 +292,7 @@ def test_precision_can_be_changed() -> None:
     row = random_losses(2, 1)[0]
     assert balancer.dtype == torch.float64 and advance(balancer, row).dtype == torch.float64
     assert balancer.state_dict()["optimizer.router.logits.exp_avg"].dtype == torch.float64
-    with pytest.raises(ValueError, match="dtype: torch.float16 is not valid"):
+    with pytest.raises(ValueError, match=r"dtype: torch.float16 is not valid"):
         build_balancer("ls", 2, dtype=torch.float16)
 
 

@@ -36,6 +36,34 @@ def test_a_task_missing_from_the_dict_is_absent() -> None:
     assert counted.num_items.tolist() == [0.0, 5.0, 0.0]
 
 
+@pytest.mark.parametrize("counts", [{"lumo": 5, "homo": 3}, torch.tensor([3, 5, 2])])
+def test_a_count_does_not_make_a_task_without_a_loss_present(counts: Any) -> None:
+    batch = as_task_losses({"lumo": torch.tensor(2.0)}, counts, NAMES)
+    assert batch.num_items.tolist() == [0.0, 5.0, 0.0]
+
+
+class CountedName(str):
+    """A task name that counts how often it is compared with another one."""
+
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedName.comparisons += 1
+        return str.__eq__(self, other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict"])
+def test_a_thousand_names_are_not_compared_with_each_other(form: str) -> None:
+    names = [CountedName(f"task_{k}") for k in range(1000)]
+    # Equal names that are other objects, as a model makes them.
+    keys = [CountedName(name) for name in names]
+    CountedName.comparisons = 0
+    values = torch.ones(1000)
+    as_task_losses(values if form == "tensor" else dict(zip(keys, values.unbind(), strict=True)), None, names)
+    assert CountedName.comparisons < 10_000
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_counts_are_exact_beyond_half_precision(dtype: torch.dtype) -> None:
     batch = as_task_losses(torch.ones(3, dtype=dtype), torch.full((3,), 100_001), NAMES)
@@ -65,7 +93,7 @@ ONE = torch.tensor(1.0)
     ],
 )
 def test_refused(losses: Any, num_items: Any, message: str) -> None:
-    with pytest.raises(TaskLossError, match="^" + message) as caught:
+    with pytest.raises(TaskLossError, match=r"^" + message) as caught:
         as_task_losses(losses, num_items, NAMES)
     assert "\n" not in str(caught.value)
 
