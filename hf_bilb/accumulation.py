@@ -6,16 +6,20 @@ label columns (-100 or NaN = missing), or, where neither says anything, from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
 
 from hf_bilb import distributed
 from hf_bilb.decision import WindowShare
-from hf_bilb.task_losses import valid_labels
+from hf_bilb.task_losses import TaskLossError, valid_labels
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,61 @@ class AccumulationWindow:
         return WindowShare(self.local[micro_batch] / totals, everywhere / totals, fraction, len(self.local))
 
 
-def label_counts(batch: Mapping[str, Any], label_names: Sequence[str], num_tasks: int) -> Tensor | None:
+class ItemCounter:
+    """How many items each task has in a batch, known before its forward pass.
+
+    Args:
+        given: the user's `task_item_counts(batch) -> [K]`, or None.
+        label_names: label columns, the second source.
+        task_names: the K tasks.
+    """
+
+    def __init__(
+        self, given: Callable[[Mapping[str, Any]], Tensor] | None, label_names: Sequence[str], task_names: Sequence[str]
+    ) -> None:
+        self._given = given
+        self._label_names = label_names
+        self._task_names = task_names
+        self._said = False
+
+    def count(self, batch: Mapping[str, Any]) -> Tensor:
+        """Counts `[K]`; raises `TaskLossError` when `task_item_counts` returns something else."""
+        num_tasks = len(self._task_names)
+        if self._given is not None:
+            counts: object = self._given(batch)
+            if not isinstance(counts, Tensor) or counts.shape != (num_tasks,):
+                raise TaskLossError(f"task_item_counts: returned {counts!r}, expected a tensor [{num_tasks}]")
+            return counts
+        of_labels = label_counts(batch, self._label_names, self._task_names)
+        return torch.full((num_tasks,), batch_size(batch)) if of_labels is None else of_labels
+
+    def warn_unless_known(self, batch: Mapping[str, Any], task_missing: bool) -> None:
+        """Say once that batch sizes stand in for counts that differ from them (`task_missing`: a task has no loss)."""
+        if self._said or self._given is not None:
+            return
+        self._said = True
+        if task_missing or label_counts(batch, self._label_names, self._task_names) is None:
+            logger.warning(
+                "gradient accumulation, but the label columns %s do not tell how many items each task has in a whole "
+                "window: micro-batches are weighted by size; give the Trainer task_item_counts(batch) -> [K]",
+                self._label_names,
+            )
+
+
+def batch_size(batch: Mapping[str, Any]) -> float:
+    """The number of examples of a batch, 1 where nothing in it tells."""
+    return float(find_batch_size(batch) or 1)
+
+
+def label_counts(batch: Mapping[str, Any], label_names: Sequence[str], task_names: Sequence[str]) -> Tensor | None:
     """Valid labels per task `[K]`, or None when the columns do not say which label belongs to which task.
 
-    One column `[B, K]` holds all tasks; K columns hold one task each, in the order of `label_names`.
+    One column `[B, K]` holds all tasks; K columns hold one task each: that of their name where columns and tasks are
+    called alike, else in the order of `label_names`.
     """
-    columns = [batch.get(name) for name in label_names]
+    num_tasks = len(task_names)
+    names = task_names if set(label_names) == set(task_names) else label_names
+    columns = [batch.get(name) for name in names]
     if not columns or not all(isinstance(column, Tensor) for column in columns):
         return None
     tensors = [column for column in columns if isinstance(column, Tensor)]

@@ -14,11 +14,10 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_bilb import checkpointing, distributed
-from hf_bilb.accumulation import AccumulationWindow, label_counts
+from hf_bilb.accumulation import AccumulationWindow, ItemCounter, batch_size
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
@@ -78,8 +77,8 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         super().__init__(*args, **kwargs)
         check_settings(self)
         self.task_loss_func = task_loss_func
-        self.task_item_counts = task_item_counts
         self.task_names = resolve_task_names(self)
+        self._item_counter = ItemCounter(task_item_counts, self.label_names, self.task_names)
         # A model with one task may be an ordinary one; its first output tells. None = not known yet.
         self._ordinary: bool | None = None
         self._settle_ordinary(None if len(self.task_names) == 1 and task_loss_func is None else False)
@@ -92,7 +91,6 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         self._micro_batch = -1
         self._update: Update | None = None
         self._evaluation: EvaluationLosses | None = None
-        self._counts_checked = False
         pass_balancer(self.callback_handler, self.balancer)
         self.callback_handler.callbacks.insert(0, BalancerCallback(self))
 
@@ -119,26 +117,13 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         self._micro_batch = -1
         self._window = None
         if not self._ordinary and len(batches) > 1:
-            counts = [self._item_counts(batch) for batch in batches]
+            counts = [self._item_counter.count(batch) for batch in batches]
             self._window = AccumulationWindow.count(counts, device, self.balancer.dtype)
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         # Counting labels for the model's own loss scaling would cost a gather; our shares come from the task counts.
         return None if self._ordinary is False else super()._get_num_items_in_batch(batch_samples, device)
-
-    def _item_counts(self, batch: Mapping[str, Any]) -> Tensor:
-        if self.task_item_counts is not None:
-            counts: object = self.task_item_counts(batch)
-            if not isinstance(counts, Tensor) or counts.shape != (len(self.task_names),):
-                raise TaskLossError(
-                    f"task_item_counts: returned {counts!r}, expected a tensor [{len(self.task_names)}]"
-                )
-            return counts
-        of_labels = label_counts(batch, self.label_names, len(self.task_names))
-        if of_labels is not None:
-            return of_labels
-        return torch.full((len(self.task_names),), float(find_batch_size(batch) or 1))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, decision on the global losses, this rank's exact share of the backward pass.
@@ -193,25 +178,17 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
                 f"the model returned no `losses` (it returned: {got}); return a field `losses` "
                 f"[{len(self.task_names)}], or give the Trainer a task_loss_func(outputs, batch)"
             )
-        if num_items is not None and self._window is not None and not self._counts_checked:
-            self._check_counts(inputs)
+        missing = isinstance(losses, Mapping) and len(losses) < len(self.task_names)
+        if self._window is not None and (missing or num_items is not None):
+            self._item_counter.warn_unless_known(inputs, missing)
         return as_task_losses(
             losses,
             num_items,
             self.task_names,
-            default_items=float(find_batch_size(inputs) or 1),
+            default_items=batch_size(inputs),
             router_features=fields.get("router_features"),
             auxiliary_loss=fields.get("auxiliary_loss"),
         )
-
-    def _check_counts(self, inputs: Mapping[str, Any]) -> None:
-        self._counts_checked = True
-        if self.task_item_counts is None and label_counts(inputs, self.label_names, len(self.task_names)) is None:
-            logger.warning(
-                "gradient accumulation with counts `num_items`, but the label columns %s do not tell the counts of a "
-                "whole window: micro-batches are weighted by size; give the Trainer task_item_counts(batch) -> [K]",
-                self.label_names,
-            )
 
     def _balanced_loss(self, model: nn.Module, batch: TaskLosses, outputs: Any) -> Tensor:
         share = None if self._window is None else self._window.share(max(self._micro_batch, 0))
@@ -337,7 +314,7 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         progress = self.accelerator.gradient_state
         if self.args.world_size == 1 or not progress.end_of_dataloader or progress.remainder <= 0:
             return batch
-        own, part = own_part(inputs, int(find_batch_size(inputs) or 0), self.args.process_index, progress.remainder)
+        own, part = own_part(inputs, int(batch_size(inputs)), self.args.process_index, progress.remainder)
         if part is None:
             logger.warning(
                 "the last evaluation batch repeats examples that cannot be told apart; its losses count them"

@@ -109,7 +109,8 @@ def test_a_wrong_label_name_is_said_aloud(tmp_path: Path, caplog: pytest.LogCapt
     assert "no evaluation losses: the batches do not hold all of label_names ['income', 'eduction']" in caplog.text
 
 
-def test_columns_of_labels_give_the_counts_of_a_window(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label_names", [NAMES, NAMES[::-1]])
+def test_columns_of_labels_give_the_counts_of_a_window(label_names: list[str], tmp_path: Path) -> None:
     # Two label columns with gaps: a window of two micro-batches is one batch of twice the size.
     full = rows(4 * BATCH).to_dict()
     for i in (0, 1, 2, 5, 9):
@@ -135,7 +136,7 @@ def test_columns_of_labels_give_the_counts_of_a_window(tmp_path: Path) -> None:
             trainer_arguments={"task_loss_func": masked},
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
-            **COMMON,
+            **{**COMMON, "label_names": label_names},
         )
         vectors.append(flat_parameters(model))
     torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-12, atol=1e-14)

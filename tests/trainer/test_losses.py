@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, build_balancer
 from hf_bilb.task_losses import TaskLossError, masked_mse
@@ -217,9 +219,11 @@ def test_a_task_that_is_no_key_of_the_dict_is_absent(tmp_path: Path) -> None:
         assert vacuous == (absent_tasks == "skip") and None not in alone
 
 
-def test_num_items_weight_the_micro_batches_of_a_window(tmp_path: Path) -> None:
-    # One update from two micro-batches with unequal counts is the update from both at once; F is linear here.
-    data = build_data(4 * BATCH, dtype=FLOAT, missing=0.5)
+@pytest.mark.parametrize("size", [4 * BATCH, 3 * BATCH])
+def test_num_items_weight_the_micro_batches_of_a_window(size: int, tmp_path: Path) -> None:
+    # One update from two micro-batches with unequal counts is the update from both at once; F is linear here. The last
+    # window of three batches has one.
+    data = build_data(size, dtype=FLOAT, missing=0.5)
     whole = run(tmp_path, data=data, balancer="ls", per_device_train_batch_size=2 * BATCH)
     parts = run(tmp_path, data=data, balancer="ls", gradient_accumulation_steps=2)
     assert whole.trainer.state.global_step == parts.trainer.state.global_step == 2
@@ -242,6 +246,43 @@ def test_task_item_counts_are_used_and_checked(tmp_path: Path) -> None:
     assert calls == [BATCH] * 4 and torch.equal(own.parameters, built_in.parameters)
     with pytest.raises(TaskLossError, match=r"^task_item_counts: returned 3, expected a tensor \[4\]"):
         run(tmp_path, data=data, trainer_arguments={"task_item_counts": lambda batch: 3}, **settings)
+
+
+def task_of(batch: Any) -> int:
+    """Batches of one task each: the sign of the first feature says which."""
+    return int(batch["features"][0, 0].sign() > 0)
+
+
+def test_one_task_per_micro_batch_needs_counts_to_be_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = build_data(4 * BATCH, dtype=FLOAT)
+    data.features[:, 0] = torch.tensor([-1.0, 1.0, 1.0, -1.0], dtype=FLOAT).repeat_interleave(BATCH)
+    settings: dict[str, Any] = {"balancer": "ls", "task_names": TASK_NAMES, "label_names": ["labels"]}
+
+    def losses(outputs: Any, batch: Any) -> dict[str, Tensor]:
+        return {TASK_NAMES[task_of(batch)]: as_tensor(outputs, batch)[task_of(batch)]}
+
+    def counts(batch: Any) -> Tensor:
+        return BATCH * torch.nn.functional.one_hot(torch.tensor(task_of(batch)), 4)
+
+    def train(**more: Any) -> Tensor:
+        model = LogitsModel()
+        given = {"task_loss_func": losses, **more}
+        run(tmp_path, model, data, trainer_arguments=given, gradient_accumulation_steps=2, **settings)
+        return flat_parameters(model.inner)
+
+    exact = train(task_item_counts=counts)
+    assert "task_item_counts" not in caplog.text
+    model = build_model(FLOAT)
+    window = torch.optim.SGD(model.parameters(), lr=0.05)
+    for first in (0, 2):
+        window.zero_grad()
+        for batch in batches(data)[first : first + 2]:
+            as_tensor(model(batch["features"]), batch)[task_of(batch)].backward()
+        window.step()
+    assert close(exact, flat_parameters(model))
+    # Otherwise the batch sizes stand in, and that is said, once.
+    train()
+    assert caplog.text.count("do not tell how many items each task has in a whole window") == 1
 
 
 # --- auxiliary loss and priors ------------------------------------------------------------------------------------
@@ -312,6 +353,44 @@ def test_losses_that_do_not_fit_are_refused(form: Any, message: str, tmp_path: P
             task_names=TASK_NAMES,
             label_names=["labels"],
         )
+
+
+def test_a_second_train_with_a_new_model_has_a_new_balancer(tmp_path: Path) -> None:
+    # `model_init` builds the model anew for every training (a hyperparameter search); the balancer starts anew with it.
+    data = build_data(3 * BATCH, dtype=FLOAT)
+    trainer = BilevelMTLTrainer(model_init=lambda: build_model(FLOAT), args=arguments(tmp_path), train_dataset=data)
+    results = []
+    for _ in range(2):
+        trainer.train()
+        results.append((flat_parameters(trainer.model), trainer.balancer.state_dict()))
+    (one, state), (other, other_state) = results
+    assert torch.equal(one, other) and all(torch.equal(state[key], other_state[key]) for key in state)
+
+
+def test_an_optimizer_step_that_was_skipped_leaves_the_router_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As under fp16 after an overflow: the optimizer reports that it did not step.
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    seen: list[Tensor] = []
+
+    class Reader(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, *more: Any, **kwargs: Any) -> None:
+            monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda self: state.global_step == 1))
+
+        def on_step_end(self, *args: Any, balancer: Any, **kwargs: Any) -> None:
+            seen.append(balancer.state_dict()["objective.router.logits"])
+
+    balancer = {"name": "bilb", "learning_rate": 0.1, "optimizer": "sgd"}
+    run(
+        tmp_path,
+        data=build_data(4 * BATCH, dtype=FLOAT),
+        trainer_arguments={"callbacks": [Reader()]},
+        balancer=balancer,
+    )
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise([torch.ones(4, dtype=FLOAT), *seen])]
+    assert moved == [True, False, True, True]
 
 
 def test_a_second_train_goes_on_with_model_and_balancer(tmp_path: Path) -> None:

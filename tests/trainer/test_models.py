@@ -82,6 +82,7 @@ def test_activation_checkpointing_is_the_same_training(reentrant: bool, tmp_path
     assert torch.equal(plain.parameters, again.parameters) and plain.steps == again.steps
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_lora_trains_its_adapters_and_heads_alone(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
