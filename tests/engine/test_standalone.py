@@ -175,6 +175,11 @@ def test_an_absent_loss_may_be_anything() -> None:
         balancer = build_balancer(name, 3)
         found = advance(balancer, torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([1.0, 0.0, 1.0]))
         assert found[1] == 0 and found.isfinite().all() and found[0] != 0
+        # Nor does it show in the scalar that is differentiated, whose value is logged.
+        scalars: list[Tensor] = []
+        leaf = torch.tensor([1.0, float("nan"), 2.0], requires_grad=True)
+        value = balancer.backward(leaf, torch.tensor([1.0, 0.0, 1.0]), backward=scalars.append)
+        assert float(scalars[0].detach()) == pytest.approx(float(value), rel=1e-6)
 
 
 def test_negative_losses_are_fine_where_no_logarithm_is() -> None:
