@@ -243,7 +243,7 @@ class LossBalancer:
                 second forward pass (none of `ls`, `si`, `uw`, `bilb` does).
 
         Raises:
-            RuntimeError: without a `backward` since the last step.
+            RuntimeError: before the first `backward`. Without one since the last step it does nothing.
         """
         if self._last is None:
             raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
