@@ -3,7 +3,8 @@
     initial    l / l0                       (power with p = 1)
     rescaled   l * min_j l0_j / l0          BiLB4MTL (arXiv 2502.08585), "rescaled" normalization
     log        log(l / l0)                  BiLB4MTL, logarithmic normalization
-    power      (l / l0)^p / p               ours; p = 1 is initial, p -> 0 tends to log up to a constant
+    power      (l / l0)^p / p               ours; p = 1 is initial, p -> 0 tends to log up to a constant; goes on as its
+                                            tangent below l = 1e-6 l0, so that a loss of 0 has a finite coefficient
 
 l0 (`reference_losses`) are the losses of the first step, of the first step of every epoch, or the mean of the first n
 steps. A task seen late gets its l0 when it is first seen.
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb.options import OptionError
+
+#: Share of l0 below which a task counts as solved under `power`.
+SOLVED = 1e-6
 
 NormalizationKind = Literal["none", "initial", "rescaled", "log", "power"]
 
@@ -80,12 +84,14 @@ class Normalization(nn.Module):
         return self.kind != "none"
 
     def outside_domain(self, losses: Tensor, present: Tensor) -> Tensor:
-        """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm or as a reference)."""
+        """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm or as a reference, < 0
+        under a power)."""
         if self.kind == "none":
             return torch.zeros_like(present)
-        if self.kind in ("log", "power"):
+        if self.kind == "log":
             return present & (losses <= 0)
-        return present & (losses <= 0) & (self.observations < self.window)
+        outside = (losses <= 0) & (self.observations < self.window)
+        return present & (outside | (losses < 0) if self.kind == "power" else outside)
 
     def forward(self, losses: Tensor) -> Tensor:
         """Normalised losses `[K]`; entries of tasks that were never seen are meaningless but finite for losses > 0."""
@@ -98,4 +104,9 @@ class Normalization(nn.Module):
         if self.kind == "log":
             return torch.log(losses / reference)
         ratio = losses / reference
-        return ratio if self.kind == "initial" else ratio.pow(self.power) / self.power
+        return ratio if self.kind == "initial" else self._power(ratio)
+
+    def _power(self, ratio: Tensor) -> Tensor:
+        # Below a millionth of l0 the tangent goes on: the slope stays finite when a task is solved and its loss is 0.
+        base = ratio.clamp(min=SOLVED)
+        return base.pow(self.power) / self.power + SOLVED ** (self.power - 1) * (ratio - base)

@@ -115,7 +115,7 @@ def test_which_tasks_have_been_seen_is_state() -> None:
         ("initial", [False, True, True], [False] * 3),
         ("rescaled", [False, True, True], [False] * 3),
         ("log", [False, True, True], [False, True, True]),
-        ("power", [False, True, True], [False, True, True]),
+        ("power", [False, True, True], [False, False, True]),
     ],
 )
 def test_outside_domain(kind: str, first: list[bool], later: list[bool]) -> None:
@@ -125,3 +125,15 @@ def test_outside_domain(kind: str, first: list[bool], later: list[bool]) -> None
     assert not normalization.outside_domain(bad, torch.tensor([True, False, False])).any()
     normalization.observe(vector(1, 1, 1), ALL)
     assert normalization.outside_domain(bad, ALL).tolist() == later
+
+
+def test_a_solved_task_keeps_a_finite_slope_under_power() -> None:
+    normalization = build("power", power=0.5)
+    normalization.observe(vector(2, 2, 2), ALL)
+    losses = vector(0, 1e-6, 2e-6).requires_grad_()
+    normalised = normalization(losses)
+    normalised.sum().backward()
+    # At l / l0 = 1e-6: value (1e-6)^p / p and slope (1e-6)^(p - 1) / l0; at 0 the tangent's.
+    slope = 1e-6**-0.5 / 2
+    assert losses.grad.tolist() == pytest.approx([slope, slope, slope], rel=1e-9)
+    assert normalised.tolist() == pytest.approx([2e-3 - 1e-3, 2e-3 - 5e-4, 2e-3], rel=1e-9)
