@@ -108,5 +108,7 @@ class Normalization(nn.Module):
 
     def _power(self, ratio: Tensor) -> Tensor:
         # Below a millionth of l0 the tangent goes on: the slope stays finite when a task is solved and its loss is 0.
-        base = ratio.clamp(min=SOLVED)
-        return base.pow(self.power) / self.power + SOLVED ** (self.power - 1) * (ratio - base)
+        # Two branches, not a correction added to one: its slope of 1000 would cancel at the cost of float32 digits.
+        above = ratio.clamp(min=SOLVED).pow(self.power) / self.power
+        below = SOLVED**self.power / self.power + SOLVED ** (self.power - 1) * (ratio - SOLVED)
+        return torch.where(ratio > SOLVED, above, below)

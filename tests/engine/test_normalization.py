@@ -137,3 +137,12 @@ def test_a_solved_task_keeps_a_finite_slope_under_power() -> None:
     slope = 1e-6**-0.5 / 2
     assert losses.grad.tolist() == pytest.approx([slope, slope, slope], rel=1e-9)
     assert normalised.tolist() == pytest.approx([2e-3 - 1e-3, 2e-3 - 5e-4, 2e-3], rel=1e-9)
+
+
+def test_power_keeps_the_digits_of_float32() -> None:
+    normalization = build("power", power=0.5).float()
+    normalization.observe(vector(2, 2, 2).float(), ALL)
+    losses = vector(1.7, 0.3, 5).float().requires_grad_()
+    normalization(losses).sum().backward()
+    exact = [(loss / 2) ** -0.5 / 2 for loss in losses.tolist()]
+    assert losses.grad.tolist() == pytest.approx(exact, rel=3e-7)
