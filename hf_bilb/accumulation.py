@@ -1,7 +1,8 @@
 """Gradient accumulation: each micro-batch's exact share of its window's items.
 
-The window's item counts must be known before its first backward pass. They come from `task_item_counts(batch)`, from
-label columns (-100 or NaN = missing), or, where neither says anything, from the batch sizes.
+Under `balance_over: window` the counts come with the losses of a first pass. Under `micro_batch` the window's item
+counts must be known before its first backward pass. They come from `task_item_counts(batch)`, from label columns (-100
+or NaN = missing), or, where neither says anything, from the batch sizes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
 from hf_bilb import distributed
-from hf_bilb.decision import WindowShare
-from hf_bilb.task_losses import TaskLossError, valid_labels
+from hf_bilb.decision import Decision, WindowShare
+from hf_bilb.task_losses import TaskLossError, TaskLosses, valid_labels
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,14 @@ class AccumulationWindow:
         totals = self.everywhere.sum(dim=0).clamp(min=1)
         everywhere = self.everywhere[micro_batch]
         fraction = everywhere.sum() / self.everywhere.sum().clamp(min=1)
-        return WindowShare(self.local[micro_batch] / totals, everywhere / totals, fraction, len(self.local))
+        return WindowShare(self.local[micro_batch] / totals, everywhere / totals, fraction, fraction, len(self.local))
+
+
+def share_of_window(batch: TaskLosses, decision: Decision, num_micro_batches: int) -> WindowShare:
+    """A micro-batch's share where the decision is the whole window's, on which F is reported in equal parts."""
+    part = torch.ones_like(decision.value) / num_micro_batches
+    local = batch.num_items / decision.num_items.clamp(min=1)
+    return WindowShare(local, part.expand_as(local), part, torch.ones_like(part), num_micro_batches)
 
 
 class ItemCounter:
@@ -74,12 +82,12 @@ class ItemCounter:
         of_labels = label_counts(batch, self._label_names, self._task_names)
         return torch.full((num_tasks,), batch_size(batch)) if of_labels is None else of_labels
 
-    def warn_unless_known(self, batch: Mapping[str, Any], task_missing: bool) -> None:
-        """Say once that batch sizes stand in for counts that differ from them (`task_missing`: a task has no loss)."""
-        if self._said or self._given is not None:
+    def check(self, batch: Mapping[str, Any], losses: TaskLosses) -> None:
+        """Say once that batch sizes stand in for counts that differ from those of `losses`."""
+        if self._said or self._given is not None or (losses.complete and not losses.counted):
             return
         self._said = True
-        if task_missing or label_counts(batch, self._label_names, self._task_names) is None:
+        if not losses.complete or label_counts(batch, self._label_names, self._task_names) is None:
             logger.warning(
                 "gradient accumulation, but the label columns %s do not tell how many items each task has in a whole "
                 "window: micro-batches are weighted by size; give the Trainer task_item_counts(batch) -> [K]",

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 MARKER = "checkpoint_complete.json"
 STAGING = "_incomplete"
 TENSORS, DESCRIPTION = "balancer.safetensors", "balancer.json"
-_FORMAT = 1
+_FORMAT = 2
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -95,6 +96,13 @@ def last_complete_checkpoint(run_folder: str | Path) -> str:
     """
     folder = Path(run_folder)
     _finish_renames(folder)
+    last = _last_complete(folder)
+    if last is None:
+        raise CheckpointError(f"{folder}: has no complete checkpoint to resume from")
+    return str(last)
+
+
+def _last_complete(folder: Path) -> Path | None:
     found = [
         (int(m.group(1)), p) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := _CHECKPOINT.match(p.name))
     ]
@@ -104,8 +112,8 @@ def last_complete_checkpoint(run_folder: str | Path) -> str:
         except CheckpointError as error:
             logger.warning("passing over an incomplete checkpoint: %s", error)
             continue
-        return str(path)
-    raise CheckpointError(f"{folder}: has no complete checkpoint to resume from")
+        return path
+    return None
 
 
 def _finish_renames(folder: Path) -> None:
@@ -161,33 +169,78 @@ def read_balancer(folder: str | Path, balancer: LossBalancer) -> tuple[dict[str,
     """
     path = Path(folder)
     description = _read_description(path / DESCRIPTION)
-    if description["balancer"] != balancer.name:
-        saved = description["balancer"]
-        raise CheckpointError(f"{path / DESCRIPTION}: was saved by balancer {saved!r}, this run uses {balancer.name!r}")
-    if list(description["task_names"]) != list(balancer.task_names):
-        raise CheckpointError(
-            f"{path / DESCRIPTION}: {_task_difference(description['task_names'], balancer.task_names)}"
-        )
-    try:
+    _check_description(path / DESCRIPTION, description, balancer)
+    with _explained(path / TENSORS):
         tensors = load_file(path / TENSORS, device=str(balancer.device))
         balancer.check_state_dict(tensors)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path / TENSORS}: is missing") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path / TENSORS}: is truncated or no safetensors file ({error})") from None
-    except TaskLossError as error:
-        raise CheckpointError(f"{path / TENSORS}: {error}") from None
     return tensors, description
+
+
+def _check_description(path: Path, description: dict[str, Any], balancer: LossBalancer) -> None:
+    if description["balancer"] != balancer.name:
+        saved = description["balancer"]
+        raise CheckpointError(f"{path}: was saved by balancer {saved!r}, this run uses {balancer.name!r}")
+    if list(description["task_names"]) != list(balancer.task_names):
+        raise CheckpointError(f"{path}: {_task_difference(description['task_names'], balancer.task_names)}")
+
+
+def _say_other_options(path: Path, description: dict[str, Any], balancer: LossBalancer) -> None:
+    if description["options"] != repr(balancer.options):
+        logger.warning("%s: was saved with other options than this run's; this run's hold", path)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What can be wrong with the tensors at `path`, as one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is truncated or no safetensors file ({error})") from None
+    except TaskLossError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def load_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog | None = None) -> None:
     """Restore `balancer` (and the running log) from `folder`; raises `CheckpointError` as `read_balancer` does."""
     tensors, description = read_balancer(folder, balancer)
-    if description["options"] != repr(balancer.options):
-        logger.warning("%s: was saved with other options than this run's; this run's hold", Path(folder) / DESCRIPTION)
+    _say_other_options(Path(folder) / DESCRIPTION, description, balancer)
     balancer.load_state_dict(tensors)
     if log is not None:
         log.load_state(description["log"])
+
+
+def balancer_folder(path: str | Path) -> Path:
+    """The folder with a balancer's files that `path` means: itself, or the last complete checkpoint of a run in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder, expected a checkpoint or a run's folder")
+    if has_balancer(folder):
+        return folder
+    # That run may be under way: what it is writing there is left alone.
+    last = _last_complete(folder)
+    if last is None or not has_balancer(last):
+        raise CheckpointError(f"{last or folder}: holds no balancer state, expected a checkpoint that does")
+    return last
+
+
+def start_balancer_from(path: str | Path, balancer: LossBalancer) -> None:
+    """Let `balancer` begin with what the run at `path` (see `balancer_folder`) has learned.
+
+    Raises:
+        CheckpointError: nothing there, another method, other tasks.
+    """
+    folder = balancer_folder(path)
+    description = _read_description(folder / DESCRIPTION)
+    _check_description(folder / DESCRIPTION, description, balancer)
+    with _explained(folder / TENSORS):
+        balancer.start_from(load_file(folder / TENSORS, device=str(balancer.device)))
+    _say_other_options(folder / DESCRIPTION, description, balancer)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

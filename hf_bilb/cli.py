@@ -13,6 +13,7 @@ import click
 from hf_bilb.balancers.base import NonFiniteLossError
 from hf_bilb.checkpointing import CheckpointError
 from hf_bilb.data import MissingPackageError
+from hf_bilb.metrics.base import MetricError
 from hf_bilb.options import OptionError
 from hf_bilb.recipe import dump_recipe, one_line, read_recipe
 from hf_bilb.reporting.results import labels, read_results, write_text
@@ -43,7 +44,7 @@ class TrainingFailed(UserError):
 def _one_line_errors() -> Iterator[None]:
     try:
         yield
-    except (OptionError, CheckpointError, MissingPackageError) as error:
+    except (OptionError, CheckpointError, MissingPackageError, MetricError) as error:
         raise UserError(error) from None
     except NonFiniteLossError as error:
         raise TrainingFailed(error) from None

@@ -16,9 +16,12 @@ CoefficientScale = Literal["as_defined", "sum_to_one", "sum_to_k"]
 class CoefficientRules(nn.Module):
     """Floor, scale and priors of the coefficients. They touch what the model descends, never what the router descends.
 
-    * floor a: c_k >= a * mean |c| over the present tasks, the coefficient of a plain sum with the same total.
-    * scale: sum |c| brought to 1 (`sum_to_one`) or to the number of present tasks, as in a plain sum (`sum_to_k`).
+    * floor a: c_k >= a * mean |c| over the active tasks, the coefficient of a plain sum with the same total.
+    * scale: sum |c| brought to 1 (`sum_to_one`) or to the number of active tasks, as in a plain sum (`sum_to_k`).
     * priors a_k: c_k <- a_k c_k; for `ls` the objective sum a_k l_k, for `si` sum a_k log l_k.
+
+    Active are the tasks that F runs over. Held ones are among them: over the present task of a batch alone, every scale
+    and floor would undo the balancing.
 
     State: `task_priors [K]`.
     """
@@ -40,20 +43,22 @@ class CoefficientRules(nn.Module):
         # Not state: the priors are what the user says today, also after a resume.
         self.register_buffer("task_priors", torch.tensor(priors, dtype=torch.float64), persistent=False)
 
-    def forward(self, coefficients: Tensor, value: Tensor, losses: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """The coefficients `[K]` to apply, zero where not `present`, and the value to report.
+    def forward(
+        self, coefficients: Tensor, value: Tensor, losses: Tensor, present: Tensor, active: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The coefficients `[K]` to apply, of all `active` tasks (zero elsewhere), and the value to report.
 
-        With priors the reported value is F + sum (a_k - 1) c_k l_k: F in which task k counts a_k times, to first order
-        (exactly sum a_k l_k for `ls`).
+        With priors the reported value is F + sum (a_k - 1) c_k l_k over the `present` tasks: F in which task k counts
+        a_k times, to first order (exactly sum a_k l_k for `ls`).
         """
-        applied = torch.where(present, coefficients, 0.0)
+        applied = coefficients
         if self.floor is not None:
-            count = present.sum()
+            count = active.sum()
             floor = self.floor * applied.abs().sum() / count.clamp(min=1)
-            applied = torch.where(present, torch.maximum(applied, floor), applied)
+            applied = torch.where(active, torch.maximum(applied, floor), applied)
         if self.scale != "as_defined":
             total = applied.abs().sum()
-            target = 1.0 if self.scale == "sum_to_one" else present.sum()
+            target = 1.0 if self.scale == "sum_to_one" else active.sum()
             applied = applied * torch.where(total > 0, target / total.clamp(min=torch.finfo(total.dtype).tiny), total)
         if self.has_priors:
             value = value + ((self.task_priors - 1) * applied * torch.where(present, losses, 0.0)).sum()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.task_losses import TaskLosses
+
 
 class WindowShare(NamedTuple):
     """One micro-batch's part in an accumulation window, in items.
@@ -15,12 +17,15 @@ class WindowShare(NamedTuple):
         local: `[K]`, this rank's items of this micro-batch over the window's items on all ranks.
         everywhere: `[K]`, all ranks' items of this micro-batch over the window's.
         fraction: scalar, the micro-batch's items of all tasks and ranks over the window's.
+        rows: scalar, what its rows count where a feature router's features are averaged: `fraction` when the decision
+            is the micro-batch's own, one when it is the whole window's.
         num_micro_batches: how many micro-batches the window has.
     """
 
     local: Tensor
     everywhere: Tensor
     fraction: Tensor
+    rows: Tensor
     num_micro_batches: int
 
 
@@ -35,6 +40,7 @@ class Decision(NamedTuple):
         coefficients: `[K]` what each loss is multiplied with, zero where absent.
         weights: `[K]` or None; discrepancy: scalar or None.
         auxiliary_loss: scalar, mean over ranks.
+        feature_gradient: `[D]` dF/dfeatures, or None; num_rows: scalar, rows behind the features.
         valid: bool scalar, False when a loss or a coefficient is not finite, or a loss outside a logarithm's domain.
     """
 
@@ -46,7 +52,26 @@ class Decision(NamedTuple):
     weights: Tensor | None
     discrepancy: Tensor | None
     auxiliary_loss: Tensor
+    feature_gradient: Tensor | None
+    num_rows: Tensor
     valid: Tensor
+
+
+def local_share(batch: TaskLosses, per_task: Tensor, per_feature: Tensor | None) -> Tensor:
+    """Scalar sum_k w_k l_k + v . sum_b z_b of one batch on one rank, whose gradient is its part of the global one.
+
+    Args:
+        batch: losses and router features, attached to the graph.
+        per_task: w `[K]`.
+        per_feature: v `[D]`, or None when nothing looks at the features.
+    """
+    # A task without items here may have any value, NaN included: it takes no part, with a zero gradient.
+    connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
+    share = torch.dot(per_task.to(connected.dtype), connected)
+    if per_feature is None or batch.router_features is None:
+        return share
+    summed = batch.router_features.sum(dim=0, dtype=per_feature.dtype)
+    return share + torch.dot(per_feature, summed).to(share.dtype)
 
 
 class NonFiniteLossError(ArithmeticError):

@@ -1,18 +1,21 @@
 """Exact data parallelism: what is reduced over ranks, and how every head is reached on every rank.
 
 Balancing decisions are nonlinear in the losses, so they are taken on the global batch: sums and counts travel
-(2K + 1 numbers), never means. Each rank then backpropagates its exact share, multiplied with the number of ranks
+(2K + 2 numbers), never means. Each rank then backpropagates its exact share, multiplied with the number of ranks
 because `DistributedDataParallel`, FSDP and DeepSpeed average gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_bilb.task_losses import TaskLosses
 
 
 def data_parallel_size(group: dist.ProcessGroup | None = None) -> int:
@@ -29,34 +32,83 @@ def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return total
 
 
+class GlobalBatch(NamedTuple):
+    """The losses of the global batch, over all ranks and micro-batches; detached, in float32 at least.
+
+    Attributes:
+        losses: `[K]`, zero where the count is zero.
+        num_items: `[K]`.
+        present: bool `[K]`, where the count is not zero.
+        one_task_each: bool scalar, whether tasks are present and no micro-batch of any rank holds more than one.
+        auxiliary_loss: scalar, mean over ranks and micro-batches.
+        features: `[D]`, mean over all rows, or None.
+        num_rows: scalar, how many rows stand behind `features`; zero without them.
+    """
+
+    losses: Tensor
+    num_items: Tensor
+    present: Tensor
+    one_task_each: Tensor
+    auxiliary_loss: Tensor
+    features: Tensor | None
+    num_rows: Tensor
+
+
 def reduce_losses(
-    losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None, group: dist.ProcessGroup | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Global losses from each rank's local ones.
+    micro_batches: Sequence[TaskLosses], with_features: bool = False, group: dist.ProcessGroup | None = None
+) -> GlobalBatch:
+    """Global losses from the local ones of each rank and micro-batch.
 
     Args:
-        losses: `[K]` local losses S_k / max(N_k, 1); entries with N_k = 0 are ignored, NaN included.
-        num_items: `[K]` local counts N_k.
-        auxiliary_loss: scalar or None; averaged over the ranks as data parallelism averages its gradient.
+        micro_batches: this rank's part of the global batch, one or more; losses S_k / max(N_k, 1), where entries with
+            N_k = 0 are ignored, NaN included.
+        with_features: take `router_features` `[B, D]` along, which every micro-batch then has.
+        group: the ranks.
 
-    Returns:
-        global losses `[K]` (zero where the global count is zero), global counts `[K]`, mean auxiliary loss `[]`;
-        all detached, in float32 at least.
-
-    Cost: one all-reduce of 2K + 1 numbers.
+    Cost: one all-reduce of 2K + 2 numbers, and D + 1 more with features.
     """
-    items = num_items.detach()
-    here = items > 0
-    local = torch.where(here, losses.detach().to(items.dtype), 0.0)
-    extra = items.new_zeros(()) if auxiliary_loss is None else auxiliary_loss.detach().to(items.dtype).reshape(())
     ranks = data_parallel_size(group)
-    if ranks == 1:
+    # At least as precise as the losses, whatever the type of the counts.
+    items = [
+        batch.num_items.detach().to(torch.promote_types(batch.losses.dtype, torch.float32)) for batch in micro_batches
+    ]
+    here = [count > 0 for count in items]
+    local = [
+        torch.where(present, batch.losses.detach().to(count.dtype), 0.0)
+        for batch, count, present in zip(micro_batches, items, here, strict=True)
+    ]
+    zero = items[0].new_zeros(())
+    auxiliary = _sum([_scalar_like(batch.auxiliary_loss, zero) for batch in micro_batches])
+    rows = [features.detach().to(zero.dtype) for features in _features(micro_batches)] if with_features else []
+    features = [_sum([part.sum(dim=0) for part in rows]), zero + sum(len(part) for part in rows)] if rows else []
+    if ranks == 1 and len(micro_batches) == 1:
         # Sum and count need no detour: the loss itself, to the last bit.
-        return local, items, extra
-    num_tasks = items.numel()
-    total = all_reduce_sum(torch.cat([local * items, items, extra.reshape(1)]), group)
-    global_items = total[num_tasks : 2 * num_tasks]
-    return total[:num_tasks] / global_items.clamp(min=1), global_items, total[-1] / ranks
+        mean, num_rows = (features[0] / features[1].clamp(min=1), features[1]) if features else (None, zero)
+        return GlobalBatch(local[0], items[0], here[0], here[0].sum() == 1, auxiliary, mean, num_rows)
+    num_tasks = items[0].numel()
+    sums = _sum([loss * count for loss, count in zip(local, items, strict=True)])
+    several = _sum([(present.sum() > 1).to(zero.dtype) for present in here])
+    numbers = [sums, _sum(items), auxiliary.reshape(1), several.reshape(1)]
+    total = all_reduce_sum(torch.cat([*numbers, *(part.reshape(-1) for part in features)]), group)
+    sums, counts, (auxiliary, several), rest = total.split([num_tasks, num_tasks, 2, len(total) - 2 * num_tasks - 2])
+    mean, num_rows = (rest[:-1] / rest[-1].clamp(min=1), rest[-1]) if features else (None, zero)
+    present = counts > 0
+    one_task_each = present.any() & (several == 0)
+    auxiliary = auxiliary / (ranks * len(micro_batches))
+    return GlobalBatch(sums / counts.clamp(min=1), counts, present, one_task_each, auxiliary, mean, num_rows)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum; a single one as it is, to the last bit."""
+    return functools.reduce(torch.add, tensors)
+
+
+def _scalar_like(value: Tensor | None, zero: Tensor) -> Tensor:
+    return zero if value is None else value.detach().to(zero.dtype).reshape(())
+
+
+def _features(micro_batches: Sequence[TaskLosses]) -> list[Tensor]:
+    return [batch.router_features for batch in micro_batches if batch.router_features is not None]
 
 
 class _Reach(torch.autograd.Function):

@@ -69,28 +69,32 @@ class Normalization(nn.Module):
             self.observations.zero_()
 
     @torch.no_grad()
-    def observe(self, losses: Tensor, present: Tensor) -> None:
-        """Take the losses `[K]` of the present tasks into their references, while these are still being formed."""
-        forming = present & (self.observations < self.window)
+    def observe(self, losses: Tensor, present: Tensor, frozen: bool = False) -> None:
+        """Take the losses `[K]` of the present tasks into their references, while these are still being formed;
+        `frozen`: only where there is none yet."""
+        forming = present & self._forming(frozen)
         # A window of one takes the loss itself, to the last bit.
         mean = losses if self.window == 1 else self.reference_losses.lerp(losses, 1 / (self.observations + 1))
         torch.where(forming, mean, self.reference_losses, out=self.reference_losses)
         self.observations.add_(forming)
         self.seen.logical_or_(present)
 
+    def _forming(self, frozen: bool) -> Tensor:
+        return ~self.seen if frozen else self.observations < self.window
+
     @property
     def needs_positive_losses(self) -> bool:
         """Whether some losses <= 0 are refused, see `outside_domain`."""
         return self.kind != "none"
 
-    def outside_domain(self, losses: Tensor, present: Tensor) -> Tensor:
+    def outside_domain(self, losses: Tensor, present: Tensor, frozen: bool = False) -> Tensor:
         """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm or as a reference, < 0
-        under a power)."""
+        under a power); `frozen` as in `observe`."""
         if self.kind == "none":
             return torch.zeros_like(present)
         if self.kind == "log":
             return present & (losses <= 0)
-        outside = (losses <= 0) & (self.observations < self.window)
+        outside = (losses <= 0) & self._forming(frozen)
         return present & (outside | (losses < 0) if self.kind == "power" else outside)
 
     def forward(self, losses: Tensor) -> Tensor:

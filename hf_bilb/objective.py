@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class ObjectiveValue(NamedTuple):
         discrepancy: scalar f, where the method has one.
         edge_ratio: scalar, discrepancy weight over the value beyond which a coefficient can turn negative.
         collapsed: bool scalar, True when the weights have become so small that the method has turned into another.
+        clamped_share: scalar, the share of weights that lie at their clamp.
     """
 
     value: Tensor
@@ -34,6 +36,7 @@ class ObjectiveValue(NamedTuple):
     discrepancy: Tensor | None = None
     edge_ratio: Tensor | None = None
     collapsed: Tensor | None = None
+    clamped_share: Tensor | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -45,22 +48,72 @@ class Objective(nn.Module, ABC):
 
     #: True when F needs losses > 0 after normalization (a logarithm); checked before the model is touched.
     takes_logarithm: ClassVar[bool] = False
+    #: D, the length of the features that F looks at; 0 when it looks at none.
+    num_features: int = 0
 
     @abstractmethod
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the tasks in the bool mask `active [K]` at the normalised `losses [K]`."""
 
 
+class BilevelObjective(Objective):
+    """A method with two levels, min_W f(W, x*(W)) with x*(W) in argmin_x g(W, x); W are its parameters.
+
+    `levels` gives both as separate scalars, for the double loop and for diagnostics.
+    """
+
+    #: N, beta and the factor of g of the penalty form; N = 0 is the single loop.
+    inner_steps: int = 0
+    inner_learning_rate: float = 0.0
+    penalty_weight: float = 1.0
+
+    @abstractmethod
+    def levels(self, losses: Tensor, active: Tensor, features: Tensor | None) -> Levels:
+        """f, g and sigma; arguments as in `forward`. g is attached to W even where F detaches it."""
+
+
+class Levels(NamedTuple):
+    """Both levels of a bilevel method.
+
+    Attributes:
+        upper: scalar f, without its factor.
+        lower: scalar g, without its factor.
+        weights: sigma `[K]`.
+        clamped_share: scalar, the share of weights that have no gradient because they lie at their clamp.
+    """
+
+    upper: Tensor
+    lower: Tensor
+    weights: Tensor
+    clamped_share: Tensor
+
+
 class Derivatives(NamedTuple):
-    """F at one point, detached, with its coefficients dF/dl `[K]` and dF/dtheta for each parameter of the objective."""
+    """A scalar at one point and its derivatives, detached.
+
+    Attributes:
+        output: what the objective returned.
+        coefficients: dF/dl `[K]`, with respect to the losses before normalization; zero outside the active tasks.
+        parameter_gradients: dF/dtheta for each parameter of the objective.
+        feature_gradient: dF/dfeatures `[D]`, None without features.
+    """
 
     output: ObjectiveValue
     coefficients: Tensor
     parameter_gradients: tuple[Tensor, ...]
+    feature_gradient: Tensor | None = None
+
+
+Scalar = Callable[[Tensor, Tensor, "Tensor | None"], ObjectiveValue]
 
 
 def differentiate(
-    objective: Objective, normalization: Normalization, losses: Tensor, active: Tensor, features: Tensor | None = None
+    objective: Objective,
+    normalization: Normalization,
+    losses: Tensor,
+    active: Tensor,
+    features: Tensor | None = None,
+    scalar: Scalar | None = None,
 ) -> Derivatives:
     """Evaluate F(normalise(losses)) and differentiate it.
 
@@ -68,6 +121,7 @@ def differentiate(
         losses: `[K]`, global, detached or not; entries outside `active` are replaced.
         active: bool `[K]`, the tasks that F runs over.
         features: `[D]` or None.
+        scalar: another function of the objective's than F to differentiate (one of its levels).
 
     Returns:
         `Derivatives`; coefficients are zero outside `active`.
@@ -76,10 +130,14 @@ def differentiate(
     """
     # Placeholder one: finite under every normalization, so that no NaN or infinity reaches the graph.
     point = torch.where(active, losses.detach(), 1.0).requires_grad_()
+    inputs = [point, *objective.parameters()]
+    if features is not None:
+        features = features.detach().requires_grad_()
+        inputs.append(features)
     with torch.enable_grad():
-        output = objective(normalization(point), active, features)
-        parameters = tuple(objective.parameters())
-        gradients = torch.autograd.grad(output.value, (point, *parameters), allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip((point, *parameters), gradients, strict=True)]
+        output = (objective if scalar is None else scalar)(normalization(point), active, features)
+        gradients = torch.autograd.grad(output.value, inputs, allow_unused=True)
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
     detached = ObjectiveValue._make(None if field is None else field.detach() for field in output)
-    return Derivatives(detached, torch.where(active, filled[0], 0.0), tuple(filled[1:]))
+    of_features = None if features is None else filled.pop()
+    return Derivatives(detached, torch.where(active, filled[0], 0.0), tuple(filled[1:]), of_features)

@@ -16,8 +16,8 @@ from hf_bilb.decision import Decision, WindowShare
 #: Above this many tasks the log holds a summary, and the full vectors go to a file.
 MAX_TASKS_IN_LOG = 32
 VECTORS_FILE = "task_vectors.jsonl"
-_VECTORS = ("loss_sum", "items", "coefficient", "weight", "presence")
-_SCALARS = ("value", "loss_mean", "discrepancy", "auxiliary", "fraction")
+_VECTORS = ("loss_sum", "items", "coefficient", "presence", "weight", "weighted")
+_SCALARS = ("value", "loss_mean", "discrepancy", "auxiliary", "balanced", "fraction")
 _LOSS_MEAN = _SCALARS.index("loss_mean") - len(_SCALARS)  # counted from the end
 
 
@@ -45,12 +45,16 @@ class RunningLog:
         # A batch without a label has no F.
         fraction = decision.present.any().to(dtype) * (1.0 if share is None else share.fraction)
         parts = 1 if share is None else share.num_micro_batches
-        weights = torch.zeros_like(present) if decision.weights is None else decision.weights
         zero = present.new_zeros(())
-        discrepancy = zero if decision.discrepancy is None else decision.discrepancy * fraction
+        nothing = torch.zeros_like(present)
+        # None while the method is warming up: then there is nothing to take a mean of.
+        weight, weighted = (nothing, nothing) if decision.weights is None else (decision.weights * present, present)
+        discrepancy, balanced = (
+            (zero, zero) if decision.discrepancy is None else (decision.discrepancy * fraction, fraction)
+        )
         # The mean loss of the update follows in `commit`, from its sums.
-        scalars = [value.detach().to(dtype), zero, discrepancy, decision.auxiliary_loss / parts, fraction]
-        per_step = torch.cat([decision.coefficients, weights * present, present]).to(dtype) * fraction
+        scalars = [value.detach().to(dtype), zero, discrepancy, decision.auxiliary_loss / parts, balanced, fraction]
+        per_step = torch.cat([decision.coefficients, present, weight, weighted]).to(dtype) * fraction
         items = decision.num_items.to(dtype)
         self._pending += torch.cat([decision.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
         self._has_weights |= decision.weights is not None
@@ -75,7 +79,7 @@ class RunningLog:
     def drain(self) -> tuple[dict[str, float], dict[str, list[float | None]]]:
         """The log entries since the last call, as Python floats, and the full vectors; starts over.
 
-        Cost: one device-to-host copy of 5 K + 5 numbers.
+        Cost: one device-to-host copy of 6 K + 6 numbers.
         """
         numbers = self._sums.tolist()
         num_tasks = len(self.task_names)
@@ -86,14 +90,14 @@ class RunningLog:
         self._run_updates += self._updates
         columns = {"loss": _ratio(vectors["loss_sum"], vectors["items"])}
         if self._has_weights:
-            columns["weight"] = _ratio(vectors["weight"], vectors["presence"])
+            columns["weight"] = _ratio(vectors["weight"], vectors["weighted"])
         columns["coefficient"] = _ratio(vectors["coefficient"], vectors["presence"])
         # Nothing to say where every step was dropped; `loss` must be there, as Trainer has put its own.
         logs = {"loss": scalars["value"] / steps if steps else math.nan}
         if steps:
             logs["loss_mean"] = scalars["loss_mean"] / steps
-        if steps and self._has_discrepancy:
-            logs["discrepancy"] = scalars["discrepancy"] / steps
+        if scalars["balanced"] and self._has_discrepancy:
+            logs["discrepancy"] = scalars["discrepancy"] / scalars["balanced"]
         if steps and self._has_auxiliary:
             logs["auxiliary_loss"] = scalars["auxiliary"] / steps
         logs.update({f"dropped_steps/{task}": float(count) for task, count in self.dropped.items()})
@@ -153,6 +157,7 @@ class RunningLog:
         self._sums.zero_()
         self._pending.zero_()
         self._updates, self._run_value, self._run_updates, self.dropped = 0, 0.0, 0, {}
+        self._has_weights = self._has_discrepancy = self._has_auxiliary = False
 
 
 def _ratio(sums: list[float], counts: list[float]) -> list[float | None]:

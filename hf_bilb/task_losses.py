@@ -33,6 +33,7 @@ class TaskLosses:
         router_features: `[B, D]` or None.
         auxiliary_loss: scalar that is added to the objective as it is, or None.
         complete: False when tasks of a dict were missing or constant: their heads are not connected to `losses`.
+        counted: whether `num_items` was given; otherwise the batch size stands in.
     """
 
     losses: Tensor
@@ -40,6 +41,7 @@ class TaskLosses:
     router_features: Tensor | None = None
     auxiliary_loss: Tensor | None = None
     complete: bool = True
+    counted: bool = True
 
 
 def as_task_losses(
@@ -83,7 +85,7 @@ def as_task_losses(
         raise TaskLossError(f"losses: got dtype {vector.dtype}, expected a floating point tensor")
     if auxiliary_loss is not None and auxiliary_loss.numel() != 1:
         raise TaskLossError(f"auxiliary_loss: got shape {tuple(auxiliary_loss.shape)}, expected a scalar")
-    return TaskLosses(vector, counts, router_features, auxiliary_loss, complete)
+    return TaskLosses(vector, counts, router_features, auxiliary_loss, complete, counted=num_items is not None)
 
 
 def _as_counts(

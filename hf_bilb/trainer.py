@@ -14,41 +14,36 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from hf_bilb import checkpointing, distributed
-from hf_bilb.accumulation import AccumulationWindow, ItemCounter, batch_size
-from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
-from hf_bilb.balancers.base import LossBalancer
+from hf_bilb.accumulation import AccumulationWindow, share_of_window
+from hf_bilb.balancers.base import LossBalancer, Phase
 from hf_bilb.balancers.registry import build_balancer
-from hf_bilb.decision import NonFiniteLossError
-from hf_bilb.evaluation import EvaluationLosses, own_part
+from hf_bilb.decision import Decision, NonFiniteLossError
+from hf_bilb.diagnostics import LowerLevelDiagnostics
+from hf_bilb.micro_batches import MicroBatches
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
-from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
+from hf_bilb.task_loss_trainer import TaskLossTrainer, tensors_in
+from hf_bilb.task_losses import TaskLosses
+from hf_bilb.task_sampler import build_task_sampler, set_sampler_epoch
 from hf_bilb.trainer_callback import BalancerCallback, pass_balancer
-from hf_bilb.trainer_checks import ForwardColumns, check_settings, resolve_task_names
-from hf_bilb.training_args import BilevelMTLTrainingArguments
+from hf_bilb.trainer_checks import check_balancer, check_sampling, with_num_features
 from hf_bilb.update import Update
 
 logger = logging.getLogger(__name__)
 
-#: Output fields of the contract; they are no predictions.
-CONTRACT_FIELDS = ["losses", "num_items", "router_features", "auxiliary_loss"]
 
-TaskLossFunc = Callable[[Any, Mapping[str, Any]], Any]
-TaskItemCounts = Callable[[Mapping[str, Any]], Tensor]
-
-
-class BilevelMTLTrainer(AtomicCheckpointTrainer):
+class BilevelMTLTrainer(TaskLossTrainer):
     """Drop-in for `transformers.Trainer` that balances K task losses.
 
     Args:
         *args, **kwargs: those of `transformers.Trainer`; `args` is a `BilevelMTLTrainingArguments`.
         task_loss_func: `(outputs, batch) -> losses` or `-> (losses, num_items)`; losses a tensor `[K]` or a dict of
-            scalars, num_items likewise. Without it the model's output fields `losses`, `num_items`, `auxiliary_loss`
-            are taken (the contract stands in `hf_bilb.task_losses`).
+            scalars, num_items likewise. Without it the model's output fields `losses`, `num_items`, `router_features`,
+            `auxiliary_loss` are taken (the contract stands in `hf_bilb.task_losses`).
         task_item_counts: `(batch) -> [K]`, how many items each task has in a batch, for gradient accumulation with
-            partial labels; built in for label columns with -100 or NaN.
+            partial labels under `balance_over: micro_batch`; built in for label columns with -100 or NaN.
 
     With one task and an ordinary model that returns `loss`, it trains exactly as `Trainer`.
 
@@ -56,43 +51,35 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         balancer: the `LossBalancer`; `trainer.balancer.coefficients` are the last coefficients `[K]`. Callbacks get it
             as the keyword `balancer` in every event.
 
-    State: in each checkpoint, `balancer.safetensors` and `balancer.json`. Cost over `Trainer`: one all-reduce of 2K + 1
-    numbers per micro-batch and arithmetic on K numbers; no extra forward or backward pass.
+    State: in each checkpoint, `balancer.safetensors` and `balancer.json`. Cost over `Trainer`: one all-reduce of 2K + 2
+    numbers per micro-batch and arithmetic on K numbers; no extra forward or backward pass, but for `balance_over:
+    window` (one forward of each micro-batch more), a double loop, and diagnostics.
 
     Raises:
         OptionError: settings that cannot work (DataParallel, tensor or context parallelism, names and lengths that do
             not match, ...), when it is built.
+        CheckpointError: `balancer_init_from` that does not fit, when it is built.
         NonFiniteLossError: in training, naming task, step and value (`nonfinite_loss: raise`).
     """
 
-    args: BilevelMTLTrainingArguments
-
-    def __init__(
-        self,
-        *args: Any,
-        task_loss_func: TaskLossFunc | None = None,
-        task_item_counts: TaskItemCounts | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_settings(self)
-        self.task_loss_func = task_loss_func
-        self.task_names = resolve_task_names(self)
-        self._item_counter = ItemCounter(task_item_counts, self.label_names, self.task_names)
-        # A model with one task may be an ordinary one; its first output tells. None = not known yet.
-        self._ordinary: bool | None = None
-        self._settle_ordinary(None if len(self.task_names) == 1 and task_loss_func is None else False)
+        self._task_sampling = check_sampling(self)
         self.balancer = self._build_balancer()
-        self._initial_state = self.balancer.state_dict()
+        check_balancer(self)
+        if self.args.balancer_init_from is not None:
+            checkpointing.start_balancer_from(self.args.balancer_init_from, self.balancer)
+        self._initial_state = self.balancer.snapshot()
         self._restored = False
         self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
-        self._columns = ForwardColumns(self.accelerator.unwrap_model(self.model), self.label_names)
-        self._window: AccumulationWindow | None = None
-        self._micro_batch = -1
         self._update: Update | None = None
-        self._evaluation: EvaluationLosses | None = None
+        self._decision: Decision | None = None
+        self._announce([])
         pass_balancer(self.callback_handler, self.balancer)
         self.callback_handler.callbacks.insert(0, BalancerCallback(self))
+        diagnostics = self.args.diagnostics_options()
+        if diagnostics is not None:
+            self.add_callback(LowerLevelDiagnostics(self, diagnostics))
 
     # --- set-up --------------------------------------------------------------------------------------------------
 
@@ -106,24 +93,58 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
             task_priors=self.args.task_priors,
             device=self.args.device,
             dtype=torch.float64 if exact else torch.float32,
-            **options,
+            **with_num_features(name, options, self.model),
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._task_sampling is None:
+            return super()._get_train_sampler(train_dataset)
+        return build_task_sampler(
+            self.train_dataset if train_dataset is None else train_dataset,
+            self._task_sampling,
+            self.task_names,
+            batch_size=self._train_batch_size,
+            num_ranks=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            split_batches=self.args.accelerator_config.split_batches,
+        )
+
+    def begin_epoch(self, epoch: int, dataloader: Any, resumed: bool) -> None:
+        """Tell the task sampler which epoch comes, and how far into it a run goes on that is `resumed`."""
+        if self._task_sampling is None:
+            return
+        micro_batches = self.args.gradient_accumulation_steps
+        updates_per_epoch = max(len(dataloader) // micro_batches + (len(dataloader) % micro_batches > 0), 1)
+        done = self.state.global_step % updates_per_epoch * micro_batches if resumed else 0
+        set_sampler_epoch(dataloader, epoch, done)
 
     # --- one batch -----------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As in `Trainer`; under gradient accumulation also counts the items of the window."""
+        """As in `Trainer`; keeps the micro-batches of the update, and counts their items under accumulation."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._micro_batch = -1
-        self._window = None
-        if not self._ordinary and len(batches) > 1:
-            counts = [self._item_counter.count(batch) for batch in batches]
-            self._window = AccumulationWindow.count(counts, device, self.balancer.dtype)
+        self._announce(batches)
         return batches, num_items
+
+    def _announce(self, batches: list) -> None:
+        """These are the micro-batches of the next update, which `training_step` gets one after the other."""
+        self._micro_batch = -1
+        replayed = self.balancer.needs_model or self.args.diagnostics is not None
+        self._micro_batches = MicroBatches(batches, self._forward, self.args.device, replayed)
+        self._window: AccumulationWindow | None = None
+        if not self._ordinary and len(batches) > 1 and self.args.balance_over == "micro_batch":
+            counts = [self._item_counter.count(batch) for batch in batches]
+            self._window = AccumulationWindow.count(counts, self.args.device, self.balancer.dtype)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         # Counting labels for the model's own loss scaling would cost a gather; our shares come from the task counts.
         return None if self._ordinary is False else super()._get_num_items_in_batch(batch_samples, device)
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> TaskLosses:
+        """The losses of one micro-batch, outside the pass that counts."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return self._task_losses(self._run(model, inputs), inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, decision on the global losses, this rank's exact share of the backward pass.
@@ -131,79 +152,81 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step
         (`finish_update`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
         """
+        if self._micro_batch + 1 >= len(self._micro_batches):  # a trainer with a `get_batch_samples` of its own
+            if self.args.gradient_accumulation_steps > 1 and not self._ordinary:
+                raise RuntimeError("gradient accumulation: get_batch_samples must call super(), to know an update")
+            self._announce([inputs])
         self._micro_batch += 1
         if self._micro_batch == 0:
-            self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
+            self._begin_update(model)
+        self._micro_batches.begin(self._micro_batch)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _begin_update(self, model: nn.Module) -> None:
+        self.balancer.phase = self._phase()
+        self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
+        self._decision = None
+        if self.args.balance_over == "window" and len(self._micro_batches) > 1:
+            model.train()
+            if not self._is_ordinary(model, self._micro_batches.batches[0]):
+                self._decision = self._decide_for_window(model, self._update)
+
+    def _phase(self) -> Phase:
+        step, last = self.state.global_step, self.args.balancer_freeze_after
+        if step < self.args.balancer_warmup_steps:
+            return "warmup"
+        return "balancing" if last is None or step < last else "frozen"
+
+    def _decide_for_window(self, model: nn.Module, update: Update) -> Decision:
+        """F once, at the losses of all micro-batches together: one forward pass of each without gradients."""
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers keep other parameters for evaluation
+        losses = self._micro_batches.first_pass(model)
+        decision = self.balancer.decide(losses)
+        has_auxiliary = any(batch.auxiliary_loss is not None for batch in losses)
+        self._running_log.add(decision, decision.value + decision.auxiliary_loss, None, has_auxiliary)
+        update.add(decision)
+        return decision
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """In training the balanced loss of a micro-batch; in evaluation the unweighted mean of the tasks' losses."""
-        outputs = None
-        if self._ordinary is not False:
-            if self._ordinary is None and self.compute_loss_func is None and self.label_smoother is None:
-                watched = _Watched(model, self._columns)
-                loss, outputs = super().compute_loss(watched, inputs, True, num_items_in_batch)
-                self._settle_ordinary("losses" not in outputs if isinstance(outputs, Mapping) else True)
+        loss, outputs = self._ordinary_loss(model, inputs, num_items_in_batch)
+        if loss is None:
+            outputs = self._run(model, inputs) if outputs is None else outputs
+            batch = self._task_losses(outputs, inputs)
+            if not model.training:
+                loss = self._evaluated_loss(model, batch, inputs)
             else:
-                self._settle_ordinary(True)
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            if self._ordinary:
-                return (loss, outputs) if return_outputs else loss
-        if outputs is None:
-            outputs = model(**self._columns.select(inputs))
-        batch = self._task_losses(outputs, inputs)
-        loss = (
-            self._balanced_loss(model, batch, outputs) if model.training else self._evaluated_loss(model, batch, inputs)
-        )
+                loss = self._balanced_loss(model, batch, outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _settle_ordinary(self, ordinary: bool | None) -> None:
-        self._ordinary = ordinary
-        # Our loss is normalised over the window; an ordinary model's is what Trainer takes it for.
-        self.loss_is_scaled_for_ga = True if ordinary is False else None
-
-    def _task_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> TaskLosses:
-        fields = outputs if isinstance(outputs, Mapping) else {}
-        num_items = fields.get("num_items")
-        if self.task_loss_func is not None:
-            result = self.task_loss_func(outputs, inputs)
-            losses, num_items = result if isinstance(result, tuple) else (result, None)
-        elif "losses" in fields:
-            losses = fields["losses"]
+    def _balanced_loss(self, model: nn.Module, batch: TaskLosses, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        if self._decision is not None:
+            share = share_of_window(batch, self._decision, len(self._micro_batches))
+            loss = self.balancer.attach(batch, self._decision, share=share)
         else:
-            got = ", ".join(fields) or type(outputs).__name__
-            raise TaskLossError(
-                f"the model returned no `losses` (it returned: {got}); return a field `losses` "
-                f"[{len(self.task_names)}], or give the Trainer a task_loss_func(outputs, batch)"
-            )
-        missing = isinstance(losses, Mapping) and len(losses) < len(self.task_names)
-        if self._window is not None and (missing or num_items is not None):
-            self._item_counter.warn_unless_known(inputs, missing)
-        return as_task_losses(
-            losses,
-            num_items,
-            self.task_names,
-            default_items=batch_size(inputs),
-            router_features=fields.get("router_features"),
-            auxiliary_loss=fields.get("auxiliary_loss"),
-        )
-
-    def _balanced_loss(self, model: nn.Module, batch: TaskLosses, outputs: Any) -> Tensor:
-        share = None if self._window is None else self._window.share(max(self._micro_batch, 0))
-        loss, decision = self.balancer.surrogate(batch, share=share)
+            loss = self._decide_for_micro_batch(batch, inputs)
         if not batch.complete and isinstance(model, DistributedDataParallel):
             # Heads without a loss on this rank may have one on another: every output takes part in the reduction.
             everywhere = [] if model.find_unused_parameters else list(model.parameters())
-            zero = distributed.reach([*_tensors(outputs), *everywhere])
+            zero = distributed.reach([*tensors_in(outputs), *everywhere])
             loss = loss if zero is None else loss + zero.to(loss.dtype)
-        self._running_log.add(decision, loss, share, batch.auxiliary_loss is not None)
-        if self._update is not None:
-            self._update.add(decision)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Its backward pass ends in the optimizer's step: too late to look afterwards.
             self.update_is_valid()
+        return loss
+
+    def _decide_for_micro_batch(self, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
+        share = None
+        if self._window is not None:
+            self._item_counter.check(inputs, batch)
+            share = self._window.share(max(self._micro_batch, 0))
+        loss, decision = self.balancer.surrogate(batch, share=share)
+        self._running_log.add(decision, loss, share, batch.auxiliary_loss is not None)
+        if self._update is not None:
+            self._update.add(decision)
         return loss
 
     # --- one update (called by BalancerCallback) -----------------------------------------------------------------
@@ -222,6 +245,7 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
 
     def _drop_update(self, update: Update, task: str) -> None:
         update.undo()
+        self._update = None
         self._running_log.drop(task)
         logger.warning("step %d is dropped: the loss of task %r is not finite", self.state.global_step + 1, task)
         scaler = self.accelerator.scaler
@@ -241,15 +265,21 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
             if self.accelerator.optimizer_step_was_skipped:
                 self.balancer.discard()
             else:
-                self.balancer.step()
+                self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_model else None)
             self._running_log.commit()
-        self._update = None
+        self._update = self._decision = self._window = None
+
+    def reevaluations(self) -> list[Callable[[], TaskLosses]]:
+        """For each micro-batch of the current update a function that runs the model on it once more, with the same
+        dropout masks; empty where none is under way or no decision was taken (a dropped one, an ordinary model)."""
+        # The bare model: a forward pass of DistributedDataParallel would expect a backward pass through its hooks.
+        return [] if self._update is None or self._update.empty else self._micro_batches.runs(self.model)
 
     def begin_run(self) -> None:
         """At the start of a training loop: a fresh balancer unless one was just restored from a checkpoint."""
         self.balancer.bind(self.model, self.optimizer)
         if not self._restored:
-            self.balancer.load_state_dict(self._initial_state)
+            self.balancer.restart(self._initial_state)
             self._running_log.reset()
         self._restored = False
         self._update = None
@@ -271,58 +301,6 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
             logs["train_loss"] = self._running_log.run_mean()
         super().log(logs, start_time)
 
-    # --- evaluation ----------------------------------------------------------------------------------------------
-
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`."""
-        self._evaluation = EvaluationLosses(len(self.task_names), self.balancer.device)
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if self._ordinary is False:
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            losses = self._evaluation.metrics(self.task_names, prefix)
-            # Trainer's own is a mean of batch means, and zero where no task has a label.
-            output.metrics.pop(f"{prefix}_loss", None)
-            output.metrics.update(losses)
-            if not losses and description != "Prediction":
-                logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
-        self._evaluation = None
-        return output
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """As in `Trainer`; the contract's fields are no predictions, unknown columns are withheld from the model."""
-        if self._ordinary:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if ignore_keys is None:
-            ignore_keys = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", None) or [
-                "past_key_values"
-            ]
-        if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
-            inputs = self._columns.select(inputs)
-        return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, *CONTRACT_FIELDS])
-
-    def _evaluated_loss(self, model: nn.Module, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
-        if self._evaluation is not None:
-            self._evaluation.add(self._without_repetitions(model, batch, inputs))
-        present = batch.num_items > 0
-        losses = torch.where(present, batch.losses, torch.zeros_like(batch.losses))
-        return losses.sum() / present.sum().clamp(min=1)
-
-    def _without_repetitions(self, model: nn.Module, batch: TaskLosses, inputs: Mapping[str, Any]) -> TaskLosses:
-        """The batch's losses without the examples that only fill the last batch up under several ranks."""
-        progress = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not progress.end_of_dataloader or progress.remainder <= 0:
-            return batch
-        own, part = own_part(inputs, int(batch_size(inputs)), self.args.process_index, progress.remainder)
-        if part is None:
-            logger.warning(
-                "the last evaluation batch repeats examples that cannot be told apart; its losses count them"
-            )
-            return batch
-        again = self._task_losses(model(**self._columns.select(part)), part)
-        return again if own > 0 else TaskLosses(again.losses, torch.zeros_like(again.num_items))
-
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -330,13 +308,15 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         one line (`CheckpointError`) before anything is loaded. `training_loss` is the mean F of the whole run."""
         if self.model_init is None:
             # Like the optimizer, the balancer goes on from a former `train`; a model built anew gets a fresh one.
-            self._initial_state = self.balancer.state_dict()
+            self._initial_state = self.balancer.snapshot()
+            self.balancer.bind(self.model)
         self._restored = False
         output = super().train(*args, **kwargs)
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
 
     def _check_checkpoint(self, checkpoint: str) -> None:
         if checkpointing.has_balancer(checkpoint):
+            self.balancer.bind(self.model)
             checkpointing.read_balancer(checkpoint, self.balancer)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -349,6 +329,7 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
         if checkpoint is None:
             return
         if checkpointing.has_balancer(checkpoint):
+            self.balancer.bind(self.model)
             checkpointing.load_balancer(checkpoint, self.balancer, self._running_log)
             self._restored = True
         else:
@@ -364,28 +345,3 @@ class BilevelMTLTrainer(AtomicCheckpointTrainer):
             checkpointing.load_balancer(best, self.balancer)
         else:
             logger.warning("%s holds no balancer state (save_only_model): the balancer stays at the last step", best)
-
-
-class _Watched:
-    """Calls the model for `Trainer.compute_loss`, which insists on a `loss` that a multi-task model need not return."""
-
-    def __init__(self, model: nn.Module, columns: ForwardColumns) -> None:
-        self.model = model
-        self.columns = columns
-
-    def __call__(self, **inputs: Any) -> Any:
-        outputs = self.model(**self.columns.select(inputs, keep_labels=True))
-        if isinstance(outputs, Mapping) and "loss" not in outputs and "losses" in outputs:
-            return {**outputs, "loss": outputs["losses"].sum()}
-        return outputs
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from _tensors(value)
-    elif isinstance(outputs, (list, tuple)):
-        for value in outputs:
-            yield from _tensors(value)

@@ -39,10 +39,12 @@ class BalancerCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        resumed = self._epoch is None and state.global_step > 0 and not args.ignore_data_skip
         # Counted from where the run begins or resumes: `state.epoch` lags behind when an epoch is cut short, and with a
         # data set of unknown length.
         self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
         self._trainer.balancer.on_epoch_begin(self._epoch)
+        self._trainer.begin_epoch(self._epoch, kwargs["train_dataloader"], resumed)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

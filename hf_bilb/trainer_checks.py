@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
+from hf_bilb.balancers.bilb import BilbOptions
+from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names
+from hf_bilb.task_sampler import TaskSamplingOptions, example_tasks, refuse_other_sampling
 from hf_bilb.training_args import BilevelMTLTrainingArguments
+
+if TYPE_CHECKING:
+    from hf_bilb.trainer import BilevelMTLTrainer
 
 
 def check_settings(trainer: Trainer) -> None:
@@ -35,6 +41,45 @@ def check_settings(trainer: Trainer) -> None:
         raise OptionError(
             "nonfinite_loss: 'skip' is not valid with DeepSpeed, which steps inside its backward pass; use 'raise'"
         )
+
+
+def check_balancer(trainer: BilevelMTLTrainer) -> None:
+    """Raise `OptionError` for settings under which a double loop, or its diagnostics, cannot work."""
+    args, balancer = trainer.args, trainer.balancer
+    if args.diagnostics is not None and not balancer.has_levels:
+        raise OptionError(f"diagnostics: balancer {balancer.name!r} has no lower level to look at, expected bilb")
+    used = {"balancer.lower_level": balancer.needs_model, "diagnostics": args.diagnostics is not None}
+    for key in [key for key, is_used in used.items() if is_used]:
+        sharded = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+        for kind in [kind for kind, enabled in sharded.items() if enabled]:
+            raise OptionError(f"{key}: an inner loop over z is not valid with {kind}, which shards the parameters")
+        if args.fp16:
+            raise OptionError(f"{key}: the gradients of the inner loop are not scaled for fp16, use bf16 or float32")
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise OptionError(f"{key}: an inner loop over z is not valid with use_reentrant: true, expected false")
+    if balancer.needs_model and args.balance_over == "micro_batch" and args.gradient_accumulation_steps > 1:
+        raise OptionError(
+            "balance_over: 'micro_batch' is not valid with a double loop under gradient accumulation, use 'window'"
+        )
+
+
+def check_sampling(trainer: Trainer) -> TaskSamplingOptions | None:
+    """The options of `task_sampling`; raises `OptionError` where the training data cannot be sampled by task."""
+    options = trainer.args.task_sampling_options()
+    if options is not None:
+        refuse_other_sampling(trainer.args.train_sampling_strategy)
+        if trainer.train_dataset is not None:
+            # Said now, not when training starts.
+            example_tasks(trainer.train_dataset, trainer.task_names)
+    return options
+
+
+def with_num_features(name: str, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The balancer's `options`, with D of a feature router from `model.config.num_router_features` where not given."""
+    resolved = resolve_options(name, options)
+    wanted = isinstance(resolved, BilbOptions) and resolved.router == "features" and resolved.num_features is None
+    length = getattr(getattr(model, "config", None), "num_router_features", None) if wanted else None
+    return dict(options) if length is None else {**options, "num_features": length}
 
 
 def resolve_task_names(trainer: Trainer) -> tuple[str, ...]:

@@ -9,10 +9,12 @@ from transformers import TrainingArguments
 
 from hf_bilb.balancers.base import AbsentTasks
 from hf_bilb.balancers.registry import resolve_options
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.diagnostics import DiagnosticsOptions
+from hf_bilb.options import OptionError, check_value, nearest, parse_options
 from hf_bilb.task_losses import check_task_names
+from hf_bilb.task_sampler import TaskSamplingOptions
 
-BalanceOver = Literal["micro_batch"]
+BalanceOver = Literal["micro_batch", "window"]
 NonfiniteLoss = Literal["raise", "skip"]
 
 
@@ -24,17 +26,32 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         balancer: a name (`"bilb"`), or a mapping with `name` and the method's options
             (`{"name": "bilb", "preset": "celeba"}`); on a command line as JSON.
         task_names: K names, in the order of the loss vector; default `model.config.task_names`, else one task.
-        balance_over: over what F is evaluated under gradient accumulation; `micro_batch`: once per micro-batch.
-        absent_tasks: what F does with tasks that have no items in a step: `skip` them, or `hold` their last known loss.
+        balance_over: over what F is evaluated under gradient accumulation. `micro_batch`: once per micro-batch, at no
+            cost; exact for methods that are linear in the losses. `window`: once per update, exact for all, at the cost
+            of one more forward pass (without gradients) of each micro-batch.
+        absent_tasks: what F does with tasks that have no items in a step: `skip` them, or `hold` their last known loss;
+            `auto` holds where no batch of any rank holds more than one task, and skips otherwise.
         nonfinite_loss: `raise` an error that names task, step and value, or `skip` the whole step (model, optimizer
             and balancer stay as they were; it is counted and logged).
         task_priors: K fixed factors of the tasks' coefficients, whatever the method.
+        balancer_warmup_steps: updates on the plain sum of the losses before balancing begins; the balancer's references
+            are taken when it begins.
+        balancer_freeze_after: number of the update after which the balancer's own parameters and references stay as
+            they are (it goes on weighting with them); null = never.
+        balancer_init_from: a checkpoint, or a run's folder, whose balancer's parameters, moments, references and last
+            losses this run begins with; same method, same tasks. A resumed run goes on with its own.
+        diagnostics: `{every_n_steps, inner_steps, inner_learning_rate}`: measure the term that the single loop of a
+            bilevel method leaves out (`hf_bilb.diagnostics`); null = never.
+        task_sampling: `{strategy, temperature, batches, ranks, ...}`: which task a batch shows
+            (`hf_bilb.task_sampler.TaskSamplingOptions`); null leaves it to `train_sampling_strategy`.
 
     Raises:
         OptionError: one line with the key, the value and what was expected.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "balancer"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS, "balancer", "diagnostics", "task_sampling",
+    ]  # fmt: skip
 
     # `| None` because transformers' argument parser takes the first type of a union of two, which would be dict.
     balancer: dict | str | None = field(
@@ -46,11 +63,22 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     balance_over: BalanceOver = field(
         default="micro_batch", metadata={"help": "Over what F is evaluated under accumulation."}
     )
-    absent_tasks: AbsentTasks = field(default="skip", metadata={"help": "Tasks without items in a step: skip or hold."})
+    absent_tasks: AbsentTasks = field(
+        default="auto", metadata={"help": "Tasks without items in a step: auto, skip or hold."}
+    )
     nonfinite_loss: NonfiniteLoss = field(
         default="raise", metadata={"help": "A NaN or infinite loss: raise or skip the step."}
     )
     task_priors: list[float] | None = field(default=None, metadata={"help": "K fixed factors of the tasks."})
+    balancer_warmup_steps: int = field(default=0, metadata={"help": "Updates on the plain sum before balancing."})
+    balancer_freeze_after: int | None = field(
+        default=None, metadata={"help": "Update after which the balancer's own parameters stay."}
+    )
+    balancer_init_from: str | None = field(
+        default=None, metadata={"help": "Checkpoint or run folder whose balancer this run begins with."}
+    )
+    diagnostics: dict | None = field(default=None, metadata={"help": "Look at the lower level every n updates."})
+    task_sampling: dict | None = field(default=None, metadata={"help": "Which task a training batch shows."})
 
     def __post_init__(self) -> None:
         undecided = self.greater_is_better is None  # type: ignore[has-type]
@@ -72,8 +100,31 @@ class BilevelMTLTrainingArguments(TrainingArguments):
                 )
         if self.task_names is not None:
             self.task_names = list(check_task_names(self.task_names))
+        self._check_steps()
+        self.diagnostics_options()
+        self.task_sampling_options()
         name, options = self.balancer_name_and_options()
         resolve_options(name, options)
+
+    def _check_steps(self) -> None:
+        self.balancer_warmup_steps = check_value(self.balancer_warmup_steps, int, "balancer_warmup_steps")
+        self.balancer_freeze_after = check_value(self.balancer_freeze_after, int | None, "balancer_freeze_after")
+        first, last = self.balancer_warmup_steps, self.balancer_freeze_after
+        if first < 0:
+            raise OptionError(f"balancer_warmup_steps: {first} is not valid, expected an integer >= 0")
+        if last is not None and last < first:
+            raise OptionError(
+                f"balancer_freeze_after: {last} is not valid, expected null or at least balancer_warmup_steps ({first})"
+            )
+
+    def diagnostics_options(self) -> DiagnosticsOptions | None:
+        """`diagnostics`, checked; None when it is off."""
+        return None if self.diagnostics is None else parse_options(DiagnosticsOptions, self.diagnostics, "diagnostics")
+
+    def task_sampling_options(self) -> TaskSamplingOptions | None:
+        """`task_sampling`, checked; None when it is off."""
+        given = self.task_sampling
+        return None if given is None else parse_options(TaskSamplingOptions, given, "task_sampling")
 
     def balancer_name_and_options(self) -> tuple[str, dict[str, Any]]:
         """The balancer's name and its options, from either form of `balancer`."""

@@ -22,7 +22,7 @@ class Update:
         self._balancer = balancer
         self._model = model
         self._decisions: list[Decision] = []
-        self._state = balancer.state_dict() if undoable else None
+        self._state = balancer.snapshot() if undoable else None
         self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if undoable else {}
 
     @property
@@ -45,7 +45,7 @@ class Update:
         """Bring the balancer and the model's buffers back to where they were (parameters have not moved yet)."""
         if self._state is None:
             raise RuntimeError("this update was not begun as undoable")
-        self._balancer.load_state_dict(self._state)
+        self._balancer.rollback(self._state)
         with torch.no_grad():
             for name, buffer in self._model.named_buffers():
                 buffer.copy_(self._buffers[name])

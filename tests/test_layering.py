@@ -59,6 +59,7 @@ ENGINE = {
         "discrepancy",
         "distributed",
         "guards",
+        "lower_level",
         "normalization",
         "objective",
         "options",

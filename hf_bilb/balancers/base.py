@@ -6,9 +6,10 @@ A method supplies its objective F (`hf_bilb.objective.Objective`); `LossBalancer
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,22 +19,33 @@ from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.coefficients import CoefficientRules
-from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare
+from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare, local_share
+from hf_bilb.distributed import GlobalBatch
 from hf_bilb.guards import Guards
+from hf_bilb.lower_level import LevelProbe, LowerLevel, LowerLevelReport, MicroBatch, bare
 from hf_bilb.normalization import Normalization
-from hf_bilb.objective import Objective, differentiate
+from hf_bilb.objective import BilevelObjective, Derivatives, Objective, ObjectiveValue, Scalar, differentiate
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
 
-AbsentTasks = Literal["skip", "hold"]
+AbsentTasks = Literal["auto", "skip", "hold"]
+Phase = Literal["warmup", "balancing", "frozen"]
+#: Prefix of z's entries in the state.
+_LOWER_LEVEL = "lower_level."
+Reevaluation = Callable[[], TaskLosses | Tensor | Mapping[str, Tensor]]
 
 
 class LossBalancer:
     """A loss balancer: `backward(losses)` instead of `sum(losses).backward()`, then `step()` after the optimizer's.
 
     State (all in `state_dict()`, flat tensors): the objective's parameters and buffers, its optimizer's moments, the
-    reference losses, the last known losses, the guards' counters, the epoch. Cost: one forward and one backward pass of
-    the model, one all-reduce of 2K + 1 numbers, K numbers of arithmetic.
+    reference losses, the last known losses, the guards' counters, the epoch; in a double loop also z, a copy of the
+    model's trainable parameters. Cost: one forward and one backward pass of the model, one all-reduce of 2K + 2
+    numbers, K numbers of arithmetic.
+
+    Attributes:
+        phase: `warmup`: the plain sum of the losses, nothing is learned or taken as reference; `balancing`; `frozen`:
+            the method goes on weighting, its own parameters and references stay. The caller sets it before `backward`.
     """
 
     def __init__(
@@ -43,13 +55,13 @@ class LossBalancer:
         options: BalancerOptions,
         task_names: Sequence[str],
         *,
-        absent_tasks: AbsentTasks = "skip",
+        absent_tasks: AbsentTasks = "auto",
         task_priors: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if absent_tasks not in ("skip", "hold"):
-            raise OptionError(f'absent_tasks: {absent_tasks!r} is not valid, expected one of "skip", "hold"')
+        if absent_tasks not in get_args(AbsentTasks):
+            raise OptionError(f'absent_tasks: {absent_tasks!r} is not valid, expected one of "auto", "skip", "hold"')
         self.name = name
         self.options = options
         self.task_names = tuple(task_names)
@@ -69,8 +81,14 @@ class LossBalancer:
                 "rules": self._rules,
             }
         )
+        self.phase: Phase = "balancing"
+        self._bilevel = objective if isinstance(objective, BilevelObjective) else None
+        self._lower_level: LowerLevel | None = None
+        self._report: LowerLevelReport | None = None
         self._epoch = -1
         self._last: Decision | None = None
+        self._whole: GlobalBatch | None = None
+        self._counted = False
         self._optimizer = OwnOptimizer(dict(objective.named_parameters()), options.optimizer, options.learning_rate)
         self.to(device=device, dtype=dtype)
 
@@ -118,10 +136,40 @@ class LossBalancer:
         self._optimizer.to(device=device, dtype=dtype)
         return self
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether the method needs `bind(model)` and `step(reevaluate=...)`: a double loop."""
+        return self._bilevel is not None and self._bilevel.inner_steps > 0
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether the method has an upper and a lower level, which `diagnose_lower_level` compares."""
+        return self._bilevel is not None
+
+    @property
+    def lower_level_report(self) -> LowerLevelReport | None:
+        """What the last update's double loop has seen; None before, and for other methods."""
+        return self._report
+
     def bind(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> LossBalancer:
-        """Make model and optimizer known, which `learning_rate: follow_model` needs; returns self."""
+        """Make model and optimizer known; returns self.
+
+        Args:
+            model: needed by the double loop, which allocates z, one more copy of its trainable parameters; binding the
+                same model again keeps z.
+            optimizer: needed by `learning_rate: follow_model`.
+
+        Raises:
+            OptionError: a double loop on a model whose parameters are sharded.
+        """
         if optimizer is not None:
             self._optimizer.follow(optimizer)
+        if model is not None and self.needs_model:
+            lower = self._lower_level
+            if lower is None or lower.model is not bare(model):
+                self._lower_level = LowerLevel(model)
+            else:
+                lower.given = model  # by now perhaps in a wrapper
         return self
 
     # --- a step --------------------------------------------------------------------------------------------------
@@ -163,91 +211,224 @@ class LossBalancer:
     def surrogate(
         self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, share: WindowShare | None = None
     ) -> tuple[Tensor, Decision]:
+        """Decide on this batch and `attach` the decision to it: the scalar to differentiate, and the decision.
+
+        Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
+        """
+        decision = self.decide([batch], process_group)
+        return self.attach(batch, decision, process_group, share), decision
+
+    def attach(
+        self,
+        batch: TaskLosses,
+        decision: Decision,
+        process_group: dist.ProcessGroup | None = None,
+        share: WindowShare | None = None,
+    ) -> Tensor:
         """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
 
         Args:
             batch: this rank's losses and counts.
+            decision: on the global batch, or on the whole accumulation window.
             process_group: the ranks that share the batch.
             share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
 
         Returns:
-            the scalar (value: F plus the auxiliary loss, times the micro-batch's fraction) and the decision.
-
-        Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
+            the scalar; its value is F plus the auxiliary loss, times the micro-batch's fraction.
         """
-        self._check_device(batch.losses)
-        losses, num_items, auxiliary = distributed.reduce_losses(
-            batch.losses, batch.num_items, batch.auxiliary_loss, process_group
-        )
-        decision = self.decide(losses, num_items, auxiliary)
         ranks = distributed.data_parallel_size(process_group)
-        local = batch.num_items / num_items.clamp(min=1) if share is None else share.local
-        # A task without items here may have any value, NaN included: it takes no part, with a zero gradient.
-        connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
-        total = torch.dot((ranks * decision.coefficients * local).to(connected.dtype), connected)
+        local = batch.num_items / decision.num_items.clamp(min=1) if share is None else share.local
+        per_feature = decision.feature_gradient
+        if per_feature is not None:
+            rows = ranks if share is None else ranks * share.rows
+            per_feature = per_feature * rows / decision.num_rows.clamp(min=1)
+        total = local_share(batch, ranks * decision.coefficients * local, per_feature)
         reported = decision.value if share is None else self._part_of_window(decision, share)
         if batch.auxiliary_loss is not None:
             parts = 1 if share is None else share.num_micro_batches
             total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
             reported = reported + decision.auxiliary_loss / parts
-        return total + (reported - total.detach()), decision
+        return total + (reported - total.detach())
 
     def _part_of_window(self, decision: Decision, share: WindowShare) -> Tensor:
         """A micro-batch's part of the window's F; the parts of a method that is linear in the losses add up exactly."""
         of_tasks = (share.everywhere - share.fraction).to(self.dtype)
         return decision.value * share.fraction + torch.dot(decision.coefficients * decision.losses, of_tasks)
 
-    def decide(self, losses: Tensor, num_items: Tensor, auxiliary_loss: Tensor | None = None) -> Decision:
+    def decide(self, micro_batches: Sequence[TaskLosses], process_group: dist.ProcessGroup | None = None) -> Decision:
         """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.
 
         Args:
-            losses: `[K]` global losses.
-            num_items: `[K]` global counts; zero = absent.
-            auxiliary_loss: scalar, for the record.
+            micro_batches: this rank's part of the global batch: one batch, or all micro-batches of a window.
+            process_group: the ranks that share it.
+
+        Cost: one all-reduce; no device synchronisation.
         """
-        losses, num_items = losses.detach().to(self.dtype), num_items.detach().to(self.dtype)
-        present = num_items > 0
-        auxiliary = losses.new_zeros(()) if auxiliary_loss is None else auxiliary_loss.detach().to(self.dtype)
+        for batch in micro_batches:
+            self._check(batch)
+        whole = distributed.reduce_losses(micro_batches, self.objective.num_features > 0, process_group)
+        whole = whole._replace(losses=whole.losses.to(self.dtype), num_items=whole.num_items.to(self.dtype))
+        auxiliary, present = whole.auxiliary_loss.to(self.dtype), whole.present
         # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
-        valid = self._valid(losses, present, auxiliary)
-        observed = present & valid
-        self.normalization.observe(losses, observed)
-        self._memory.observe(losses, observed)
-        active, point = present, losses
-        if self.absent_tasks == "hold":
-            active, point = self._memory.seen.clone(), self._memory.last_losses
-        result = differentiate(self.objective, self.normalization, point, active)
-        self._optimizer.accumulate(result.parameter_gradients, num_items)
-        coefficients, value = self._rules(result.coefficients, result.output.value, losses, present)
+        valid = self._valid(whole, auxiliary)
+        self._observe(whole.losses, present & valid)
+        active = present if self.phase == "warmup" else self._active(whole)
+        result = self._evaluate(whole, active)
+        of_all, value = self._rules(result.coefficients, result.output.value, whole.losses, present, active)
+        coefficients = torch.where(present, of_all, 0.0)
         # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
         valid = valid & _is_finite(coefficients.sum())
-        self._guards.observe(coefficients, present, valid, result.output.edge_ratio, result.output.collapsed)
+        if self.phase != "warmup":
+            self._guards.observe(of_all, active, valid, result.output.edge_ratio, result.output.collapsed)
+        self._whole = whole
+        self._counted = any(batch.counted for batch in micro_batches)
         self._last = Decision(
             value=value,
-            losses=losses,
-            num_items=num_items,
+            losses=whole.losses,
+            num_items=whole.num_items,
             present=present,
             coefficients=coefficients,
             weights=result.output.weights,
             discrepancy=result.output.discrepancy,
             auxiliary_loss=auxiliary,
+            feature_gradient=result.feature_gradient,
+            num_rows=whole.num_rows.to(self.dtype),
             valid=valid,
         )
         return self._last
 
-    def step(self, reevaluate: Callable[[], object] | None = None) -> None:
+    def _observe(self, losses: Tensor, observed: Tensor) -> None:
+        self._memory.observe(losses, observed)
+        if self.phase == "balancing":
+            self.normalization.observe(losses, observed)
+            if self._lower_level is not None:
+                self._lower_level.start()
+        elif self.phase == "frozen":
+            # References stay; a task that has none yet needs one.
+            self.normalization.observe(losses, observed, frozen=True)
+
+    def _evaluate(self, whole: GlobalBatch, active: Tensor) -> Derivatives:
+        """F with its derivatives; the router's gradient is kept for `step`."""
+        if self.phase == "warmup":
+            ones = whole.present.to(self.dtype)
+            return Derivatives(ObjectiveValue(torch.dot(ones, whole.losses)), ones, ())
+        result = self._differentiate(whole, active, self.objective)
+        if self.phase == "balancing":
+            self._optimizer.accumulate(result.parameter_gradients, whole.num_items)
+        return result
+
+    def _differentiate_at(self, whole: GlobalBatch, scalar: Scalar) -> Derivatives:
+        return self._differentiate(whole, self._active(whole), scalar)
+
+    def _differentiate(self, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
+        losses = torch.where(whole.present, whole.losses.to(self.dtype), self._memory.last_losses)
+        features = None if whole.features is None else whole.features.to(self.dtype)
+        return differentiate(self.objective, self.normalization, losses, active, features, scalar)
+
+    def _active(self, whole: GlobalBatch) -> Tensor:
+        """Bool `[K]`, the tasks that F runs over."""
+        if self.absent_tasks == "skip":
+            return whole.present
+        # A loss remembered from the warm-up has no reference yet: it cannot be compared.
+        held = self._memory.seen if self.normalization.kind == "none" else self.normalization.seen
+        if self.absent_tasks == "hold":
+            return held
+        # Batches of one task each: over the present task alone, f = 0 and sigma l / sigma = l say nothing.
+        return torch.where(whole.one_task_each, held, whole.present)
+
+    def step(
+        self,
+        reevaluate: Reevaluation | Sequence[Reevaluation] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Update the balancer's own parameters; call it once per update, after the model optimizer's step.
 
         Args:
-            reevaluate: returns the losses at the new parameters, on the same batch; called only by methods that need a
-                second forward pass (none of `ls`, `si`, `uw`, `bilb` does).
+            reevaluate: runs the model on the same batch and returns its losses, attached to the graph: as `backward`
+                takes them, or with counts or router features a `TaskLosses`; one, or one for each micro-batch of the
+                update. Called only by methods that need it: the double loop of `bilb`.
+            process_group: the ranks that share the batch.
 
         Raises:
             RuntimeError: before the first `backward`. Without one since the last step it does nothing.
+            OptionError: a double loop without `reevaluate` or without `bind(model)`.
+            NonFiniteLossError: a double loop whose z has diverged.
         """
         if self._last is None:
             raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
+        if self.needs_model and self._optimizer.has_gradient:
+            self._correct_lower_level(reevaluate, process_group)
         self._optimizer.step()
+
+    def _correct_lower_level(
+        self, reevaluate: Reevaluation | Sequence[Reevaluation] | None, group: dist.ProcessGroup | None
+    ) -> None:
+        """Take penalty_weight * grad_W g(W, z_N) off the router's gradient (Algorithm 2)."""
+        bilevel, lower = self._bilevel, self._lower_level
+        assert bilevel is not None
+        if lower is None or reevaluate is None:
+            missing = "balancer.bind(model)" if lower is None else "balancer.step(reevaluate=lambda: model(batch))"
+            raise OptionError(f"lower_level: a double loop needs {missing}")
+        self._report, at_z = LevelProbe(bilevel, self._differentiate_at, self.task_names).compare(
+            lower,
+            self._whole,
+            self._as_micro_batches(reevaluate),
+            bilevel.inner_steps,
+            bilevel.inner_learning_rate,
+            group,
+        )
+        self._optimizer.subtract(at_z.parameter_gradients, bilevel.penalty_weight)
+
+    def diagnose_lower_level(
+        self,
+        model: nn.Module,
+        reevaluate: Reevaluation | Sequence[Reevaluation],
+        inner_steps: int,
+        inner_learning_rate: float,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> LowerLevelReport:
+        """Measure the term that the single loop drops: grad_W g(W, z_N) against grad_W g(W, x) and grad_W f(W, x).
+
+        z starts at the model's parameters and takes `inner_steps` of gradient descent on the batch. Nothing changes:
+        parameters, gradients, buffers, torch's random generators and the balancer's state are as before.
+
+        Args:
+            model: the model that `reevaluate` runs.
+            reevaluate: as in `step`.
+            inner_steps, inner_learning_rate: N and beta.
+            process_group: the ranks that share the batch.
+
+        Raises:
+            OptionError: a method without two levels, or a model whose parameters are sharded.
+            NonFiniteLossError: z has diverged.
+
+        Cost: N + 2 forward and N backward passes; two temporary copies of the trainable parameters.
+        """
+        if self._bilevel is None:
+            raise OptionError(f"diagnostics: balancer {self.name!r} has no lower level, expected bilb")
+        report, _ = LevelProbe(self._bilevel, self._differentiate_at, self.task_names).compare(
+            LowerLevel(model),
+            None,
+            self._as_micro_batches(reevaluate),
+            inner_steps,
+            inner_learning_rate,
+            process_group,
+        )
+        return report
+
+    def _as_micro_batches(self, runs: Reevaluation | Sequence[Reevaluation]) -> list[MicroBatch]:
+        return [functools.partial(self._run, run) for run in ([runs] if callable(runs) else runs)]
+
+    def _run(self, reevaluate: Reevaluation) -> TaskLosses:
+        losses = reevaluate()
+        if self._counted and not isinstance(losses, TaskLosses):
+            raise TaskLossError(
+                "reevaluate: returned losses without counts, though backward() had num_items; expected "
+                "hf_bilb.task_losses.TaskLosses(losses, num_items)"
+            )
+        batch = losses if isinstance(losses, TaskLosses) else as_task_losses(losses, None, self.task_names)
+        self._check(batch)
+        return batch
 
     def discard(self) -> None:
         """Forget the gradients of the current update (a dropped step)."""
@@ -267,21 +448,45 @@ class LossBalancer:
 
     # --- state ---------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All state as a flat dict of tensors (detached copies), between two updates."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """`state_dict()` without z, which only `step` changes: what an update that is dropped has to bring back."""
         state = {name: tensor.detach().clone() for name, tensor in self._parts.state_dict().items()}
         state.update({f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()})
         state["epoch"] = torch.tensor(self._epoch)
         return state
 
+    def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Restore a `snapshot()`."""
+        self._check_entries(snapshot, self.snapshot())
+        self._epoch = int(snapshot["epoch"])
+        prefix = "optimizer."
+        own = {name: tensor for name, tensor in snapshot.items() if name != "epoch" and not name.startswith(prefix)}
+        self._parts.load_state_dict(own)
+        self._optimizer.load_state_dict(_below(snapshot, prefix))
+
+    def restart(self, snapshot: Mapping[str, Tensor]) -> None:
+        """`rollback` at the start of a run; z will start at the model's parameters."""
+        self.rollback(snapshot)
+        if self._lower_level is not None:
+            self._lower_level.started = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as a flat dict of tensors (detached copies), between two updates. A double loop's z is in it once
+        a model is bound."""
+        z = {} if self._lower_level is None else self._lower_level.state_dict()
+        return {**self.snapshot(), **{f"{_LOWER_LEVEL}{name}": tensor for name, tensor in z.items()}}
+
     def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raise `TaskLossError` when `load_state_dict(state)` would: entries missing, unknown or of another shape."""
-        expected = self.state_dict()
+        self._check_entries(state, self.state_dict())
+
+    def _check_entries(self, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         for name in sorted(expected.keys() | state.keys()):
             if name not in state or name not in expected:
                 what = "is missing" if name not in state else "is unknown"
                 raise TaskLossError(
-                    f"balancer state: entry {name!r} {what}; was it saved by another method or version?"
+                    f"balancer state: entry {name!r} {what}; was it saved by another method or version, or with other "
+                    "options?"
                 )
             if state[name].shape != expected[name].shape:
                 got, want = tuple(state[name].shape), tuple(expected[name].shape)
@@ -296,28 +501,59 @@ class LossBalancer:
             TaskLossError: entries that are missing, unknown or of another shape; nothing is changed then.
         """
         self.check_state_dict(state)
-        self._epoch = int(state["epoch"])
-        prefix = "optimizer."
-        own = {name: tensor for name, tensor in state.items() if name != "epoch" and not name.startswith(prefix)}
-        self._parts.load_state_dict(own)
-        self._optimizer.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+        if self._lower_level is not None:
+            self._lower_level.load_state_dict(_below(state, _LOWER_LEVEL))
+        self.rollback({name: tensor for name, tensor in state.items() if not name.startswith(_LOWER_LEVEL)})
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Begin with what another run has learned: parameters, moments, references and last losses; the epoch and the
+        guards' counters start anew, and so does z, which belonged to another model.
+
+        Raises:
+            TaskLossError: as `load_state_dict`.
+        """
+        now = self.snapshot()
+        fresh = {name: now[name] for name in now if name == "epoch" or name.startswith("guards.")}
+        learned = {name: tensor for name, tensor in state.items() if not name.startswith(_LOWER_LEVEL)}
+        self.restart({**learned, **fresh})
 
     # --- checks --------------------------------------------------------------------------------------------------
 
-    def _valid(self, losses: Tensor, present: Tensor, auxiliary: Tensor) -> Tensor:
-        """Bool scalar, on the device: whether all losses are finite and in the domain of the logarithms taken."""
+    def _valid(self, whole: GlobalBatch, auxiliary: Tensor) -> Tensor:
+        """Bool scalar, on the device: whether all losses and features are finite, the losses in the domain of the
+        logarithms taken."""
+        losses, present = whole.losses, whole.present
         valid = _is_finite(losses.sum() + auxiliary)
+        if self.phase == "warmup":
+            return valid
+        if whole.features is not None:
+            valid = valid & _is_finite(whole.features.sum())
         if self.normalization.needs_positive_losses:
-            valid = valid & ~self.normalization.outside_domain(losses, present).any()
+            frozen = self.phase == "frozen"
+            valid = valid & ~self.normalization.outside_domain(losses, present, frozen).any()
         if self.objective.takes_logarithm:
             valid = valid & torch.where(present, losses > 0, True).all()
         return valid
 
-    def _check_device(self, losses: Tensor) -> None:
-        if losses.device != self.device:
+    def _check(self, batch: TaskLosses) -> None:
+        """Raise `TaskLossError` for losses on another device, or features that the router cannot take."""
+        if batch.losses.device != self.device:
             raise TaskLossError(
-                f"losses: are on {losses.device}, the balancer is on {self.device}; call balancer.to(device)"
+                f"losses: are on {batch.losses.device}, the balancer is on {self.device}; call balancer.to(device)"
             )
+        length = self.objective.num_features
+        if length == 0:
+            return
+        features = batch.router_features
+        if features is None:
+            raise TaskLossError(
+                f"router_features: there are none, expected [B, {length}] for router: features of {self.name!r}"
+            )
+        if features.ndim != 2 or features.shape[1] != length:
+            raise TaskLossError(f"router_features: got shape {tuple(features.shape)}, expected [B, {length}]")
+        if features.device != self.device or not features.is_floating_point():
+            got = f"{features.dtype} on {features.device}"
+            raise TaskLossError(f"router_features: are {got}, expected floating point numbers on {self.device}")
 
     def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
         """What is wrong with a decision that is not `valid`; reads the device.
@@ -336,6 +572,9 @@ class LossBalancer:
                 return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
         if not math.isfinite(float(decision.auxiliary_loss)):
             return f"the auxiliary loss is {float(decision.auxiliary_loss)}{where}", "auxiliary_loss", False
+        if decision.weights is not None and not bool(decision.weights.isfinite().all()):
+            weights = decision.weights.tolist()
+            return f"the weights are {weights}{where}: router_features are not finite", "router_features", False
         k = min(present, key=lambda k: values[k])
         if values[k] > 0 or not (self.objective.takes_logarithm or self.normalization.needs_positive_losses):
             coefficients = decision.coefficients.tolist()
@@ -352,3 +591,7 @@ class LossBalancer:
 def _is_finite(total: Tensor) -> Tensor:
     """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
     return (total - total) == 0
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -66,6 +66,15 @@ class OwnOptimizer:
         ]
         self._weight = total
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient has been accumulated since the last step."""
+        return self._optimizer is not None and self._weight is not None
+
+    def subtract(self, gradients: Sequence[Tensor], factor: float) -> None:
+        """Take `factor` times `gradients` off the accumulated mean."""
+        self._mean = [mean - factor * gradient for mean, gradient in zip(self._mean, gradients, strict=True)]
+
     def step(self) -> None:
         """One optimizer step with the accumulated gradients, which are then forgotten."""
         if self._optimizer is None or self._weight is None:

@@ -27,7 +27,7 @@ class BalancerOptions:
         power: p of `normalization: power`, (l / l0)^p / p.
         reference: when l0 is taken: `first_step`, `every_epoch` or `{mean_of: n}`.
         coefficient_floor: share of the plain sum's coefficient (at equal total) below which none falls; null = off.
-        coefficient_scale: `as_defined`, or sum |c| brought to 1 or to the number of present tasks.
+        coefficient_scale: `as_defined`, or sum |c| over the tasks that F runs over brought to 1 or to their number.
     """
 
     learning_rate: LearningRate = 1e-3

@@ -85,7 +85,7 @@ def build_balancer(
     num_tasks: int | None = None,
     *,
     task_names: Sequence[str] | None = None,
-    absent_tasks: AbsentTasks = "skip",
+    absent_tasks: AbsentTasks = "auto",
     task_priors: Sequence[float] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -97,7 +97,8 @@ def build_balancer(
         balancer: a name (`list_balancers()`), or a mapping `{"name": ..., option: value}` as in a recipe.
         num_tasks: K; may be left out when `task_names` is given.
         task_names: K names, used in messages, logs and checkpoints; default `task_0`, `task_1`, ...
-        absent_tasks: `skip` (F over the present tasks) or `hold` (the last known loss stands in, detached).
+        absent_tasks: `skip` (F over the present tasks), `hold` (the last known loss stands in, detached), or `auto`:
+            `hold` where no batch of any rank holds more than one task, else `skip`.
         task_priors: K fixed factors that the user gives the tasks; they multiply the coefficients, whatever the method.
         device, dtype: of the K numbers it works on; float64 where the model trains in float64.
         **options: the method's options, checked by name and type (see the method's options class).

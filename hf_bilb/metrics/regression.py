@@ -1,14 +1,18 @@
-"""Errors of regression tasks, one number per task; labels that are NaN are missing."""
+"""Errors of regression tasks; labels that are NaN are missing (-100 is a measurement like any other)."""
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_bilb.metrics.base import Accumulator, MetricError, one_output, wide
 
-def mean_absolute_error(predictions: NDArray[np.floating], labels: NDArray[np.floating]) -> NDArray[np.float64]:
+
+def mean_absolute_error(predictions: Any, labels: Any) -> NDArray[np.float64]:
     """Mean of |prediction - label| for each task.
 
     Args:
@@ -19,40 +23,45 @@ def mean_absolute_error(predictions: NDArray[np.floating], labels: NDArray[np.fl
         `[K]` in the same units, summed in float64; NaN for a task without any label.
 
     Raises:
-        ValueError: when the shapes differ (they would broadcast to a plausible, wrong number).
+        MetricError: the shapes differ (they would broadcast to a plausible, wrong number), or are not `[N, K]`.
     """
-    accumulator = MeanAbsoluteError(num_tasks=labels.shape[-1])
-    accumulator.update(torch.from_numpy(np.asarray(predictions)), torch.from_numpy(np.asarray(labels)))
-    return accumulator.compute()
+    first, second = (np.asarray(values, dtype=np.float64) for values in (predictions, labels))
+    if first.ndim != 2 or first.shape != second.shape:
+        raise MetricError(f"predictions {first.shape} and labels {second.shape}, expected both [N, K]")
+    there = ~np.isnan(second)
+    errors = np.where(there, np.abs(first - second), 0.0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where no label is: NaN is the answer
+        return np.asarray(errors.sum(axis=0) / there.sum(axis=0))
 
 
-class MeanAbsoluteError:
-    """The same, batch by batch: keeps K sums and K counts instead of all predictions.
+class MeanAbsoluteError(Accumulator):
+    """The same for one task, batch by batch.
 
-    State: `sums [K]`, `counts [K]` (float64) on `device`. Does not synchronise with the device before `compute`.
+    `update(predictions, labels)` takes `[B]`, or the first column of `[B, C]`.
+
+    State: a sum and a count, in float64.
     """
 
-    def __init__(self, num_tasks: int, device: torch.device | None = None) -> None:
-        self.sums = torch.zeros(num_tasks, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(num_tasks, dtype=torch.float64, device=device)
+    metric_names: ClassVar[tuple[str, ...]] = ("mean_absolute_error",)
+    higher_is_better: ClassVar[bool] = False
+    _sum_and_count: Tensor
+
+    def __init__(self) -> None:
+        self.reset()
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add a batch: both `[B, K]`, NaN labels are missing; on the device of the accumulator."""
-        if predictions.shape != labels.shape or labels.shape[1:] != self.sums.shape:
-            raise ValueError(
-                f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)}, "
-                f"expected both [B, {len(self.sums)}]"
-            )
-        there = ~labels.isnan()  # NaN only: -100 is a label like any other where labels are measurements
-        errors = (predictions.detach().double() - labels.double()).abs()
-        self.sums += errors.where(there, 0.0).sum(dim=0)
-        self.counts += there.sum(dim=0)
+        predictions, labels = one_output(predictions, labels)
+        there = ~labels.isnan()
+        errors = (wide(predictions) - wide(labels)).abs().where(there, 0.0)
+        self._sum_and_count = self._sum_and_count.to(errors) + torch.stack([errors.sum(), there.sum().to(errors.dtype)])
+
+    def compute(self) -> dict[str, float]:
+        total, count = self._sum_and_count.tolist()
+        return {"mean_absolute_error": total / count} if count else {}
+
+    def reset(self) -> None:
+        self._sum_and_count = torch.zeros(2, dtype=torch.float64)
 
     def merge(self, other: MeanAbsoluteError) -> None:
-        """Add what `other` has seen."""
-        self.sums += other.sums
-        self.counts += other.counts
-
-    def compute(self) -> NDArray[np.float64]:
-        """`[K]` means of what was seen; NaN for a task without any label."""
-        return (self.sums / self.counts).cpu().numpy()
+        self.check_mergeable(other)
+        self._sum_and_count = self._sum_and_count + other._sum_and_count.to(self._sum_and_count.device)

@@ -30,6 +30,95 @@ def losses_of(case: dict[str, Any], parameters: list[Tensor], t: int) -> Tensor:
     return torch.from_numpy(case["s"]) * (predictions - labels).square().mean(0) + offset
 
 
+def features_of(case: dict[str, Any], parameters: list[Tensor], t: int) -> tuple[Tensor, Tensor]:
+    """The K losses and the router features [B, 4K] of problem D at step t (`README.md` beside the files)."""
+    inputs, labels = torch.from_numpy(case["X"][t]), torch.from_numpy(case["Y"][t])
+    trunk, offset, heads, bias = parameters
+    hidden = torch.tanh(torch.einsum("bd,kdh->kbh", inputs, trunk) + offset[:, None])
+    predictions = torch.einsum("kbh,kh->bk", hidden, heads) + bias
+    losses = torch.from_numpy(case["s"]) * (predictions - labels).square().mean(0) + 0.05
+    pooled = hidden.unflatten(-1, (4, 2, 2)).mean(dim=(-2, -1))
+    return losses, pooled.transpose(0, 1).flatten(1)
+
+
+def replay_features(case: dict[str, Any], balancer: LossBalancer) -> dict[str, np.ndarray]:
+    """Train T steps with a feature router; the router's parameters stand at the end of `params`, as in the reference."""
+    parameters = [torch.from_numpy(case[f"{k}_0"].copy()).requires_grad_() for k in ("A", "a", "q", "r")]
+    state = balancer.state_dict()
+    state["objective.router.weight"] = torch.from_numpy(case["Wr_0"].copy())
+    state["objective.router.bias"] = torch.from_numpy(case["br_0"].copy())
+    balancer.load_state_dict(state)
+    cls = torch.optim.Adam if case["optimizer"] == "adam" else torch.optim.SGD
+    optimizer = cls(parameters, lr=case["lr"])
+    balancer.bind(optimizer=optimizer)
+    record: dict[str, list[np.ndarray]] = {"losses": [], "total": [], "coefficients": [], "params": [], "sigma": []}
+
+    def snapshot() -> None:
+        router = list(balancer.objective.parameters())
+        record["params"].append(torch.cat([p.detach().ravel() for p in [*parameters, *router]]).numpy().copy())
+
+    for t in range(case["T"]):
+        snapshot()
+        losses, features = features_of(case, parameters, t)
+        optimizer.zero_grad()
+        record["total"].append(balancer.backward(losses, router_features=features).numpy())
+        record["losses"].append(losses.detach().numpy())
+        record["coefficients"].append(balancer.coefficients.numpy().copy())
+        record["sigma"].append(balancer.weights.numpy().copy())
+        optimizer.step()
+        balancer.step()
+    snapshot()
+    return {key: np.stack(rows) for key, rows in record.items()}
+
+
+class ProblemR(torch.nn.Module):
+    """Problem R as a model, which a double loop can be bound to."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        super().__init__()
+        self.case = case
+        self.weights = torch.nn.ParameterList(
+            torch.from_numpy(case[k].copy()).requires_grad_() for k in ("W1_0", "b1_0", "V_0", "c_0")
+        )
+
+    def forward(self, t: int) -> Tensor:
+        return losses_of(self.case, list(self.weights), t)
+
+
+def flat(tensors: Any) -> np.ndarray:
+    return torch.cat([tensor.detach().ravel() for tensor in tensors]).numpy().copy()
+
+
+def replay_penalty(case: dict[str, Any], balancer: LossBalancer) -> dict[str, np.ndarray]:
+    """The penalty form: x and W from the same (W, x, z_N), z warm-started and kept; everything the reference has."""
+    model = ProblemR(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case["alpha"])
+    balancer.bind(model, optimizer)
+    names = ("losses", "sigma", "W", "f", "params")
+    double = ("z", "g_x", "g_z", "norm_gradW_g_x", "norm_gradW_g_zN", "norm_gradW_f")
+    record: dict[str, list[Any]] = {name: [] for name in (names + double if case["N"] else names)}
+    for t in range(case["T"]):
+        record["params"].append(flat(model.parameters()))
+        record["W"].append(balancer.state_dict()["objective.router.logits"].numpy())
+        optimizer.zero_grad()
+        losses = model(t)
+        balancer.backward(losses)
+        record["losses"].append(losses.detach().numpy())
+        record["sigma"].append(balancer.weights.numpy().copy())
+        record["f"].append(balancer._last.discrepancy.numpy().copy())
+        optimizer.step()
+        balancer.step(reevaluate=lambda t=t: model(t))
+        if case["N"]:
+            report = balancer.lower_level_report
+            state = balancer.state_dict()
+            record["z"].append(flat(state[f"lower_level.z.weights.{i}"] for i in range(4)))
+            values = report.lower_at_x, report.lower_at_z, report.lower_gradient_at_x
+            for name, value in zip(double[1:], (*values, report.lower_gradient_at_z, report.upper_gradient), strict=True):
+                record[name].append(value.numpy())
+    record["params"].append(flat(model.parameters()))
+    return {key: np.stack(rows) for key, rows in record.items()}
+
+
 def replay(case: dict[str, Any], balancer: LossBalancer, state_name: str | None) -> dict[str, np.ndarray]:
     """Train T steps and record what the reference recorded (losses, total, coefficients, parameters, state)."""
     parameters = [torch.from_numpy(case[k].copy()).requires_grad_() for k in ("W1_0", "b1_0", "V_0", "c_0")]

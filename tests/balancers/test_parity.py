@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_bilb import build_balancer
-from tests.balancers.reference import FOLDER, load, replay
+from tests.balancers.reference import FOLDER, load, replay, replay_features, replay_penalty
 
 TOLERANCE = 1e-9
 
@@ -41,11 +41,76 @@ def options_of(name: str, case: dict, written_out: bool) -> tuple[str, dict, str
     return name.split("_")[0], own, None
 
 
-CASES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+FILES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+FEATURES = [name for name in FILES if name.startswith(("ldc_city", "ldc_nyu"))]
+PENALTY = [name for name in FILES if name.startswith("ldc_penalty")]
+CASES = [name for name in FILES if name not in (*FEATURES, *PENALTY) and not name.startswith("toy")]
 
 
 def test_all_reference_files_are_here() -> None:
-    assert len(CASES) == 10, CASES
+    assert (len(CASES), len(FEATURES), len(PENALTY)) == (10, 6, 3), FILES
+
+
+# What the presets of the feature routers say, written out; `city_v1` is the first public version of Cityscapes.
+DENSE = {"router": "features", "activation": "softmax", "initial_logits": None, "clamp": [0.2, 0.8], "pairs": "adjacent"}
+WRITTEN_OUT = {
+    "city": {**DENSE, "normalization": "none", "tau": "one", "weight_denominator": "none"},
+    "nyu": {**DENSE, "normalization": "rescaled", "tau": "weights", "weight_denominator": "sum"},
+    "city_v1": {**DENSE, "normalization": "rescaled", "tau": "weights", "weight_denominator": "none"},
+}
+PRESETS = {"city": {"preset": "cityscapes"}, "nyu": {"preset": "nyuv2"}}
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("name", FEATURES)
+def test_trajectory_of_feature_routers(name: str, written_out: bool) -> None:
+    case = load(name)
+    variant = case["variant"]
+    options = WRITTEN_OUT[variant] if written_out or variant not in PRESETS else PRESETS[variant]
+    num_tasks, length = case["Wr_0"].shape
+    own = {"optimizer": case["optimizer"], "learning_rate": "follow_model", "discrepancy_weight": case["lamb"]}
+    balancer = build_balancer("bilb", num_tasks, dtype=torch.float64, num_features=length, **{**options, **own})
+    ours = replay_features(case, balancer)
+    reference = {key: case[key] for key in ("losses", "total", "params", "sigma")}
+    reference["coefficients"] = case["eff_weights"]
+    compare(name, ours, reference)
+
+
+@pytest.mark.parametrize("name", PENALTY)
+def test_trajectory_of_the_penalty_form(name: str) -> None:
+    case = load(name)
+    balancer = build_balancer(
+        "bilb",
+        case["K"],
+        dtype=torch.float64,
+        activation="softmax",
+        initial_logits=0.0,
+        normalization="none",
+        weight_denominator="none",
+        pairs="adjacent",
+        tau={"sigma": "weights", "one": "one"}[case["tau"]],
+        smoothing=case["smooth_gamma"],
+        discrepancy_weight=1.0,
+        optimizer="sgd",
+        learning_rate=case["alpha"],
+        lower_level={
+            "inner_steps": case["N"],
+            "inner_learning_rate": case["beta"],
+            "penalty_weight": case["lam"],
+        },
+    )
+    ours = replay_penalty(case, balancer)
+    compare(name, ours, {key: case[key] for key in ours})
+    logits = balancer.state_dict()["objective.router.logits"].numpy()
+    assert np.abs(logits - case["W_final"]).max() <= TOLERANCE
+
+
+def compare(name: str, ours: dict, reference: dict) -> None:
+    assert ours.keys() == reference.keys()
+    for key, expected in reference.items():
+        assert ours[key].shape == expected.shape, key
+        deviation = np.abs(ours[key] - expected).max()
+        assert deviation <= TOLERANCE, f"{name}: {key} deviates by {deviation:.2e}"
 
 
 @pytest.mark.parametrize("written_out", [False, True])
@@ -65,7 +130,4 @@ def test_trajectory(name: str, written_out: bool) -> None:
         reference["params"], reference["state"] = case["params"][:, : -case["K"]], case["params"][:, -case["K"] :]
     elif state_name is not None:
         reference["state"] = case["state"]
-    assert ours.keys() == reference.keys()
-    for key, expected in reference.items():
-        deviation = np.abs(ours[key] - expected).max()
-        assert deviation <= TOLERANCE, f"{name}: {key} deviates by {deviation:.2e}"
+    compare(name, ours, reference)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_bilb.metrics.base import MetricError
 from hf_bilb.metrics.regression import MeanAbsoluteError, mean_absolute_error
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the reference is scikit-learn")
@@ -48,24 +49,55 @@ def test_minus_100_is_a_measurement_here_not_a_missing_label() -> None:
 
 
 def test_different_shapes_are_refused_rather_than_broadcast() -> None:
-    with pytest.raises(ValueError, match=r"\(5, 1\).*\(5, 3\)"):
+    with pytest.raises(MetricError, match=r"\(5, 1\).*\(5, 3\)"):
         mean_absolute_error(np.zeros((5, 1)), np.zeros((5, 3)))
+    with pytest.raises(MetricError, match=r"\(4,\).*expected both \[N, K\]"):
+        mean_absolute_error(np.zeros(4), np.zeros(4))
+    with pytest.raises(MetricError, match=r"\(4,\).*\(5,\)"):
+        MeanAbsoluteError().update(torch.zeros(4), torch.zeros(5))
+
+
+def stream(accumulator: MeanAbsoluteError, predictions: np.ndarray, labels: np.ndarray, size: int) -> dict[str, float]:
+    for start in range(0, len(labels), size):
+        rows = slice(start, start + size)
+        accumulator.update(torch.from_numpy(predictions[rows]), torch.from_numpy(labels[rows]))
+    return accumulator.compute()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 500])
-def test_streaming_equals_all_at_once(batch_size: int) -> None:
+def test_streaming_equals_scikit_learn_on_the_whole_set(batch_size: int) -> None:
     predictions, labels = _predictions_and_labels(0.4)
-    accumulator = MeanAbsoluteError(num_tasks=4)
-    for start in range(0, 500, batch_size):
-        rows = slice(start, start + batch_size)
-        accumulator.update(torch.from_numpy(predictions[rows]), torch.from_numpy(labels[rows]))
-    np.testing.assert_allclose(accumulator.compute(), mean_absolute_error(predictions, labels), rtol=1e-12)
+    for task in range(4):
+        there = ~np.isnan(labels[:, task])
+        expected = sklearn_metrics.mean_absolute_error(labels[there, task], predictions[there, task])
+        found = stream(MeanAbsoluteError(), predictions[:, task], labels[:, task], batch_size)
+        assert found == pytest.approx({"mean_absolute_error": expected}, rel=1e-12)
 
 
-def test_two_accumulators_merge_to_the_error_of_all_rows() -> None:
-    predictions, labels = (torch.from_numpy(array) for array in _predictions_and_labels(0.4))
-    first, second = MeanAbsoluteError(num_tasks=4), MeanAbsoluteError(num_tasks=4)
-    first.update(predictions[:100], labels[:100])
-    second.update(predictions[100:], labels[100:])
+def test_streaming_sums_float32_errors_in_float64() -> None:
+    labels = np.zeros(1001, dtype=np.float32)
+    predictions = np.ones(1001, dtype=np.float32)
+    predictions[0] = 1e8
+    found = stream(MeanAbsoluteError(), predictions, labels, 100)
+    assert found["mean_absolute_error"] == pytest.approx((1e8 + 1000) / 1001, rel=1e-12)
+
+
+def test_two_accumulators_merge_and_reset_forgets() -> None:
+    predictions, labels = (array[:, 0] for array in _predictions_and_labels(0.4))
+    first, second = MeanAbsoluteError(), MeanAbsoluteError()
+    stream(first, predictions + 1, labels, 100)
+    first.reset()
+    assert first.compute() == {}
+    stream(first, predictions[:100], labels[:100], 30)
+    stream(second, predictions[100:], labels[100:], 30)
     first.merge(second)
-    np.testing.assert_allclose(first.compute(), mean_absolute_error(predictions.numpy(), labels.numpy()), rtol=1e-12)
+    whole = mean_absolute_error(predictions[:, None], labels[:, None])[0]
+    assert first.compute()["mean_absolute_error"] == pytest.approx(whole, rel=1e-12)
+
+
+def test_where_the_label_is_missing_any_prediction_may_stand() -> None:
+    accumulator = MeanAbsoluteError()
+    accumulator.update(torch.tensor([torch.inf, torch.nan, 1.0]), torch.tensor([torch.nan, torch.nan, 3.0]))
+    assert accumulator.compute() == {"mean_absolute_error": 2.0}
+    accumulator.update(torch.full((2, 8), torch.nan), torch.full((2,), torch.nan))
+    assert accumulator.compute() == {"mean_absolute_error": 2.0}

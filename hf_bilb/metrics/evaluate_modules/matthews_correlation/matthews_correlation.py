@@ -1,0 +1,54 @@
+"""Matthews' correlation coefficient, as a module of the library `evaluate`."""
+
+import datasets
+import evaluate
+
+from hf_bilb.metrics.classification import matthews_correlation
+
+_DESCRIPTION = (
+    "Correlation of predicted and actual classes, two or more; 0.0 where either is one class, NaN without labels."
+)
+
+_CITATION = r"""
+@article{gorodkin2004comparing,
+  title={Comparing two {K}-category assignments by a {K}-category correlation coefficient},
+  author={Gorodkin, Jan},
+  journal={Computational Biology and Chemistry},
+  volume={28},
+  number={5--6},
+  pages={367--374},
+  year={2004}
+}
+"""
+
+_INPUTS = """
+Args:
+    predictions: predicted class indices.
+    references: class indices, NaN or -100 where missing.
+
+Returns:
+    matthews_correlation: a number in [-1, 1].
+
+Example:
+    >>> hf_bilb.metrics.load("matthews_correlation").compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
+    {'matthews_correlation': 0.5773502691896258}
+"""
+
+
+class MatthewsCorrelation(evaluate.Metric):
+    """`hf_bilb.metrics.classification.matthews_correlation` on what was added."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        # One type for both: integers would cut 0.7 down to class 0, and have no NaN. And no format="numpy": that hands
+        # over float32.
+        number = datasets.Value("float64")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": number, "references": number}),
+            reference_urls=["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.matthews_corrcoef.html"],
+        )
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        return {"matthews_correlation": matthews_correlation(predictions, references)}

@@ -1,0 +1,210 @@
+"""`TaskMetrics`: the metrics of K tasks as a `compute_metrics`, batch by batch, from sufficient statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_bilb.metrics.base import Accumulator, MetricError, wide
+from hf_bilb.options import OptionError, nearest
+from hf_bilb.task_losses import check_task_names
+
+if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
+    from transformers import EvalPrediction
+
+
+class TaskMetrics:
+    """Metrics of every task, for `Trainer(compute_metrics=...)` with `TrainingArguments(batch_eval_metrics=True)`.
+
+    The Trainer then hands over each batch, gathered from all ranks without the repetitions that fill up the last one,
+    and keeps no predictions. Without `batch_eval_metrics` it works too, in one call with everything.
+
+    Two layouts of a batch are read (`EvalPrediction.predictions`, or its first entry where it is a tuple, and
+    `label_ids`):
+
+    * one task per row: predictions `[B, C]` (or `[B]`), label_ids = (labels `[B]`, task_ids `[B]`: integers, positions
+      in `task_names`), which is what `label_names=["labels", "task_ids"]` gives; for a single task, labels `[B]` alone;
+    * every task per row: predictions `[B, K]`, one output a task, and labels `[B, K]`.
+
+    Missing labels are NaN.
+
+    Args:
+        accumulators: task -> what computes its metrics, one object for each task.
+        task_names: the K names in the order of the task ids and columns; the same names as in `accumulators`.
+        mean_name: name of the mean over tasks (`"glue_score"`): unweighted, of each task's score, which is the mean of
+            its metrics (as the GLUE benchmark does with a task's two metrics). None for none.
+
+    Returned, at the last batch: `<task>_<metric>`, for the tasks that have a label in the set, and `mean_name` over
+    those tasks. `metric_for_best_model: eval_<mean_name>` or `eval_<task>_<metric>` chooses a checkpoint by them (set
+    `greater_is_better: false` for errors).
+
+    Attributes:
+        keys: what is returned for a set with labels of every task, in order.
+
+    State: that of the accumulators, and two numbers. It ends with the last batch, or an error in here; `reset` drops
+    what an evaluation that died elsewhere left (`BilevelMTLTrainer` calls it before every evaluation).
+
+    Cost of a batch: some operations on `[B]` for each of the K tasks, no device synchronisation; of the last one, a few
+    host reads for each task.
+
+    Raises:
+        OptionError: names that do not match or that would collide, one accumulator for two tasks, or a mean over errors
+            and scores.
+    """
+
+    def __init__(
+        self, accumulators: Mapping[str, Accumulator], task_names: Sequence[str], mean_name: str | None = None
+    ) -> None:
+        self.task_names = check_task_names(task_names)
+        _check_tasks(accumulators, self.task_names)
+        self.accumulators = {name: accumulators[name] for name in self.task_names}
+        self.mean_name = mean_name
+        self.keys = self._check_keys()
+        self.reset()
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Add a batch; with `compute_result` return the metrics of everything since the last result, else nothing.
+
+        Raises:
+            MetricError: shapes or types of a batch that fit neither layout; with `compute_result`, task ids that are
+                none, or labels that are no class of their task.
+        """
+        try:
+            self._add(_as_tensor("predictions", _first(prediction.predictions)), prediction.label_ids)
+            found = self._compute() if compute_result else {}
+        except BaseException:
+            self.reset()  # what is half added is no beginning for the next evaluation
+            raise
+        if compute_result:
+            self.reset()
+        return found
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for accumulator in self.accumulators.values():
+            accumulator.reset()
+        # Smallest and largest task id, so that a wrong one is found without reading every batch.
+        self._extreme_ids = torch.zeros(2, dtype=torch.int64)
+
+    def _add(self, predictions: Tensor, label_ids: Any) -> None:
+        if isinstance(label_ids, (tuple, list)):
+            self._add_rows(predictions, *_rows(label_ids))
+        else:
+            self._add_columns(predictions, _as_tensor("label_ids", label_ids))
+
+    def _add_rows(self, predictions: Tensor, labels: Tensor, task_ids: Tensor) -> None:
+        if predictions.ndim not in (1, 2) or not len(predictions) == len(labels) == len(task_ids):
+            raise MetricError(
+                f"predictions {tuple(predictions.shape)}, labels {tuple(labels.shape)} and task_ids "
+                f"{tuple(task_ids.shape)}, expected [B, C], [B] and [B]"
+            )
+        if len(task_ids) == 0:
+            return
+        found = torch.stack([task_ids.amin(), task_ids.amax()]).long()
+        known = self._extreme_ids.to(found.device)
+        self._extreme_ids = torch.stack([torch.minimum(known[0], found[0]), torch.maximum(known[1], found[1])])
+        # Rows of other tasks are missing labels to a task: picking rows would have to wait for the device.
+        labels = labels if labels.is_floating_point() else wide(labels)
+        for index, name in enumerate(self.task_names):
+            self._update(name, predictions, labels.where(task_ids == index, torch.nan))
+
+    def _add_columns(self, predictions: Tensor, labels: Tensor) -> None:
+        tasks = len(self.task_names)
+        if tasks == 1 and labels.ndim == 1:
+            self._update(self.task_names[0], predictions, labels)
+            return
+        if labels.ndim != 2 or labels.shape[1] != tasks or predictions.shape != labels.shape:
+            raise MetricError(
+                f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)}, expected both [B, {tasks}]; "
+                'or labels [B] with task_ids [B], from label_names ["labels", "task_ids"]'
+            )
+        for index, name in enumerate(self.task_names):
+            self._update(name, predictions[:, index], labels[:, index])
+
+    def _update(self, name: str, predictions: Tensor, labels: Tensor) -> None:
+        try:
+            self.accumulators[name].update(predictions, labels)
+        except MetricError as error:
+            raise MetricError(f"task {name!r}: {error}") from None
+
+    def _compute(self) -> dict[str, float]:
+        lowest, highest = self._extreme_ids.tolist()
+        if lowest < 0 or highest >= len(self.task_names):
+            wrong = lowest if lowest < 0 else highest
+            raise MetricError(f"task_ids: {wrong} is not valid, expected 0 to {len(self.task_names) - 1}")
+        found: dict[str, float] = {}
+        scores = []
+        for name, accumulator in self.accumulators.items():
+            try:
+                values = accumulator.compute()
+            except MetricError as error:
+                raise MetricError(f"task {name!r}: {error}") from None
+            found.update({f"{name}_{metric}": value for metric, value in values.items()})
+            if values:
+                scores.append(sum(values.values()) / len(values))
+        if self.mean_name is not None and scores:
+            found[self.mean_name] = sum(scores) / len(scores)
+        return found
+
+    def _check_keys(self) -> tuple[str, ...]:
+        """The keys of a set that has labels of every task."""
+        owners: dict[str, str] = {}
+        for name, accumulator in self.accumulators.items():
+            for metric in accumulator.metric_names:
+                key = f"{name}_{metric}"
+                if key in owners:
+                    raise OptionError(f"task_names: {name!r} and {owners[key]!r} would both have the metric {key!r}")
+                owners[key] = name
+        if self.mean_name is None:
+            return tuple(owners)
+        if not self.mean_name or self.mean_name in owners:
+            raise OptionError(f"mean_name: {self.mean_name!r} is not valid, expected a name that is no metric's")
+        first, *others = self.accumulators.items()
+        for name, accumulator in others:
+            if accumulator.higher_is_better != first[1].higher_is_better:
+                raise OptionError(
+                    f"mean_name: {self.mean_name!r} would be a mean of errors and scores, of {first[0]!r} and {name!r}"
+                )
+        return (*owners, self.mean_name)
+
+
+def _check_tasks(accumulators: Mapping[str, Accumulator], task_names: tuple[str, ...]) -> None:
+    for name in accumulators:
+        if name not in task_names:
+            raise OptionError(f"accumulators: {name!r} is no task{nearest(name, task_names)}")
+    owners: dict[int, str] = {}
+    for name in task_names:
+        if name not in accumulators:
+            raise OptionError(f"accumulators: task {name!r} has none")
+        other = owners.setdefault(id(accumulators[name]), name)
+        if other != name:
+            raise OptionError(f"accumulators: {other!r} and {name!r} share one, expected one object for each task")
+
+
+def _rows(label_ids: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Labels `[B]` and task ids `[B]`."""
+    expected = 'expected (labels [B], task_ids [B]), from label_names ["labels", "task_ids"] in this order'
+    if len(label_ids) != 2:
+        raise MetricError(f"label_ids: got {len(label_ids)} entries, {expected}")
+    labels, task_ids = _as_tensor("labels", label_ids[0]), _as_tensor("task_ids", label_ids[1])
+    if labels.ndim != 1 or task_ids.ndim != 1 or task_ids.is_floating_point() or task_ids.dtype == torch.bool:
+        got = " and ".join(f"{values.dtype} {tuple(values.shape)}" for values in (labels, task_ids))
+        raise MetricError(f"label_ids: got {got}, {expected}")
+    return labels, task_ids
+
+
+def _first(predictions: Any) -> Any:
+    # Only a tuple: a list is what eval_do_concat_batches=False makes of the batches.
+    return predictions[0] if isinstance(predictions, tuple) and predictions else predictions
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, np.ndarray):
+        return torch.from_numpy(values)
+    raise MetricError(f"{name}: got {type(values).__name__}, expected a tensor or an array")
