@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import logging
 import platform
 import time
@@ -13,7 +14,9 @@ from typing import Any
 
 import click
 from accelerate import PartialState
-from transformers import PreTrainedModel, ProgressCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from peft import PeftModel
+from torch import nn
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing
@@ -52,14 +55,14 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     started = time.perf_counter()
     _quieten()
     args = training_arguments(recipe)  # before anything is loaded: finds settings that contradict each other
+    data_options = resolve_data_options(recipe)
     checkpoint = _check_folder(Path(args.output_dir), resume)
     state = PartialState()
     if state.is_main_process:
         _write_recipe(recipe, Path(args.output_dir), resume)
     set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
     with state.local_main_process_first():  # one process prepares the cache, the others read it
-        spec = DATA_SETS[recipe.data["name"]]
-        data = spec.load(parse_options(spec.options, _without_name(recipe.data), "data"))
+        data = DATA_SETS[recipe.data["name"]].load(data_options)
     trainer = BilevelMTLTrainer(
         model=build_model(recipe, data),
         args=training_arguments(recipe, data),
@@ -67,10 +70,11 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         eval_dataset=data.validation,
         data_collator=data.data_collator,
         compute_metrics=data.compute_metrics,
+        processing_class=data.processing_class,
+        task_item_counts=data.task_item_counts,
     )
     training = _train(trainer, checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    _save(trainer)
     measured = trainer.evaluate(getattr(data, recipe.evaluation.split), metric_key_prefix=recipe.evaluation.split)
     facts = {**_training_facts(trainer, training, checkpoint), "total_seconds": round(time.perf_counter() - started, 2)}
     results = collect_results(recipe, data, measured, facts)
@@ -98,27 +102,59 @@ def _train(trainer: BilevelMTLTrainer, checkpoint: str | None) -> dict[str, floa
             progress.training_bar.close()
 
 
+def _save(trainer: BilevelMTLTrainer) -> None:
+    trainer.save_model()
+    trainer.save_state()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel) and trainer.args.should_save:
+        # peft saves adapters alone; the config says what they belong on top of.
+        model.get_base_model().config.save_pretrained(trainer.args.output_dir)
+
+
+def resolve_data_options(recipe: Recipe) -> Any:
+    """The options of the recipe's data set; those that are null and follow the model take the model's value.
+
+    Raises:
+        OptionError: the model has no such option, so the data set's is required.
+    """
+    spec = DATA_SETS[recipe.data["name"]]
+    options = _without_name(recipe.data)
+    for key, of_model in spec.from_model.items():
+        if options[key] is None:
+            if of_model not in recipe.model:
+                name = recipe.model["name"]
+                raise OptionError(f"data.{key}: is required, since the model {name!r} has no option {of_model!r}")
+            options[key] = recipe.model[of_model]
+    return parse_options(spec.options, options, "data")
+
+
 def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelMTLTrainingArguments:
     """The recipe's `trainer` and `balancer` sections as training arguments; with `data`, its tasks and label columns.
 
     Raises:
         OptionError: one line, for settings that do not fit together.
     """
-    of_data: dict[str, Any] = {}
+    settings = dict(recipe.trainer)
     if data is not None:
-        of_data = {"task_names": list(data.task_names), "label_names": list(data.label_names)}
+        settings.update(task_names=list(data.task_names), label_names=list(data.label_names))
+        settings.setdefault("batch_eval_metrics", data.metrics_by_batch)
     try:
-        return BilevelMTLTrainingArguments(**recipe.trainer, balancer=recipe.balancer, **of_data)
+        return BilevelMTLTrainingArguments(**settings, balancer=recipe.balancer)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise OptionError(f"trainer: {one_line(error)}") from None
 
 
-def build_model(recipe: Recipe, data: TaskData) -> PreTrainedModel:
-    """The recipe's model with fresh weights; what the data dictate (sizes, task names) goes into its config."""
+def build_model(recipe: Recipe, data: TaskData) -> nn.Module:
+    """The recipe's model with fresh or pretrained weights; what the data dictate (sizes, task names) goes into it."""
     spec = MODELS[recipe.model["name"]]
-    config = spec.config_class(**_without_name(recipe.model), **data.model_arguments)
-    model: PreTrainedModel = spec.model_class(config)
-    return model
+    options = _without_name(recipe.model)
+    if spec.build is not None:
+        try:
+            inspect.signature(spec.build).bind(spec.options, **data.model_arguments)
+        except TypeError as error:
+            raise OptionError(f"model.name: {recipe.model['name']!r} is no model for these data ({error})") from None
+        return spec.build(parse_options(spec.options, options, "model"), **data.model_arguments)
+    return spec.model_class(spec.config_class(**options, **data.model_arguments))
 
 
 class ConciseProgress(ProgressCallback):
@@ -180,7 +216,8 @@ def _write_folder(recipe: Recipe, results: RunResults, history: list[dict[str, A
     write_text(folder / "table.md", render_markdown(table))
     if recipe.evaluation.plots:
         plot_run(history, tasks, folder, title=f"{recipe.name} ({results.balancer})")
-    click.echo(f"\n{results.split} errors of {recipe.name} ({results.balancer}):\n\n{render_text(table)}")
+    what = "results" if any(metric.higher_is_better for metric in results.metrics) else "errors"
+    click.echo(f"\n{results.split} {what} of {recipe.name} ({results.balancer}):\n\n{render_text(table)}")
     click.echo(f"{results.training['steps']} steps in {results.training['seconds']:.0f} s; all files are in {folder}")
 
 
@@ -206,6 +243,7 @@ def collect_results(
         training=dict(training),
         settings=recipe.to_dict(),
         versions=_versions(),
+        trivial_predictor=data.trivial_predictor,
     )
 
 
@@ -218,6 +256,7 @@ def _metric_result(metric: MetricInfo, value: float | None, trivial: Mapping[str
         higher_is_better=metric.higher_is_better,
         value=finite(value),
         trivial=finite(trivial.get(metric.key)),
+        ideal=metric.ideal,
     )
 
 
@@ -235,6 +274,7 @@ def _training_facts(trainer: BilevelMTLTrainer, metrics: Mapping[str, float], ch
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
 
 

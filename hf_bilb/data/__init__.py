@@ -7,9 +7,11 @@ gives the `TaskData`. Importing this package needs none of the data packages.
 from __future__ import annotations
 
 from hf_bilb.data.base import DataSetSpec, MetricInfo, MissingPackageError, TaskData
+from hf_bilb.data.glue import GlueOptions, load_glue
 from hf_bilb.data.qm9 import Qm9Options, load_qm9
 
 DATA_SETS: dict[str, DataSetSpec] = {
+    "glue": DataSetSpec(options=GlueOptions, load=load_glue, from_model={"tokenizer": "encoder"}),
     "qm9": DataSetSpec(options=Qm9Options, load=load_qm9),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -29,10 +29,12 @@ class MetricInfo:
 
     Attributes:
         key: its name in the returned dict and in the logs (after `eval_`), `"mae_homo"`.
-        task: the task it belongs to, `"homo"`.
+        task: the task it belongs to, `"homo"`; empty for a figure over all tasks.
         name: the metric, as a table's heading: `"MAE"`.
         unit: of its value, empty when it has none: `"meV"`.
         higher_is_better: which way is up.
+        ideal: the value of a perfect prediction, where higher is better and there is one (1 for an accuracy): the
+            errors that tables relate to each other are then `ideal - value`.
     """
 
     key: str
@@ -40,6 +42,7 @@ class MetricInfo:
     name: str
     unit: str
     higher_is_better: bool
+    ideal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class TaskData:
         compute_metrics: `EvalPrediction` -> metric key -> value, in the units of `metrics`.
         metrics: what `compute_metrics` returns, in order.
         trivial_metrics: the same for the best predictor that sees no input (regression: the training mean), on `test`.
-        model_arguments: what the data dictate to the model's config (`num_features`, `task_names`, ...).
+        model_arguments: what the data dictate to the model (`num_features`, `task_names`, ...).
+        task_item_counts: batch -> `[K]`, how many items each task has in it, where the label columns do not tell.
+        metrics_by_batch: `compute_metrics` is a streaming one (`TrainingArguments.batch_eval_metrics`).
+        trivial_predictor: name of that predictor in tables.
+        processing_class: saved with the model, so that its folder is all that a prediction needs; a tokenizer.
     """
 
     train: Part
@@ -67,14 +74,26 @@ class TaskData:
     metrics: tuple[MetricInfo, ...]
     trivial_metrics: Mapping[str, float]
     model_arguments: Mapping[str, Any]
+    task_item_counts: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
+    metrics_by_batch: bool = False
+    trivial_predictor: str = "mean predictor"
+    processing_class: Any = None
 
 
 @dataclass(frozen=True)
 class DataSetSpec:
-    """An entry of the registry: the dataclass of the options, and the function that loads the set with them."""
+    """An entry of the registry.
+
+    Attributes:
+        options: dataclass of what a recipe's `data:` section may set.
+        load: loads the set with them.
+        from_model: option of the data -> option of the model whose value it takes when it is null, so that a recipe
+            says it once (a text's tokenizer is that of the model's encoder).
+    """
 
     options: type[Any]
     load: Callable[[Any], TaskData]
+    from_model: Mapping[str, str] = field(default_factory=dict)
 
 
 # --- splits and statistics ----------------------------------------------------------------------------------------

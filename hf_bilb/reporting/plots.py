@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_bilb.reporting.tables import Comparison
+from hf_bilb.reporting.tables import Comparison, Row, error_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,6 +211,43 @@ def spread(positions: Mapping[int, float], gap: float) -> dict[int, float]:
     return {key: middle + (i - (len(m) - 1) / 2) * gap for m, middle in groups for i, key in enumerate(m)}
 
 
+# ---------------------------------------------------------------------------------------------------- both levels
+
+
+def levels_figure(history: History, title: str) -> Figure | None:
+    """The router's gradients at both levels and their ratio over the steps, and what the router does; None without
+    entries of the lower level's diagnostics (`bilevel/...`, `router/...` in the Trainer's log)."""
+    entries = [entry for entry in history if "bilevel/gradient_ratio" in entry]
+    if not entries:
+        return None
+    steps = [entry["step"] for entry in entries]
+    gradients = {
+        "bilevel/lower_gradient_at_x": ("lower level at x", BLUE, "-"),
+        "bilevel/lower_gradient_at_z": ("lower level at z (left out by the single loop)", VERMILLION, "-"),
+        "bilevel/upper_gradient": ("upper level (without its factor)", GREEN, "--"),
+    }
+    others = {
+        "bilevel/gradient_ratio": ("gradient at z / gradient at x", BLACK, "-"),
+        "router/entropy": ("entropy of the weights / log K", PURPLE, "-"),
+        "router/clamped": ("share of clamped weights", ORANGE, ":"),
+    }
+    figure = Figure(figsize=(12.8, 4.6), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(1, 2)
+    for axis, curves, label in zip(axes, (gradients, others), ("norm of the router's gradient", ""), strict=True):
+        for key, (name, colour, style) in curves.items():
+            values = [entry[key] for entry in entries]
+            axis.plot(steps, values, color=colour, linestyle=style, marker="o", markersize=2.5, label=name)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.legend(fontsize=8, frameon=False)
+        _style(axis)
+    if _positive(np.array([[entry[key] for key in gradients] for entry in entries])):
+        axes[0].set_yscale("log")
+    axes[1].set_ylim(bottom=0)
+    return figure
+
+
 # ---------------------------------------------------------------------------------------------------- many tasks
 
 
@@ -243,26 +280,29 @@ def _distribution_figure(panels: Sequence[tuple[str, Series]], title: str, label
 
 
 def comparison_figure(table: Comparison) -> Figure:
-    """Each run's error relative to the trivial predictor's, a row a metric; left is better, 1 is that predictor."""
-    rows = [row for row in table.rows if row.trivial]
+    """Each run's error relative to the trivial predictor's, a row a metric; left is better, 1 is that predictor.
+
+    Errors as in `error_ratio`; a metric of which the trivial predictor has none is left out.
+    """
+    rows = [row for row in table.rows if _shares(row, (row.trivial,)) == [1.0]]
     figure = Figure(figsize=(7.6, 0.36 * len(rows) + 1.9), layout="constrained")
     axis = figure.subplots()
     heights = np.arange(len(rows))[::-1]
     for i, name in enumerate(table.names):
-        shares = [_share(row.values[i], row.trivial, row.higher_is_better) for row in rows]
+        shares = [_shares(row, row.values)[i] for row in rows]
         marker = "osD^vP*"[i % 7]
         axis.plot(shares, heights, marker, color=COLOURS[i % len(COLOURS)], markersize=7, label=name, zorder=3)
     for height, row in zip(heights, rows, strict=True):
-        shares = [s for v in row.values if math.isfinite(s := _share(v, row.trivial, row.higher_is_better))]
+        shares = [share for share in _shares(row, row.values) if math.isfinite(share)]
         if len(shares) > 1:
             axis.plot([min(shares), max(shares)], [height, height], color="#BBBBBB", linewidth=1.5, zorder=2)
-    axis.axvline(1, color=GREY, linewidth=1, linestyle="--", label="mean predictor")
+    axis.axvline(1, color=GREY, linewidth=1, linestyle="--", label=table.trivial)
     axis.set_xscale("log")
     _plain_numbers(axis.xaxis)
     metrics = {row.metric for row in rows}
-    axis.set_yticks(heights, [row.task if len(metrics) == 1 else f"{row.task} {row.metric}" for row in rows])
-    what = metrics.pop() if len(metrics) == 1 else "error"
-    axis.set_xlabel(f"{table.split} {what} relative to the mean predictor (left is better)")
+    axis.set_yticks(heights, [row.title if len(metrics) == 1 else f"{row.title} {row.metric}" for row in rows])
+    what = metrics.pop() if len(metrics) == 1 and not any(row.higher_is_better for row in rows) else "error"
+    axis.set_xlabel(f"{table.split} {what} relative to the {table.trivial} (left is better)")
     _style(axis)
     figure.legend(loc="outside upper center", ncols=min(len(table.names) + 1, 5), frameon=False)
     return figure
@@ -280,10 +320,10 @@ def _sparse_label(value: float, _position: float) -> str:
     return f"{value:g}" if round(leading, 6) in (2, 5) else ""
 
 
-def _share(value: float | None, trivial: float | None, higher_is_better: bool) -> float:
-    if not value or not trivial:
-        return math.nan
-    return trivial / value if higher_is_better else value / trivial
+def _shares(row: Row, values: Sequence[float | None]) -> list[float]:
+    """The errors of `values` relative to the trivial predictor's; NaN where undefined."""
+    ratios = [error_ratio(value, row.trivial, row.higher_is_better, row.ideal) for value in values]
+    return [math.nan if ratio is None else ratio for ratio in ratios]
 
 
 def _positive(*arrays: NDArray[np.float64]) -> bool:
@@ -302,7 +342,7 @@ def _style(axis: Axes) -> None:
 
 
 def plot_run(history: History, tasks: Sequence[str], run_dir: Path, title: str) -> list[Path]:
-    """Write `losses.png` and `weights.png` of a run into its folder.
+    """Write `losses.png`, `weights.png` and, of a run with diagnostics, `levels.png` into its folder.
 
     Args:
         history: `trainer.state.log_history`.
@@ -327,4 +367,7 @@ def plot_run(history: History, tasks: Sequence[str], run_dir: Path, title: str) 
     if weights or coefficients:
         figure = weights_figure(weights, coefficients, f"{title}: weights of the tasks")
         written.append(save_figure(figure, run_dir / "weights.png"))
+    levels = levels_figure(history, f"{title}: upper and lower level")
+    if levels is not None:
+        written.append(save_figure(levels, run_dir / "levels.png"))
     return written

@@ -22,12 +22,13 @@ class MetricResult:
 
     Attributes:
         key: its name in the logs, `mae_homo`.
-        task: the task, `homo`.
+        task: the task, `homo`; empty for a figure over all tasks.
         name: the metric, `MAE`.
         unit: of both values, `meV`; empty when it has none.
         higher_is_better: which way is up.
         value: the model's; None when it was no finite number.
         trivial: the same for the predictor that sees no input (regression: always the training mean).
+        ideal: the value of a perfect prediction, where higher is better and there is one; its distance is the error.
     """
 
     key: str
@@ -37,6 +38,7 @@ class MetricResult:
     higher_is_better: bool
     value: float | None
     trivial: float | None
+    ideal: float | None = None
 
     @property
     def beats_trivial(self) -> bool:
@@ -57,6 +59,7 @@ class RunResults:
         training: steps, epochs, seconds, number of processes, ...
         settings: the resolved recipe.
         versions: of Python and the libraries.
+        trivial_predictor: what `MetricResult.trivial` is the result of.
         format: of this file.
     """
 
@@ -70,6 +73,7 @@ class RunResults:
     training: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    trivial_predictor: str = "mean predictor"
     format: int = FORMAT
 
 

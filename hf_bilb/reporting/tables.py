@@ -1,4 +1,8 @@
-"""The table of a run's errors, and of several runs side by side: for the terminal, as Markdown and as CSV."""
+"""The table of a run's metrics, and of several runs side by side: for the terminal, as Markdown and as CSV.
+
+Runs are related by their errors, so that a ratio below 1 is better whichever way a metric points: the error is the
+value itself (MAE), or what is missing to the metric's ideal value (1 - accuracy).
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,13 @@ from dataclasses import dataclass
 from hf_bilb.options import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults
 
-TRIVIAL = "mean predictor"
-
 
 @dataclass(frozen=True)
 class Row:
     """One metric in all R runs. `values`, `ratios` and `beats_trivial` have one entry per run.
 
-    `ratios`: error relative to the first run, below 1 is better whichever way the metric points; None where undefined.
+    `task`: empty for a figure over all tasks, which is no part of the summary. `ratios`: error relative to the first
+    run, below 1 is better whichever way the metric points; None where undefined. `ideal`: see `error_ratio`.
     """
 
     task: str
@@ -29,6 +32,12 @@ class Row:
     trivial: float | None
     ratios: tuple[float | None, ...]
     beats_trivial: tuple[bool, ...]
+    ideal: float | None = None
+
+    @property
+    def title(self) -> str:
+        """The task's name, for a reader."""
+        return self.task or "all tasks"
 
     @property
     def best(self) -> tuple[int, ...]:
@@ -44,25 +53,38 @@ class Row:
 class Comparison:
     """R runs (`names`) side by side, one `Row` per metric in the data set's order, measured on `split`.
 
-    `notes`: what a reader has to know before believing a ratio, a line each.
+    `notes`: what a reader has to know before believing a ratio, a line each. `trivial`: name of the predictor that sees
+    no input.
     """
 
     names: tuple[str, ...]
     rows: tuple[Row, ...]
     split: str
     notes: tuple[str, ...] = ()
+    trivial: str = "mean predictor"
 
     def geometric_means(self) -> list[float | None]:
-        """Per run, the geometric mean of its ratios to the first run; None when a ratio is undefined."""
-        return [geometric_mean([row.ratios[i] for row in self.rows]) for i in range(len(self.names))]
+        """Per run, the geometric mean over the tasks of its ratio to the first run; None when a ratio is undefined.
+
+        A task with several metrics counts once, with their geometric mean.
+        """
+        tasks = list(dict.fromkeys(row.task for row in self._of_tasks()))
+        return [
+            geometric_mean([geometric_mean([row.ratios[i] for row in self.rows if row.task == task]) for task in tasks])
+            for i in range(len(self.names))
+        ]
 
     def worst_ratios(self) -> list[tuple[float, str] | None]:
         """Per run, the largest ratio to the first run and its task; None when a ratio is undefined."""
         worst: list[tuple[float, str] | None] = []
+        rows = self._of_tasks()
         for i in range(len(self.names)):
-            ratios = [(ratio, row.task) for row in self.rows if (ratio := row.ratios[i]) is not None]
-            worst.append(max(ratios) if len(ratios) == len(self.rows) else None)
+            ratios = [(ratio, row.task) for row in rows if (ratio := row.ratios[i]) is not None]
+            worst.append(max(ratios) if rows and len(ratios) == len(rows) else None)
         return worst
+
+    def _of_tasks(self) -> list[Row]:
+        return [row for row in self.rows if row.task]
 
 
 def compare(runs: Sequence[RunResults], names: Sequence[str]) -> Comparison:
@@ -79,10 +101,13 @@ def compare(runs: Sequence[RunResults], names: Sequence[str]) -> Comparison:
         if odd := next((pair for pair in pairs if not _same_trivial(*pair)), None):
             ours, theirs = (number(metric.trivial) for metric in odd)
             notes.append(
-                f"{name} and {names[0]} did not see the same rows: the {TRIVIAL}'s {odd[0].key} is {theirs} and {ours}"
+                f"{name} and {names[0]} did not see the same rows: the {first.trivial_predictor}'s {odd[0].key} is "
+                f"{theirs} and {ours}"
             )
     rows = tuple(_row([run.metrics[i] for run in runs]) for i in range(len(first.metrics)))
-    return Comparison(tuple(names), rows, first.split, tuple(notes))
+    if len(runs) > 1 and any(row.ideal is not None for row in rows):
+        notes.append("ratios are those of the errors, which for scores are what is missing to a perfect one")
+    return Comparison(tuple(names), rows, first.split, tuple(notes), first.trivial_predictor)
 
 
 def _check_comparable(first: RunResults, run: RunResults, first_name: str, name: str) -> None:
@@ -110,13 +135,22 @@ def _row(metrics: Sequence[MetricResult]) -> Row:
         higher_is_better=first.higher_is_better,
         values=tuple(metric.value for metric in metrics),
         trivial=first.trivial,
-        ratios=tuple(error_ratio(metric.value, first.value, first.higher_is_better) for metric in metrics),
+        ratios=tuple(error_ratio(metric.value, first.value, first.higher_is_better, first.ideal) for metric in metrics),
         beats_trivial=tuple(metric.beats_trivial for metric in metrics),
+        ideal=first.ideal,
     )
 
 
-def error_ratio(value: float | None, base: float | None, higher_is_better: bool) -> float | None:
-    """`value / base`, or `base / value` for a metric that shall be high, so that below 1 is better. None if not > 0."""
+def error_ratio(
+    value: float | None, base: float | None, higher_is_better: bool, ideal: float | None = None
+) -> float | None:
+    """The error of `value` relative to that of `base`, so that below 1 is better; None unless both errors are > 0.
+
+    The error is the value itself where lower is better; `ideal - value` where higher is better and the ideal is known
+    (an accuracy of 0.9 has twice the error of one of 0.95; a correlation of 0 has the error 1); else `1 / value`.
+    """
+    if value is not None and base is not None and higher_is_better and ideal is not None:
+        value, base, higher_is_better = ideal - value, ideal - base, False
     if value is None or base is None or value <= 0 or base <= 0:
         return None
     return base / value if higher_is_better else value / base
@@ -147,7 +181,8 @@ def number(value: float | None) -> str:
 
 def _header(table: Comparison) -> list[str]:
     ratios = [f"{name} / {table.names[0]}" for name in table.names[1:]]
-    return ["task", "metric", "unit", *table.names, TRIVIAL, *ratios, "beats mean"]
+    beats = f"beats {table.trivial.removesuffix(' predictor')}"
+    return ["task", "metric", "unit", *table.names, table.trivial, *ratios, beats]
 
 
 def _verdict(table: Comparison, row: Row) -> str:
@@ -166,7 +201,7 @@ def _cells(table: Comparison, bold: str) -> list[list[str]]:
         marked = row.best if len(table.names) > 1 else ()
         values = [f"{bold}{number(v)}{bold}" if i in marked else number(v) for i, v in enumerate(row.values)]
         ratios = [number(ratio) for ratio in row.ratios[1:]]
-        body.append([row.task, row.metric, row.unit, *values, number(row.trivial), *ratios, _verdict(table, row)])
+        body.append([row.title, row.metric, row.unit, *values, number(row.trivial), *ratios, _verdict(table, row)])
     return body
 
 

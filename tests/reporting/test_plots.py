@@ -174,3 +174,19 @@ def test_comparison_shows_errors_relative_to_the_trivial_predictor(tmp_path):
     np.testing.assert_allclose(axis.lines[0].get_xdata(), [0.5, 0.5])
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [0.25, np.nan])
     check_png(save_figure(figure, tmp_path / "comparison.png"))
+
+
+def test_scores_are_drawn_as_errors_and_a_score_of_zero_is_no_gap(tmp_path):
+    rows = (
+        Row("cola", "Matthews", "", True, (0.5, -0.2), 0.0, (1.0, 2.4), (True, False), ideal=1.0),
+        Row("", "mean score", "", True, (0.9, 0.8), 0.6, (1.0, 2.0), (True, True), ideal=1.0),
+        Row("perfect", "accuracy", "", True, (0.9, 0.8), 1.0, (1.0, 2.0), (False, False), ideal=1.0),
+    )
+    figure = comparison_figure(Comparison(("ls", "bilb"), rows, "test", trivial="constant predictor"))
+    (axis,) = visible(figure)
+    assert axis.get_xlabel() == "test error relative to the constant predictor (left is better)"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["cola Matthews", "all tasks mean score"]
+    np.testing.assert_allclose(axis.lines[0].get_xdata(), [0.5, 0.25])
+    np.testing.assert_allclose(axis.lines[1].get_xdata(), [1.2, 0.5])
+    assert "constant predictor" in [text.get_text() for text in figure.legends[0].get_texts()]
+    check_png(save_figure(figure, tmp_path / "comparison.png"))

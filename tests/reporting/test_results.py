@@ -30,6 +30,13 @@ def test_round_trip_is_exact(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_files_from_before_scores_had_an_ideal_are_still_read(tmp_path):
+    values = json.loads(write_results(RESULTS, tmp_path).read_text())
+    del values["trivial_predictor"], values["metrics"][0]["ideal"]
+    (tmp_path / "results.json").write_text(json.dumps(values))
+    assert read_results(tmp_path) == RESULTS
+
+
 def test_only_finite_numbers_are_written(tmp_path):
     assert (finite(math.nan), finite(math.inf), finite(None), finite(2)) == (None, None, None, 2.0)
     broken = RunResults("r", "m", "d", "ls", "test", metrics=[], training={"mean_loss": math.nan})

@@ -45,6 +45,51 @@ def test_ratio_is_undefined_without_two_positive_numbers(value, base):
     assert error_ratio(value, base, higher_is_better=False) is None
 
 
+def test_of_a_score_with_an_ideal_the_error_is_what_is_missing_to_it():
+    # accuracy 0.95 instead of 0.9 halves the errors; a correlation of 0, and a negative one, are errors like any other
+    assert error_ratio(0.95, 0.9, higher_is_better=True, ideal=1.0) == pytest.approx(0.5)
+    assert error_ratio(0.0, 0.5, higher_is_better=True, ideal=1.0) == 2.0
+    assert error_ratio(-0.5, 0.25, higher_is_better=True, ideal=1.0) == 2.0
+    assert error_ratio(95.0, 90.0, higher_is_better=True, ideal=100.0) == pytest.approx(0.5)
+    assert error_ratio(1.0, 0.5, higher_is_better=True, ideal=1.0) is None
+    assert error_ratio(0.5, 1.0, higher_is_better=True, ideal=1.0) is None
+    assert error_ratio(None, 0.5, higher_is_better=True, ideal=1.0) is None
+
+
+def scores(balancer: str, values: list[float | None]) -> RunResults:
+    """A run with scores: one task with one of them, one with two, and the mean over the tasks."""
+    names = [("cola_matthews", "cola", "Matthews"), ("mrpc_accuracy", "mrpc", "accuracy"), ("mrpc_f1", "mrpc", "F1"),
+             ("glue_score", "", "mean score")]  # fmt: skip
+    trivial = [0.0, 0.7, 0.8, 0.375]
+    metrics = [
+        MetricResult(key, task, name, "", True, value=value, trivial=constant, ideal=1.0)
+        for (key, task, name), value, constant in zip(names, values, trivial, strict=True)
+    ]
+    return RunResults(f"text_{balancer}", "text", "glue", balancer, "test", metrics,
+                      trivial_predictor="constant predictor")  # fmt: skip
+
+
+def test_scores_are_compared_by_their_errors_each_task_once():
+    table = compare([scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])], ["ls", "bilb"])
+    assert [row.ratios[1] for row in table.rows] == pytest.approx([0.5, 0.5, 1.0, 0.3 / 0.575])
+    # cola 1/2; mrpc sqrt(1/2 * 1); the mean over the tasks is no task
+    assert table.geometric_means()[1] == pytest.approx((0.5 * 0.5**0.5) ** 0.5)
+    assert table.worst_ratios()[1] == pytest.approx((1.0, "mrpc"))
+    assert [row.beats_trivial for row in table.rows] == [(False, True), (True, True), (True, True), (True, True)]
+    assert [row.best for row in table.rows] == [(1,), (1,), (0, 1), (1,)]
+
+
+def test_the_table_of_scores_names_its_predictor_and_says_what_a_ratio_is():
+    text = render_markdown(
+        compare([scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])], ["ls", "bilb"])
+    )
+    assert text.startswith("| task | metric | unit | ls | bilb | constant predictor | bilb / ls | beats constant |\n")
+    assert "| cola | Matthews |  | 0.000 | **0.5000** | 0.000 | 0.5000 | NO: ls |\n" in text
+    assert "| all tasks | mean score |  | 0.4250 | **0.7000** | 0.3750 | 0.5217 | yes |\n" in text
+    assert "Note: ratios are those of the errors, which for scores are what is missing to a perfect one." in text
+    assert "Note" not in render_markdown(compare([scores("ls", [0.0, 0.8, 0.9, 0.425])], ["ls"]))
+
+
 def test_geometric_mean():
     assert geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
     assert geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
