@@ -57,6 +57,7 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/balancing_overhead.py
+	$(BIN)/python benchmarks/exactness_cost.py
 
 # pytest ends with 5 where a folder holds no test: no campaign is no failure.
 campaign: $(VENV)/installed-dev
