@@ -8,6 +8,7 @@ Results lie in FOLDER/<run>/whole.pt and FOLDER/<run>/resumed.pt; the run's own 
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from transformers import TrainerCallback
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, atomic_trainer, checkpointing
 from hf_bilb.running_log import VECTORS_FILE
 from tests.synthetic import build_data, build_model, flat_parameters
+from tests.trainer.models import FeatureModel, build
 
 fork = multiprocessing.get_context("fork")
 NOT_COMPARED = ("runtime", "per_second", "model_preparation_time")
@@ -44,6 +46,8 @@ class Run:
         num_ranks: operating-system processes.
         dropout: of the model; its random stream has to go on, too.
         poisoned: row whose features are infinite, so that its losses are not finite.
+        features: the model returns router features.
+        begins_from: the run in this table whose balancer it begins with.
         settings: further training arguments.
     """
 
@@ -57,10 +61,16 @@ class Run:
     dropout: float = 0.1
     poisoned: int | None = None
     task_names: list[str] | None = field(default=None)
+    features: bool = False
+    begins_from: str | None = None
 
 
 BILB = {"name": "bilb", "learning_rate": 0.05}
 QM9 = {"name": "bilb", "preset": "qm9", "learning_rate": 0.05}
+DOUBLE = {**BILB, "lower_level": {"inner_steps": 2, "inner_learning_rate": 0.02}}
+FEATURES = {**BILB, "router": "features", "initial_logits": None, "num_features": 8}
+#: Three micro-batches of four rows; 32 of them in an epoch: its last window holds two.
+WINDOW: dict[str, Any] = {"rows": 128, "batch": 4, "accumulation": 3, "dropout": 0.3}
 RUNS = {
     "bilb": Run(13, 10, {"balancer": BILB, "absent_tasks": "hold"}),
     # Mid-epoch after new references were taken in step 12: they must not be taken again.
@@ -90,6 +100,22 @@ RUNS = {
         },
     ),
     "two_ranks": Run(18, 15, {"balancer": QM9}, batch=4, num_ranks=2),
+    # Stopped in the warm-up, which goes on; and soon after it, when the references have been taken.
+    "in_warm_up": Run(13, 10, {"balancer": QM9, "balancer_warmup_steps": 12}),
+    "after_warm_up": Run(13, 10, {"balancer": BILB, "balancer_warmup_steps": 8}),
+    "before_freezing": Run(13, 10, {"balancer": BILB, "balancer_freeze_after": 12}),
+    # A new epoch begins after the freeze: its references are not taken.
+    "frozen": Run(18, 15, {"balancer": QM9, "balancer_freeze_after": 12}),
+    # Resumed before anything of its own would be missed, and begun from another run.
+    "begun_from_another": Run(13, 10, {"balancer": BILB}, begins_from="bilb"),
+    "window": Run(18, 15, {"balancer": QM9, "balance_over": "window"}, **WINDOW),
+    "window_features": Run(18, 15, {"balancer": FEATURES, "balance_over": "window"}, **WINDOW, features=True),
+    "double_loop": Run(13, 10, {"balancer": DOUBLE, "balancer_warmup_steps": 4}, dropout=0.3),
+    "double_loop_window": Run(18, 15, {"balancer": DOUBLE, "balance_over": "window"}, **WINDOW),
+    "diagnostics": Run(
+        13, 10, {"balancer": BILB, "diagnostics": {"every_n_steps": 3, "inner_steps": 2, "inner_learning_rate": 0.02}}
+    ),
+    "double_loop_two_ranks": Run(13, 10, {"balancer": DOUBLE}, batch=4, num_ranks=2, dropout=0.3),
 }
 
 
@@ -111,12 +137,15 @@ def build_trainer(run: Run, output_dir: Path, **overrides: Any) -> BilevelMTLTra
         **run.settings,
         **overrides,
     }
+    if run.begins_from is not None:
+        settings["balancer_init_from"] = str(output_dir.parent.parent / run.begins_from / "whole")
     num_tasks = len(run.task_names or []) or 4
     train_data = build_data(run.rows, num_tasks=num_tasks, missing=0.3)
     if run.poisoned is not None:
         train_data.features[run.poisoned] = torch.inf
+    config: dict[str, Any] = {"dropout": run.dropout, "task_names": run.task_names}
     return BilevelMTLTrainer(
-        model=build_model(dropout=run.dropout, task_names=run.task_names),
+        model=build(FeatureModel, torch.float32, **config) if run.features else build_model(**config),
         args=BilevelMTLTrainingArguments(**settings),
         train_dataset=train_data,
         eval_dataset=build_data(24, num_tasks=num_tasks, missing=0.3, seed=7),
@@ -320,6 +349,7 @@ def resume_after_killed_save(folder: Path, point: str) -> None:
 
 
 def main(mode: str, folder: Path) -> None:
+    gc.freeze()  # Trainer collects garbage when it begins: not what the imports have left, in every process
     for name, run in RUNS.items():
         (folder / name).mkdir(exist_ok=True)
         (kill_and_finish if mode == "kill" else resume)(folder / name, name, run)

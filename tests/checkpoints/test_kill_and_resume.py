@@ -56,6 +56,41 @@ def test_the_compared_state_holds_router_moments_and_references(resumed_runs: Pa
     }
 
 
+def entries(found: dict[str, Any], key: str) -> list[int]:
+    return [entry["step"] for entry in found["logs"] if key in entry]
+
+
+def test_the_runs_were_stopped_in_the_phases_they_are_named_after(resumed_runs: Path) -> None:
+    every = list(range(LOGGING_STEPS, 34, LOGGING_STEPS))
+    for name, first in (("in_warm_up", 14), ("after_warm_up", 14), ("double_loop", 7)):
+        whole, resumed = load(resumed_runs / name)
+        for found in (whole, resumed):
+            assert entries(found, "loss") == every
+            assert entries(found, "weight/alpha") == [step for step in every if step >= first]
+    for name in ("before_freezing", "frozen"):
+        whole, resumed = load(resumed_runs / name)
+        # Adam's step counter: it has learned in twelve updates, whatever came between.
+        assert float(whole["balancer"]["optimizer.router.logits.step"]) == 12
+        assert float(resumed["balancer"]["optimizer.router.logits.step"]) == 12
+
+
+def test_a_resumed_run_does_not_begin_from_the_other_one_again(resumed_runs: Path) -> None:
+    whole, resumed = load(resumed_runs / "begun_from_another")
+    source, _ = load(resumed_runs / "bilb")
+    key = "optimizer.router.logits.step"
+    assert float(source["balancer"][key]) == 33 and float(resumed["balancer"][key]) == 66
+    references = "normalization.reference_losses"
+    assert torch.equal(whole["balancer"][references], source["balancer"][references])
+
+
+def test_z_and_what_was_looked_at_are_compared(resumed_runs: Path) -> None:
+    for name in ("double_loop", "double_loop_window", "double_loop_two_ranks"):
+        whole, _ = load(resumed_runs / name)
+        assert bool(whole["balancer"]["lower_level.started"]) and "lower_level.z.heads.weight" in whole["balancer"]
+    for found in load(resumed_runs / "diagnostics"):
+        assert entries(found, "bilevel/gradient_ratio") == list(range(3, 34, 3))
+
+
 def test_dropped_steps_are_counted_over_the_kill(resumed_runs: Path) -> None:
     _, resumed = load(resumed_runs / "dropped")
     counts = [value for key, value in resumed["logs"][-2].items() if key.startswith("dropped_steps/")]

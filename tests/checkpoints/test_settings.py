@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.checkpointing import TENSORS
-from tests.checkpoints.runs import BILB, QM9, Begin, Run, build_trainer
+from tests.checkpoints.runs import BILB, DOUBLE, QM9, Begin, Run, build_trainer
 from tests.synthetic import build_data
 
 
@@ -142,11 +142,22 @@ class OutOfMemoryOnce:
         return self.forward(features=features, labels=labels)
 
 
-def test_auto_find_batch_size_starts_with_a_fresh_balancer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        # The call that fails is the pass that counts, or lies in the inner loop, where the model's parameters are z.
+        {"balance_over": "window", "gradient_accumulation_steps": 2},
+        {"balancer": DOUBLE},
+    ],
+    ids=["batch", "window", "double loop"],
+)
+def test_auto_find_batch_size_starts_with_a_fresh_balancer(more: dict[str, Any], tmp_path: Path) -> None:
     # With learning rate 0 the failed attempt leaves the model alone, so that what follows equals a run that had the
     # smaller batch from the start. The balancer has its own learning rate.
     settings = {"balancer": QM9, "learning_rate": 0.0, "save_strategy": "no", "train_sampling_strategy": "sequential"}
-    run = Run(0, 0, {**settings, "num_train_epochs": 1}, dropout=0.0)
+    accumulation = more.get("gradient_accumulation_steps", 1)
+    run = Run(0, 0, {**settings, "num_train_epochs": 1, **more}, dropout=0.0, accumulation=accumulation)
     found = build_trainer(run, tmp_path, auto_find_batch_size=True)
     OutOfMemoryOnce(found.model)
     at_begin = StateAtBegin()
@@ -155,7 +166,9 @@ def test_auto_find_batch_size_starts_with_a_fresh_balancer(tmp_path: Path) -> No
     smaller = int(0.9 * run.batch)
     assert found._train_batch_size == smaller
     assert len(at_begin.began) == 2
-    assert same_state(at_begin.began[0], at_begin.began[1])
+    # z is set to the model's parameters when it starts.
+    began = [{key: value for key, value in b.items() if not key.startswith("lower_level.z.")} for b in at_begin.began]
+    assert same_state(began[0], began[1]) and not began[1].get("lower_level.started", False)
 
     expected = build_trainer(run, tmp_path, per_device_train_batch_size=smaller)
     expected_begin = StateAtBegin()

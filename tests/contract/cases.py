@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_bilb import build_balancer, list_balancers
-from hf_bilb.balancers import LossBalancer, get_balancer_spec
+from hf_bilb.balancers import LossBalancer, get_balancer_spec, resolve_options
 from hf_bilb.normalization import NormalizationKind
+from hf_bilb.task_losses import TaskLosses
+
+#: Features of the feature routers, of which there are three.
+FEATURES = {"router": "features", "num_features": 3, "initial_logits": None}
+DOUBLE_LOOP = {"inner_steps": 2, "inner_learning_rate": 0.05, "penalty_weight": 2.0}
 
 #: Variants of a method's own options beside its defaults. A method without an entry is tested with its defaults.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -35,6 +40,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "sgd": {"optimizer": "sgd", "learning_rate": 0.1},
         "every_epoch": {"reference": "every_epoch", "normalization": "log"},
         "mean_of": {"reference": {"mean_of": 3}, "normalization": "initial"},
+        "cityscapes": {"preset": "cityscapes", "num_features": 3},
+        "nyuv2": {"preset": "nyuv2", "num_features": 3, "learning_rate": 1e-2},
+        "features": {**FEATURES, "activation": "sigmoid"},
+        "features_clamp": {**FEATURES, "activation": "sigmoid", "clamp": [0.4, 0.6], "initial_logits": 0.1},
+        "features_upper": {**FEATURES, "activation": "softmax", "router_gradient": "upper", "pairs": "adjacent"},
+        "features_detached": {**FEATURES, "activation": "sigmoid_relu", "detach_features": True, "tau": "one"},
+        "penalty": {"lower_level": {**DOUBLE_LOOP, "inner_steps": 0}},
+        "double_loop": {"lower_level": DOUBLE_LOOP},
+        "double_loop_features": {**FEATURES, "activation": "sigmoid", "lower_level": DOUBLE_LOOP},
     },
 }
 
@@ -56,12 +70,19 @@ class Case:
     def build(self, num_tasks: int, dtype: torch.dtype = torch.float64, **more: Any) -> LossBalancer:
         return build_balancer(self.name, num_tasks, dtype=dtype, **{**self.options, **more})
 
+    def option(self, key: str) -> Any:
+        """The value of an option, the preset's or the default's included; None where the method has no such option."""
+        return getattr(resolve_options(self.name, self.options), key, None)
+
     @property
     def depends_on_order(self) -> bool:
         """Whether F looks at the order of the tasks (adjacent pairs)."""
-        spec = get_balancer_spec(self.name).options
-        preset = dict(spec.presets.get(self.options.get("preset"), {}))
-        return {**preset, **self.options}.get("pairs") == "adjacent"
+        return self.option("pairs") == "adjacent"
+
+    @property
+    def is_double_loop(self) -> bool:
+        """Whether the router's gradient is corrected at z."""
+        return bool(self.option("inner_steps"))
 
 
 def all_cases() -> list[Case]:
@@ -86,10 +107,40 @@ def random_losses(num_tasks: int, steps: int, seed: int = 0, dtype: torch.dtype 
     return (scale * (0.3 + torch.rand(steps, num_tasks, dtype=torch.float64, generator=generator))).to(dtype)
 
 
+class Tilted(nn.Module):
+    """What a double loop is bound to: a model whose K losses are the given ones times exp(tilt), tilt [K] = 0 at x."""
+
+    def __init__(self, num_tasks: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.tilt = nn.Parameter(torch.zeros(num_tasks, dtype=dtype))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return losses * self.tilt.exp()
+
+
+def features_for(balancer: LossBalancer) -> Tensor | None:
+    """Router features `[4, D]`, always the same; None where nothing looks at them."""
+    length = balancer.objective.num_features
+    if length == 0:
+        return None
+    generator = torch.Generator().manual_seed(7)
+    features = torch.randn(4, length, dtype=torch.float64, generator=generator)
+    return features.to(device=balancer.device, dtype=balancer.dtype)
+
+
+def batch_for(balancer: LossBalancer, losses: Tensor, num_items: Tensor | None = None) -> TaskLosses:
+    """The `losses [K]` at z, which only a double loop asks for."""
+    items = torch.ones_like(losses) if num_items is None else num_items
+    assert balancer._lower_level is not None
+    model = balancer._lower_level.model
+    # A loss that is not there must not reach the graph, not even times zero.
+    return TaskLosses(model(torch.where(items > 0, losses, 0.0)), items, features_for(balancer))
+
+
 def advance(balancer: LossBalancer, losses: Tensor, num_items: Tensor | None = None) -> Tensor:
     """One update with the `losses [K]`; returns the coefficients as they reach a model (the gradient of the losses)."""
     leaf = losses.detach().clone().requires_grad_()
-    balancer.backward(leaf, num_items=num_items)
-    balancer.step()
+    balancer.backward(leaf, num_items=num_items, router_features=features_for(balancer))
+    balancer.step(reevaluate=lambda: batch_for(balancer, losses, num_items))
     assert leaf.grad is not None
     return leaf.grad

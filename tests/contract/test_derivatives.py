@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.objective import differentiate
-from tests.contract.cases import CASES, Case, advance, random_losses
+from tests.contract.cases import CASES, Case, Tilted, advance, features_for, random_losses
 from tests.contract.frozen import Frozen, central_differences
 
 K = 6
@@ -18,7 +18,8 @@ TOLERANCE = 2e-7
 def moved(case: Case, absent: int | None = None) -> tuple[LossBalancer, Tensor, Tensor]:
     """A balancer in mid-run (references taken, router moved), the next losses and which tasks are there."""
     balancer = case.build(K)
-    balancer.bind(optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
+    balancer.bind(Tilted(K, torch.float64), optimizer)
     balancer.on_epoch_begin(0)
     losses = random_losses(K, 5)
     for row in losses[:4]:
@@ -29,17 +30,23 @@ def moved(case: Case, absent: int | None = None) -> tuple[LossBalancer, Tensor, 
     return balancer, losses[4].clone(), active
 
 
+def mean_features(balancer: LossBalancer) -> Tensor | None:
+    features = features_for(balancer)
+    return None if features is None else features.mean(dim=0)
+
+
 @pytest.mark.parametrize("absent", [None, 2], ids=["all", "one_absent"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_coefficients(case: Case, absent: int | None) -> None:
     balancer, point, active = moved(case, absent)
+    features = mean_features(balancer)
 
     def value() -> Tensor:
         with torch.no_grad():
-            return balancer.objective(balancer.normalization(point), active, None).value
+            return balancer.objective(balancer.normalization(point), active, features).value
 
     expected = central_differences(value, point, 1e-6)
-    found = differentiate(balancer.objective, balancer.normalization, point, active).coefficients
+    found = differentiate(balancer.objective, balancer.normalization, point, active, features).coefficients
     scale = expected.abs().max()
     assert scale > 0
     assert (found - expected).abs().max() <= TOLERANCE * scale
@@ -52,15 +59,31 @@ def test_coefficients(case: Case, absent: int | None) -> None:
 def test_gradient_of_own_parameters(case: Case, absent: int | None) -> None:
     balancer, point, active = moved(case, absent)
     parameters = dict(balancer.objective.named_parameters())
-    found = differentiate(balancer.objective, balancer.normalization, point, active)
+    features = mean_features(balancer)
+    found = differentiate(balancer.objective, balancer.normalization, point, active, features)
     assert len(found.parameter_gradients) == len(parameters)
-    frozen = Frozen(lambda: balancer.objective(balancer.normalization(point), active, None).value)
+    frozen = Frozen(lambda: balancer.objective(balancer.normalization(point), active, features).value)
     assert torch.equal(frozen().detach(), found.output.value)
     for (name, parameter), gradient in zip(parameters.items(), found.parameter_gradients, strict=True):
         expected = central_differences(lambda: frozen().detach(), parameter, 1e-5)
         scale = max(float(expected.abs().max()), 1e-3)
         deviation = float((gradient - expected).abs().max())
         assert deviation <= 1e-6 * scale, f"{name}: {gradient} instead of {expected}"
+
+
+WITH_FEATURES = [case for case in CASES if case.option("num_features")]
+
+
+@pytest.mark.parametrize("absent", [None, 2], ids=["all", "one_absent"])
+@pytest.mark.parametrize("case", WITH_FEATURES, ids=str)
+def test_gradient_of_the_features(case: Case, absent: int | None) -> None:
+    balancer, point, active = moved(case, absent)
+    features = mean_features(balancer)
+    found = differentiate(balancer.objective, balancer.normalization, point, active, features).feature_gradient
+    frozen = Frozen(lambda: balancer.objective(balancer.normalization(point), active, features).value)
+    expected = central_differences(lambda: frozen().detach(), features, 1e-5)
+    assert expected.any() == (not case.option("detach_features"))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_applied_coefficients_are_those() -> None:

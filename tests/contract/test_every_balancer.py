@@ -16,7 +16,17 @@ from hf_bilb import list_balancers
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.running_log import RunningLog
 from hf_bilb.task_losses import as_task_losses
-from tests.contract.cases import CASES, SEPARABLE, VARIANTS, Case, advance, random_losses
+from tests.contract.cases import (
+    CASES,
+    SEPARABLE,
+    VARIANTS,
+    Case,
+    Tilted,
+    advance,
+    batch_for,
+    features_for,
+    random_losses,
+)
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -27,7 +37,7 @@ def model_optimizer() -> torch.optim.Optimizer:
 
 
 def build(case: Case, num_tasks: int, dtype: torch.dtype = torch.float64, **more: Any) -> LossBalancer:
-    balancer = case.build(num_tasks, dtype, **more).bind(optimizer=model_optimizer())
+    balancer = case.build(num_tasks, dtype, **more).bind(Tilted(num_tasks, dtype), model_optimizer())
     balancer.on_epoch_begin(0)
     return balancer
 
@@ -50,9 +60,9 @@ def test_finite(case: Case, num_tasks: int, dtype: torch.dtype) -> None:
     balancer = build(case, num_tasks, dtype)
     assert balancer.coefficients is None
     for row in random_losses(num_tasks, 4, dtype=dtype):
-        leaf = row.requires_grad_()
-        value = balancer.backward(leaf)
-        balancer.step()
+        leaf = row.clone().requires_grad_()
+        value = balancer.backward(leaf, router_features=features_for(balancer))
+        balancer.step(reevaluate=lambda row=row: batch_for(balancer, row))
         assert value.shape == () and value.dtype == dtype and value.isfinite()
         assert balancer.coefficients.shape == (num_tasks,)
         assert balancer.coefficients.dtype == dtype == leaf.grad.dtype
@@ -78,7 +88,11 @@ def test_low_precision_losses(case: Case) -> None:
     # A bf16 model: the decision is taken in float32, the gradient goes back in the losses' own type.
     balancer = build(case, 5, torch.float32)
     leaf = random_losses(5, 1)[0].to(torch.bfloat16).requires_grad_()
-    value = balancer.backward(leaf, num_items=torch.full((5,), 70_000))
+    features = features_for(balancer)
+    features = None if features is None else features.to(torch.bfloat16).requires_grad_()
+    value = balancer.backward(leaf, torch.full((5,), 70_000), router_features=features)
+    if features is not None and not case.option("detach_features"):
+        assert features.grad.dtype == torch.bfloat16 and features.grad.isfinite().all() and features.grad.any()
     assert value.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16
     assert leaf.grad.isfinite().all()
 
@@ -94,10 +108,12 @@ def run(balancer: LossBalancer, parameters: Tensor, steps: range) -> Iterator[di
         items = torch.ones_like(parameters)
         items[t % parameters.numel()] = float(t % 3 > 0)
         parameters.grad = None
-        value = balancer.backward((parameters - noise).square() + 0.05, num_items=items)
+        losses = (parameters - noise).square() + 0.05
+        value = balancer.backward(losses, items, router_features=features_for(balancer))
         with torch.no_grad():
             parameters -= 0.05 * parameters.grad
-        balancer.step()
+        row = losses.detach()
+        balancer.step(reevaluate=lambda row=row, items=items: batch_for(balancer, row, items))
         record = {"value": value, "parameters": parameters.detach().clone(), "coefficients": balancer.coefficients}
         if balancer.weights is not None:
             record["weights"] = balancer.weights
@@ -146,10 +162,16 @@ def test_state_is_there_from_the_start_and_is_a_copy(case: Case) -> None:
 # --- absence ------------------------------------------------------------------------------------------------------
 
 
+def take_router(target: LossBalancer, source: LossBalancer, tasks: Tensor) -> None:
+    """Give `target` the own parameters that `source` has for `tasks` (their numbers, or a bool mask)."""
+    with torch.no_grad():
+        for parameter, other in zip(target.objective.parameters(), source.objective.parameters(), strict=True):
+            parameter.copy_(other[tasks])
+
+
 def subset_case(case: Case) -> bool:
-    """Whether `skip` is the balancer of the present tasks alone: not with a softmax over all tasks' logits, nor with
-    logits drawn for K tasks."""
-    return case.name in SEPARABLE and case.options.get("activation") != "softmax" and case.label != "qm9"
+    """Whether `skip` is the balancer of the present tasks alone: not with a softmax over all tasks' logits."""
+    return case.name in SEPARABLE and case.option("activation") != "softmax"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if subset_case(case)], ids=str)
@@ -157,6 +179,7 @@ def test_skip_is_the_balancer_of_the_present_tasks(case: Case) -> None:
     # Tasks 0, 3 and 5 of six never come: for adjacent pairs the gap is bridged.
     there = torch.tensor([False, True, True, False, True, False])
     whole, part = build(case, 6), build(case, 3)
+    take_router(part, whole, there)
     for row in random_losses(6, 6):
         row = torch.where(there, row, torch.full_like(row, torch.nan))
         coefficients = advance(whole, row, num_items=there.double())
@@ -169,8 +192,8 @@ def test_skip_is_the_balancer_of_the_present_tasks(case: Case) -> None:
     assert whole.reference_losses[~there].isnan().all()
 
 
-# Under `mean_of` the reference has one observation less after a missed step.
-@pytest.mark.parametrize("case", [case for case in CASES if case.label != "mean_of"], ids=str)
+# Under `mean_of` the reference has one observation less after a missed step; in a double loop z does not descend in it.
+@pytest.mark.parametrize("case", [c for c in CASES if c.label != "mean_of" and not c.is_double_loop], ids=str)
 def test_hold_compares_with_the_last_known_loss(case: Case) -> None:
     # One balancer sees all tasks; the other misses task 1 in the third step, in which its loss would not have changed.
     held, full = build(case, 4, absent_tasks="hold"), build(case, 4, absent_tasks="hold")
@@ -201,7 +224,7 @@ def test_hold_leaves_out_a_task_until_it_is_first_seen(case: Case) -> None:
     assert_finite(held)
 
 
-@pytest.mark.parametrize("absent_tasks", ["skip", "hold"])
+@pytest.mark.parametrize("absent_tasks", ["skip", "hold", "auto"])
 @every_case
 def test_a_step_without_any_task(case: Case, absent_tasks: str) -> None:
     balancer = build(case, 3, absent_tasks=absent_tasks)
@@ -225,7 +248,7 @@ def test_a_step_without_any_task(case: Case, absent_tasks: str) -> None:
 def test_the_first_step_without_any_task(case: Case) -> None:
     empty, fresh = build(case, 3), build(case, 3)
     row = random_losses(3, 1)[0]
-    value = empty.backward(row.clone().requires_grad_(), num_items=torch.zeros(3))
+    value = empty.backward(row.clone().requires_grad_(), torch.zeros(3), router_features=features_for(empty))
     assert value == 0
     empty.discard()
     assert torch.equal(advance(empty, row), advance(fresh, row))
@@ -241,12 +264,13 @@ def permuted_runs(case: Case) -> list[Tensor]:
     results = []
     for order in (torch.arange(5), ORDER):
         balancer = build(case, 5)
+        take_router(balancer, build(case, 5), order)
         rows = random_losses(5, 5, seed=3)[:, order]
         results.append(torch.stack([advance(balancer, row) for row in rows])[:, order.argsort()])
     return results
 
 
-SYMMETRIC = [case for case in CASES if not case.depends_on_order and case.name in SEPARABLE and case.label != "qm9"]
+SYMMETRIC = [case for case in CASES if not case.depends_on_order and case.name in SEPARABLE]
 
 
 @pytest.mark.parametrize("case", SYMMETRIC, ids=str)
@@ -282,7 +306,9 @@ def whole_step(balancer: LossBalancer, row: Tensor, form: str) -> None:
     """What a training step does with K losses, up to the optimizers' steps."""
     log = RunningLog(balancer.task_names, balancer.device, balancer.dtype)
     losses = row * 1.0 if form == "tensor" else dict(zip(balancer.task_names, row.unbind(), strict=True))
-    batch = as_task_losses(losses, None, balancer.task_names, default_items=8.0)
+    features = features_for(balancer)
+    features = None if features is None else features.requires_grad_()
+    batch = as_task_losses(losses, None, balancer.task_names, default_items=8.0, router_features=features)
     surrogate, decision = balancer.surrogate(batch)
     surrogate.backward()
     log.add(decision, surrogate, None, has_auxiliary=False)

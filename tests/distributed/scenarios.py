@@ -15,6 +15,11 @@ from hf_bilb import BilevelMTLTrainer, distributed
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.decision import NonFiniteLossError, WindowShare
 from hf_bilb.task_losses import masked_mse
+from tests.distributed.absent_tasks import absent_task_scenarios
+from tests.distributed.double_loop import double_loop_scenarios
+from tests.distributed.feature_routers import feature_router_scenarios
+from tests.distributed.mixture_evaluation import mixture_scenarios
+from tests.distributed.sharded import sharded_scenarios
 from tests.distributed.training import (
     SmallestGap,
     arguments,
@@ -25,6 +30,7 @@ from tests.distributed.training import (
     uneven_data,
     world_size,
 )
+from tests.distributed.windows import window_scenarios
 from tests.synthetic import TASK_NAMES, SyntheticData, SyntheticModel, SyntheticOutput, build_data, build_model
 
 BALANCERS: dict[str, dict[str, Any]] = {
@@ -66,7 +72,7 @@ def equality(balancer: str, absent: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def standalone(balancer: str) -> dict[str, Any]:
-    return train_standalone(BALANCERS[balancer], torch.float64, steps=50)
+    return train_standalone(BALANCERS[balancer], build_model(torch.float64), uneven_data(torch.float64), steps=50)
 
 
 # --- sabotage: the same, broken in one place ----------------------------------------------------------------------
@@ -82,11 +88,16 @@ def sabotaged(kind: str) -> Iterator[None]:
         everywhere = distributed.all_reduce_sum(batch.num_items, process_group).clamp(min=1)
         exact = batch.num_items / everywhere
         local = {"local_denominator": here / ranks, "local_objective": exact, "no_factor_ranks": exact / ranks}[kind]
-        return original(self, batch, process_group, WindowShare(local, torch.ones_like(local), torch.ones(()), 1))
+        return original(
+            self, batch, process_group, WindowShare(local, torch.ones_like(local), torch.ones(()), torch.ones(()), 1)
+        )
 
-    def reduce_locally(losses: Tensor, num_items: Tensor, auxiliary_loss: Any, group: Any = None) -> Any:
-        here = num_items > 0
-        return torch.where(here, losses.detach(), torch.zeros_like(num_items)), num_items, num_items.new_zeros(())
+    def reduce_locally(micro_batches: Any, with_features: bool = False, group: Any = None) -> Any:
+        (batch,) = micro_batches
+        here = batch.num_items > 0
+        losses = torch.where(here, batch.losses.detach(), torch.zeros_like(batch.num_items))
+        zero = batch.num_items.new_zeros(())
+        return distributed.GlobalBatch(losses, batch.num_items, here, here.sum() == 1, zero, None, zero)
 
     reduce = distributed.reduce_losses
     LossBalancer.surrogate = surrogate
@@ -180,8 +191,10 @@ def missing_heads(kind: str, find_unused: bool) -> dict[str, Any]:
     )
 
 
-def missing_heads_in_windows(kind: str, find_unused: bool) -> dict[str, Any]:
+def missing_heads_in_windows(kind: str, find_unused: bool, balance_over: str) -> dict[str, Any]:
     """Two micro-batches in a window, each with heads that are missing on one rank; `alpha` is always there."""
+    # Where the decision is the window's, one process has it in one batch.
+    accumulation = 1 if balance_over == "window" and world_size() == 1 else 2
     data = build_data(80, dtype=torch.float64, missing=0.6)
     data.labels[:, 0] = data.labels[:, 0].nan_to_num(0.1)
     windows = data.labels.view(10, 8, -1)
@@ -190,7 +203,8 @@ def missing_heads_in_windows(kind: str, find_unused: bool) -> dict[str, Any]:
         build_separate_heads(HEADS[kind]),
         data,
         balancer=BALANCERS["bilb"],
-        accumulation=2,
+        accumulation=accumulation,
+        balance_over=balance_over,
         num_train_epochs=2,
         ddp_find_unused_parameters=find_unused,
         task_loss_func=dict_losses if kind == "dropped" else None,
@@ -297,7 +311,9 @@ def all_scenarios() -> dict[str, Scenario]:
     for kind in HEADS:
         for find_unused in (False, True):
             found[f"heads/{kind}/{find_unused}"] = partial(missing_heads, kind, find_unused)
-            found[f"heads_in_windows/{kind}/{find_unused}"] = partial(missing_heads_in_windows, kind, find_unused)
+            for over in ("micro_batch", "window"):
+                name = f"heads_over_{over}/{kind}/{find_unused}"
+                found[name] = partial(missing_heads_in_windows, kind, find_unused, over)
     for kwargs_forward in (False, True):
         for accumulation in (1, 4):
             found[f"factor/{kwargs_forward}/{accumulation}"] = partial(no_factor, kwargs_forward, accumulation)
@@ -310,6 +326,12 @@ def all_scenarios() -> dict[str, Scenario]:
     for rows in (3, 13, 16, 21):
         found[f"evaluated/{rows}"] = partial(evaluated, rows)
         found[f"evaluated_stream/{rows}"] = partial(evaluated, rows, stream=True)
+    found.update(mixture_scenarios())
+    found.update(feature_router_scenarios())
+    found.update(window_scenarios())
+    found.update(double_loop_scenarios())
+    found.update(absent_task_scenarios())
+    found.update(sharded_scenarios())
     if world_size() > 1:
         for name in SABOTAGE:
             found[f"sabotage/{name}"] = partial(sabotage, *name.split("/"))

@@ -6,21 +6,22 @@ what runs, `conftest.py` launches it once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
+from tests.distributed.checks import (
+    LOG_TOLERANCE,
+    MARGIN,
+    TOLERANCE,
+    assert_ranks_agree,
+    assert_same_balancer,
+    assert_same_logs,
+)
 from tests.distributed.conftest import Runs
 from tests.distributed.scenarios import BALANCERS, HEADS, SABOTAGE
 from tests.synthetic import TASK_NAMES, relative_difference
 
 pytestmark = pytest.mark.distributed
-
-#: Relative L2 of the parameters, DESIGN "What exact and the same mean": Adam in float64, SGD in float32.
-TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
-#: Of logged numbers and of the balancer's state; in float32 a coefficient 1 / l amplifies rounding.
-LOG_TOLERANCE = {"float64": 1e-11, "float32": 2e-5}
 
 EQUALITY = [
     f"equality/{balancer}/{absent}/{precision}"
@@ -29,35 +30,10 @@ EQUALITY = [
 ] + ["equality/bilb/hold/float32"]
 MISSING_HEADS = [
     f"{scenario}/{kind}/{find_unused}"
-    for scenario in ("heads", "heads_in_windows")
+    for scenario in ("heads", "heads_over_micro_batch", "heads_over_window")
     for kind in HEADS
     for find_unused in (False, True)
 ]
-
-
-def assert_ranks_agree(runs: Runs, name: str) -> None:
-    first, second = (rank[name] for rank in runs.ranks)
-    assert first["world_size"] == second["world_size"] == 2
-    assert runs.one[name]["world_size"] == 1
-    assert first["balancer"].keys() == second["balancer"].keys()
-    for key in first["balancer"]:
-        assert torch.equal(first["balancer"][key], second["balancer"][key]), f"{key} differs between the ranks"
-    assert torch.equal(first["parameters"], second["parameters"])
-
-
-def assert_same_balancer(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for key in found:
-        torch.testing.assert_close(
-            found[key], expected[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
-        )
-
-
-def assert_same_logs(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
-    assert len(found) == len(expected) > 1
-    for ours, theirs in zip(found, expected, strict=True):
-        # The gradient norm of a dropped step is NaN.
-        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", EQUALITY)
@@ -83,9 +59,7 @@ def test_logged_losses_equal_those_of_one_process(runs: Runs, name: str) -> None
 
 @pytest.mark.parametrize("name", [name for name in EQUALITY if "bilb" in name])
 def test_no_difference_crosses_zero_within_rounding(runs: Runs, name: str) -> None:
-    # Otherwise the sign in d|d| would be a matter of rounding, and equality a matter of luck.
-    margin = {"float64": 1e-6, "float32": 1e-4}[name.split("/")[-1]]
-    assert margin < runs.one[name]["smallest_gap"] < 1
+    assert MARGIN[name.split("/")[-1]] < runs.one[name]["smallest_gap"] < 1
 
 
 @pytest.mark.parametrize("balancer", BALANCERS)

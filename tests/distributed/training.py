@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, build_balancer
 from hf_bilb.balancers import bilb
-from tests.synthetic import SyntheticData, build_data, build_model, flat_parameters
+from hf_bilb.balancers.base import LossBalancer
+from hf_bilb.task_losses import TaskLosses, as_task_losses
+from tests.synthetic import SyntheticData, build_data, flat_parameters
 
 #: Rows of a global batch, whatever the number of ranks.
 GLOBAL_BATCH = 8
@@ -33,6 +38,14 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shared_folder() -> Path:
+    """A new folder, the same on every rank."""
+    name = [tempfile.mkdtemp() if rank() == 0 else ""]
+    if world_size() > 1:
+        dist.broadcast_object_list(name)
+    return Path(name[0])
 
 
 def uneven_data(dtype: torch.dtype) -> SyntheticData:
@@ -97,6 +110,8 @@ def train(
     accumulation: int = 1,
     global_batch: int = GLOBAL_BATCH,
     task_loss_func: Callable[..., Any] | None = None,
+    resume_from: Path | None = None,
+    wrapper: type = DistributedDataParallel,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train with the Trainer on global batches of `global_batch` rows in all, and return what is compared."""
@@ -108,16 +123,23 @@ def train(
     trainer = BilevelMTLTrainer(
         model=model, args=args, train_dataset=data, callbacks=[recorder], task_loss_func=task_loss_func
     )
-    trainer.train()
-    wrapped = isinstance(trainer.model_wrapped, DistributedDataParallel)
-    assert wrapped == (world_size() > 1), "two ranks without DistributedDataParallel would train apart"
+    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    wrapped = isinstance(trainer.model_wrapped, wrapper)
+    assert wrapped == (world_size() > 1), f"two ranks without {wrapper.__name__} would train apart"
     return {
         "steps": trainer.state.global_step,
-        "parameters": flat_parameters(model),
+        "parameters": whole_parameters(model),
+        "buffers": buffers_of(model),
         "balancer": trainer.balancer.state_dict(),
         "coefficients": torch.stack(recorder.coefficients),
         "logs": logged(trainer),
     }
+
+
+def whole_parameters(model: nn.Module) -> Tensor:
+    """As `flat_parameters`, gathered where they are sharded."""
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([parameter.detach().double().flatten() for parameter in whole])
 
 
 def optimizer_settings(dtype: torch.dtype, steep: bool = False) -> dict[str, Any]:
@@ -128,31 +150,68 @@ def optimizer_settings(dtype: torch.dtype, steep: bool = False) -> dict[str, Any
 
 
 def train_standalone(
-    balancer_options: dict[str, Any], dtype: torch.dtype, steps: int, **balancer_settings: Any
+    balancer_options: dict[str, Any],
+    model: nn.Module,
+    data: SyntheticData,
+    steps: int,
+    *,
+    first_rank_rows: int = GLOBAL_BATCH // 2,
+    before_step: Callable[[LossBalancer, int], None] | None = None,
+    reevaluate_wrapped: bool = False,
+    groups: Sequence[Sequence[int]] = (),
+    **balancer_settings: Any,
 ) -> dict[str, Any]:
-    """The same by hand: plain DistributedDataParallel, `balancer.backward`, `balancer.step`."""
-    model, data = build_model(dtype), uneven_data(dtype)
-    balancer = build_balancer(balancer_options, num_tasks=4, dtype=dtype, **balancer_settings)
-    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+    """The same by hand: plain DistributedDataParallel, `balancer.backward`, `balancer.step`, float64 and Adam.
+
+    Of two ranks the first takes `first_rank_rows` rows of each global batch, the second the others. `groups`: of ranks
+    that train together, where it is not all of them; a rank in a group of its own takes whole batches.
+    """
+    ours = [group for ranks in groups if (group := dist.new_group(list(ranks))) != dist.GroupMember.NON_GROUP_MEMBER]
+    group = ours[0] if ours else None
+    together = dist.is_initialized() and dist.get_world_size(group) > 1
+    balancer = build_balancer(
+        balancer_options, num_tasks=data.labels.shape[1], dtype=torch.float64, **balancer_settings
+    )
+    wrapped = DistributedDataParallel(model, process_group=group) if together else model
+    balancer.bind(wrapped)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    per_rank = GLOBAL_BATCH // world_size()
+    bounds = [0, first_rank_rows, GLOBAL_BATCH] if together else [0, GLOBAL_BATCH]
+    place = rank() if together else 0
     values = []
     for step in range(steps):
         if step % STEPS_PER_EPOCH == 0:
             balancer.on_epoch_begin(step // STEPS_PER_EPOCH)
-        start = step % STEPS_PER_EPOCH * GLOBAL_BATCH + rank() * per_rank
-        rows = slice(start, start + per_rank)
-        outputs = wrapped(data.features[rows], data.labels[rows])
+        if before_step is not None:
+            before_step(balancer, step)
+        start = step % STEPS_PER_EPOCH * GLOBAL_BATCH
+        rows = slice(start + bounds[place], start + bounds[place + 1])
+        batch = (data.features[rows], data.labels[rows])
+        found = losses_of(wrapped(*batch), balancer.task_names)
         optimizer.zero_grad()
-        values.append(balancer.backward(outputs.losses, outputs.num_items))
+        values.append(balancer.backward(found.losses, found.num_items, found.router_features, process_group=group))
         optimizer.step()
-        balancer.step()
+        again = wrapped if reevaluate_wrapped else model
+        rerun = partial(_rerun, again, batch, balancer.task_names)
+        balancer.step(reevaluate=rerun, process_group=group)
     return {
         "steps": steps,
         "parameters": flat_parameters(model),
+        "buffers": buffers_of(model),
         "balancer": balancer.state_dict(),
         "values": torch.stack(values),
     }
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def _rerun(model: nn.Module, batch: tuple[Tensor, Tensor], task_names: Sequence[str]) -> TaskLosses:
+    return losses_of(model(*batch), task_names)
+
+
+def losses_of(outputs: Any, task_names: Sequence[str]) -> TaskLosses:
+    return as_task_losses(outputs.losses, outputs.num_items, task_names, router_features=outputs.get("router_features"))
 
 
 def train_plain(model: nn.Module, data: SyntheticData, global_batch: int, steps: int, learning_rate: float) -> Tensor:

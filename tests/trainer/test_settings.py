@@ -36,7 +36,7 @@ def build(folder: Path, model: Any = None, trainer_arguments: Any = None, **sett
         ({"balancer": {"name": "si", "normalization": "log"}}, "balancer.normalization: 'log' is not valid"),
         (
             {"absent_tasks": "holdd"},
-            'absent_tasks: \'holdd\' is not valid, expected one of "skip", "hold" (did you mean',
+            'absent_tasks: \'holdd\' is not valid, expected one of "auto", "skip", "hold" (did you mean',
         ),
         ({"nonfinite_loss": "ignore"}, 'nonfinite_loss: \'ignore\' is not valid, expected one of "raise", "skip"'),
         ({"balance_over": "windw"}, "balance_over: 'windw' is not valid, expected one of"),
