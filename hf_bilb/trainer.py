@@ -100,7 +100,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if self._task_sampling is None:
             return super()._get_train_sampler(train_dataset)
         return build_task_sampler(
-            self.train_dataset if train_dataset is None else train_dataset,
+            self.train_dataset,  # with all its columns; what is handed over here lacks those that forward does not take
             self._task_sampling,
             self.task_names,
             batch_size=self._train_batch_size,

@@ -77,8 +77,8 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     balancer_init_from: str | None = field(
         default=None, metadata={"help": "Checkpoint or run folder whose balancer this run begins with."}
     )
-    diagnostics: dict | None = field(default=None, metadata={"help": "Look at the lower level every n updates."})
-    task_sampling: dict | None = field(default=None, metadata={"help": "Which task a training batch shows."})
+    diagnostics: dict | str | None = field(default=None, metadata={"help": "Look at the lower level every n updates."})
+    task_sampling: dict | str | None = field(default=None, metadata={"help": "Which task a training batch shows."})
 
     def __post_init__(self) -> None:
         undecided = self.greater_is_better is None  # type: ignore[has-type]
@@ -119,11 +119,12 @@ class BilevelMTLTrainingArguments(TrainingArguments):
 
     def diagnostics_options(self) -> DiagnosticsOptions | None:
         """`diagnostics`, checked; None when it is off."""
-        return None if self.diagnostics is None else parse_options(DiagnosticsOptions, self.diagnostics, "diagnostics")
+        given: Any = self.diagnostics
+        return None if given is None else parse_options(DiagnosticsOptions, given, "diagnostics")
 
     def task_sampling_options(self) -> TaskSamplingOptions | None:
         """`task_sampling`, checked; None when it is off."""
-        given = self.task_sampling
+        given: Any = self.task_sampling
         return None if given is None else parse_options(TaskSamplingOptions, given, "task_sampling")
 
     def balancer_name_and_options(self) -> tuple[str, dict[str, Any]]:

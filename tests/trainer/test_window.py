@@ -263,6 +263,28 @@ def test_clipping_and_a_schedule(tmp_path: Path) -> None:
     assert min(found.logged("grad_norm")) > 0.1
 
 
+class Returned(BilevelMTLTrainer):
+    """Keeps what each micro-batch's `training_step` returns."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.returned.append(float(loss))
+        return loss
+
+
+@pytest.mark.parametrize("auxiliary_weight", [0.0, 0.3])
+def test_what_the_micro_batches_return_adds_up_to_f(auxiliary_weight: float, tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path, balance_over="window", balancer=BALANCERS["bilb"], gradient_accumulation_steps=4, logging_steps=1
+    )
+    data = build_data(64, dtype=FLOAT, missing=0.3)
+    trainer = Returned(model=build_model(FLOAT, auxiliary_weight=auxiliary_weight), args=args, train_dataset=data)
+    trainer.returned = []
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert torch.tensor(trainer.returned).view(4, 4).sum(1).tolist() == pytest.approx(logged, rel=1e-6)
+
+
 # --- one evaluation of F ------------------------------------------------------------------------------------------
 
 
