@@ -42,7 +42,7 @@ def features_of(case: dict[str, Any], parameters: list[Tensor], t: int) -> tuple
 
 
 def replay_features(case: dict[str, Any], balancer: LossBalancer) -> dict[str, np.ndarray]:
-    """Train T steps with a feature router; the router's parameters stand at the end of `params`, as in the reference."""
+    """Train T steps with a feature router; its parameters stand at the end of `params`, as in the reference."""
     parameters = [torch.from_numpy(case[f"{k}_0"].copy()).requires_grad_() for k in ("A", "a", "q", "r")]
     state = balancer.state_dict()
     state["objective.router.weight"] = torch.from_numpy(case["Wr_0"].copy())
@@ -112,8 +112,9 @@ def replay_penalty(case: dict[str, Any], balancer: LossBalancer) -> dict[str, np
             report = balancer.lower_level_report
             state = balancer.state_dict()
             record["z"].append(flat(state[f"lower_level.z.weights.{i}"] for i in range(4)))
-            values = report.lower_at_x, report.lower_at_z, report.lower_gradient_at_x
-            for name, value in zip(double[1:], (*values, report.lower_gradient_at_z, report.upper_gradient), strict=True):
+            levels = report.lower_at_x, report.lower_at_z
+            gradients = report.lower_gradient_at_x, report.lower_gradient_at_z, report.upper_gradient
+            for name, value in zip(double[1:], (*levels, *gradients), strict=True):
                 record[name].append(value.numpy())
     record["params"].append(flat(model.parameters()))
     return {key: np.stack(rows) for key, rows in record.items()}

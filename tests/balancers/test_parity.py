@@ -52,7 +52,13 @@ def test_all_reference_files_are_here() -> None:
 
 
 # What the presets of the feature routers say, written out; `city_v1` is the first public version of Cityscapes.
-DENSE = {"router": "features", "activation": "softmax", "initial_logits": None, "clamp": [0.2, 0.8], "pairs": "adjacent"}
+DENSE = {
+    "router": "features",
+    "activation": "softmax",
+    "initial_logits": None,
+    "clamp": [0.2, 0.8],
+    "pairs": "adjacent",
+}
 WRITTEN_OUT = {
     "city": {**DENSE, "normalization": "none", "tau": "one", "weight_denominator": "none"},
     "nyu": {**DENSE, "normalization": "rescaled", "tau": "weights", "weight_denominator": "sum"},

@@ -74,6 +74,21 @@ def router_accumulated() -> dict[str, Any]:
     )
 
 
+def router_repeated(times: int) -> dict[str, Any]:
+    """Each micro-batch of four rows `times` times in a window: that changes nothing, whatever the number."""
+    data = build_data(80, dtype=torch.float64, missing=0.4)
+    blocks = torch.arange(80).view(20, 4).repeat(1, times).flatten()
+    return train(
+        build_feature_model(torch.float64, auxiliary_weight=0.1),
+        SyntheticData(data.features[blocks], data.labels[blocks]),
+        balancer=ROUTERS["default"],
+        accumulation=times,
+        global_batch=4 * times,
+        num_train_epochs=1,
+        **optimizer_settings(torch.float64),
+    )
+
+
 @contextmanager
 def router_sabotaged(kind: str) -> Iterator[None]:
     attach, reduce = LossBalancer.attach, distributed.reduce_losses
@@ -111,6 +126,8 @@ def router_sabotage(kind: str) -> dict[str, Any]:
 
 def feature_router_scenarios() -> dict[str, Callable[[], dict[str, Any]]]:
     found: dict[str, Callable[[], dict[str, Any]]] = {"router_accumulated": router_accumulated}
+    for times in (1, 3):
+        found[f"router_repeated/{times}"] = partial(router_repeated, times)
     for router in ROUTERS:
         found[f"router_standalone/{router}"] = partial(router_standalone, router)
         for absent, precision in (("skip", "float64"), ("hold", "float32")):

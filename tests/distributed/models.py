@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,9 @@ class FeatureModel(SyntheticModel):
 
     def forward(self, features: Tensor, labels: Tensor) -> FeatureOutput:
         hidden = self.trunk(features)
+        if self.training and self.config.dropout:
+            # From the other generators that a forward pass may draw from.
+            hidden = hidden * (1 + random.random() - np.random.rand())
         logits = self.heads(hidden)
         losses, num_items = masked_mse(logits, labels)
         if self.training:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.distributed.by_autograd import train_by_autograd
-from tests.distributed.checks import LOG_TOLERANCE, TOLERANCE, assert_equals_one_process
+from tests.distributed.checks import LOG_TOLERANCE, TOLERANCE, assert_equals_one_process, assert_same_balancer
 from tests.distributed.conftest import Runs
 from tests.distributed.feature_routers import NUM_TASKS, ROUTER_SABOTAGE, ROUTERS, router_data
 from tests.distributed.models import build_feature_model
@@ -38,6 +41,18 @@ def test_the_standalone_balancer_with_unequal_numbers_of_rows(runs: Runs, router
 
 def test_a_decision_for_each_micro_batch(runs: Runs) -> None:
     assert_equals_one_process(runs, "router_accumulated")
+
+
+def test_a_micro_batch_that_is_repeated_counts_once(runs: Runs) -> None:
+    for results in (runs.one, *runs.ranks):
+        found, expected = results["router_repeated/3"], results["router_repeated/1"]
+        assert relative_difference(found["parameters"], expected["parameters"]) <= 1e-12
+        assert_same_balancer(found["balancer"], {**expected["balancer"], **counters_of(found)}, 1e-11)
+
+
+def counters_of(found: dict[str, Any]) -> dict[str, Tensor]:
+    """What counts decisions, not updates."""
+    return {key: value for key, value in found["balancer"].items() if key.startswith("guards.")}
 
 
 @pytest.mark.parametrize("router", ROUTERS)

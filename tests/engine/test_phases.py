@@ -60,7 +60,7 @@ def test_the_warm_up_is_ls_and_leaves_no_trace_but_the_last_losses(case: Case) -
 
 @pytest.mark.parametrize(
     "rules",
-    [{"coefficient_scale": "sum_to_one"}, {"coefficient_floor": 0.5, "task_priors": [1.0, 0.5, 2.0, 3.0]}],
+    [{"coefficient_scale": "sum_to_k"}, {"coefficient_floor": 0.5, "task_priors": [1.0, 0.5, 2.0, 3.0]}],
     ids=["scale", "floor_priors"],
 )
 @pytest.mark.parametrize("absent_tasks", ["auto", "skip", "hold"])

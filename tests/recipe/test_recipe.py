@@ -149,6 +149,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
 
 def test_every_recipe_of_the_project_is_found():
     assert [str(path.relative_to(ROOT)) for path in RECIPES] == [
+        "recipes/glue/bilb.yaml",
+        "recipes/glue/ls.yaml",
+        "recipes/glue/minilm_bilb.yaml",
+        "recipes/glue/minilm_ls.yaml",
         "recipes/qm9/mlp_bilb.yaml",
         "recipes/qm9/mlp_ls.yaml",
     ]
@@ -163,8 +167,9 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path):
     assert "Expect:" in head
 
 
-def test_the_two_recipes_of_the_quickstart_differ_only_in_balancer_and_folder():
-    ls, bilb = (read_recipe(ROOT / "recipes" / "qm9" / f"mlp_{name}.yaml").to_dict() for name in ("ls", "bilb"))
+@pytest.mark.parametrize("pair", ["qm9/mlp_{}", "glue/{}", "glue/minilm_{}"])
+def test_two_recipes_that_are_compared_differ_only_in_balancer_and_folder(pair):
+    ls, bilb = (read_recipe(ROOT / "recipes" / f"{pair.format(name)}.yaml").to_dict() for name in ("ls", "bilb"))
     for recipe in (ls, bilb):
         del recipe["balancer"], recipe["trainer"]["output_dir"]
     assert ls == bilb

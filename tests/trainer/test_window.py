@@ -17,6 +17,7 @@ import hf_bilb.balancers.base
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.decision import NonFiniteLossError
 from hf_bilb.micro_batches import MicroBatches
+from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLossError
 from tests.synthetic import SyntheticData, SyntheticModel
 from tests.trainer.harness import (
@@ -379,12 +380,18 @@ def test_one_forward_pass_more_for_each_micro_batch(
 # --- both passes see the same -------------------------------------------------------------------------------------
 
 
+def random_states() -> tuple[list[int], Any, tuple[list[int], int]]:
+    """Where torch's, Python's and numpy's default generators are."""
+    key, place = np.random.get_state()[1:3]
+    return torch.get_rng_state().tolist(), random.getstate(), (key.tolist(), place)
+
+
 class Seen(TrainerCallback):
     """The losses of every forward pass in training mode, by update; random states after each update."""
 
     def __init__(self, model: nn.Module) -> None:
         self.updates: list[list[Tensor]] = [[]]
-        self.random_states: list[tuple[Tensor, Any, Any]] = []
+        self.random_states: list[Any] = []
         model.register_forward_hook(self._note)
 
     def _note(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
@@ -393,7 +400,7 @@ class Seen(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.updates.append([])
-        self.random_states.append((torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()))
+        self.random_states.append(random_states())
 
 
 def watched(folder: Path, model: nn.Module, data: Any, **settings: Any) -> tuple[Seen, Run]:
@@ -429,10 +436,31 @@ def test_random_numbers_go_on_as_with_one_pass(noise: str, tmp_path: Path) -> No
     twice, found = watched(tmp_path, NOISES[noise](), data, balancer="ls")
     once, expected = watched(tmp_path, NOISES[noise](), data, balancer="ls", balance_over="micro_batch")
     assert len(twice.random_states) == 5
-    for one, other in zip(twice.random_states, once.random_states, strict=True):
-        assert torch.equal(one[0], other[0]) and one[1] == other[1] and np.array_equal(one[2], other[2])
+    assert twice.random_states == once.random_states
+    assert twice.random_states[0] != twice.random_states[1]
     # The plain sum is linear, so that nothing but a difference of masks could tell the two apart.
     assert_same_training(found, expected, references=False)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_the_devices_generator_is_replayed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Module:
+        """What torch has for each kind of device, as far as it is asked for."""
+
+        state = torch.tensor([1])
+
+        def get_rng_state(self) -> Tensor:
+            return self.state
+
+        def set_rng_state(self, state: Tensor) -> None:
+            self.state = state
+
+    module = Module()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: {kind: module}[device.type])
+    before = RandomState.capture(torch.device(kind))
+    module.state = torch.tensor([2])
+    before.restore()
+    assert module.state.tolist() == [1]
 
 
 def test_autocast_gives_both_passes_the_same(tmp_path: Path) -> None:
