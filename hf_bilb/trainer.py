@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_bilb import checkpointing, distributed
 from hf_bilb.accumulation import AccumulationWindow, share_of_window
-from hf_bilb.balancers.base import LossBalancer, Phase
+from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
 from hf_bilb.decision import Decision, NonFiniteLossError
 from hf_bilb.diagnostics import LowerLevelDiagnostics
@@ -30,6 +30,7 @@ from hf_bilb.task_sampler import build_task_sampler, set_sampler_epoch
 from hf_bilb.trainer_callback import BalancerCallback, pass_balancer
 from hf_bilb.trainer_checks import check_balancer, check_sampling, with_num_features
 from hf_bilb.update import Update
+from hf_bilb.validity import Phase
 
 logger = logging.getLogger(__name__)
 

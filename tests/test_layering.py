@@ -65,6 +65,7 @@ ENGINE = {
         "options",
         "router",
         "task_losses",
+        "validity",
     )
 }
 METHODS = sorted(ENGINE | {name for name in MODULES if name.startswith("hf_bilb.balancers")})

@@ -7,7 +7,6 @@ A method supplies its objective F (`hf_bilb.objective.Objective`); `LossBalancer
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.balancers.options import BalancerOptions
+from hf_bilb.balancers.state import BalancerState
 from hf_bilb.coefficients import CoefficientRules
 from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare, local_share
 from hf_bilb.distributed import GlobalBatch
@@ -27,15 +27,13 @@ from hf_bilb.normalization import Normalization
 from hf_bilb.objective import BilevelObjective, Derivatives, Objective, ObjectiveValue, Scalar, differentiate
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
+from hf_bilb.validity import Phase, Validity, is_finite
 
 AbsentTasks = Literal["auto", "skip", "hold"]
-Phase = Literal["warmup", "balancing", "frozen"]
-#: Prefix of z's entries in the state.
-_LOWER_LEVEL = "lower_level."
 Reevaluation = Callable[[], TaskLosses | Tensor | Mapping[str, Tensor]]
 
 
-class LossBalancer:
+class LossBalancer(BalancerState):
     """A loss balancer: `backward(losses)` instead of `sum(losses).backward()`, then `step()` after the optimizer's.
 
     State (all in `state_dict()`, flat tensors): the objective's parameters and buffers, its optimizer's moments, the
@@ -71,6 +69,7 @@ class LossBalancer:
         self.normalization = Normalization(num_tasks, options.normalization, options.reference, options.power)
         self._memory = LossMemory(num_tasks)
         self._guards = Guards(num_tasks)
+        self._validity = Validity(name, objective, self.normalization, self.task_names)
         self._rules = CoefficientRules(num_tasks, options.coefficient_floor, options.coefficient_scale, task_priors)
         self._parts = nn.ModuleDict(
             {
@@ -265,19 +264,19 @@ class LossBalancer:
         Cost: one all-reduce; no device synchronisation.
         """
         for batch in micro_batches:
-            self._check(batch)
+            self._validity.check(batch, self.device)
         whole = distributed.reduce_losses(micro_batches, self.objective.num_features > 0, process_group)
         whole = whole._replace(losses=whole.losses.to(self.dtype), num_items=whole.num_items.to(self.dtype))
         auxiliary, present = whole.auxiliary_loss.to(self.dtype), whole.present
         # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
-        valid = self._valid(whole, auxiliary)
+        valid = self._validity.valid(whole, auxiliary, self.phase)
         self._observe(whole.losses, present & valid)
         active = present if self.phase == "warmup" else self._active(whole)
         result = self._evaluate(whole, active)
         of_all, value = self._rules(result.coefficients, result.output.value, whole.losses, present, active)
         coefficients = torch.where(present, of_all, 0.0)
         # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
-        valid = valid & _is_finite(coefficients.sum())
+        valid = valid & is_finite(coefficients.sum())
         if self.phase != "warmup":
             self._guards.observe(of_all, active, valid, result.output.edge_ratio, result.output.collapsed)
         self._whole = whole
@@ -427,7 +426,7 @@ class LossBalancer:
                 "hf_bilb.task_losses.TaskLosses(losses, num_items)"
             )
         batch = losses if isinstance(losses, TaskLosses) else as_task_losses(losses, None, self.task_names)
-        self._check(batch)
+        self._validity.check(batch, self.device)
         return batch
 
     def discard(self) -> None:
@@ -446,152 +445,6 @@ class LossBalancer:
         weights, one task with over 90 % of the weight. Reads counters on the host: call it when logging."""
         return self._guards.due_messages(self.task_names)
 
-    # --- state ---------------------------------------------------------------------------------------------------
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """`state_dict()` without z, which only `step` changes: what an update that is dropped has to bring back."""
-        state = {name: tensor.detach().clone() for name, tensor in self._parts.state_dict().items()}
-        state.update({f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()})
-        state["epoch"] = torch.tensor(self._epoch)
-        return state
-
-    def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
-        """Restore a `snapshot()`."""
-        self._check_entries(snapshot, self.snapshot())
-        self._epoch = int(snapshot["epoch"])
-        prefix = "optimizer."
-        own = {name: tensor for name, tensor in snapshot.items() if name != "epoch" and not name.startswith(prefix)}
-        self._parts.load_state_dict(own)
-        self._optimizer.load_state_dict(_below(snapshot, prefix))
-
-    def restart(self, snapshot: Mapping[str, Tensor]) -> None:
-        """`rollback` at the start of a run; z will start at the model's parameters."""
-        self.rollback(snapshot)
-        if self._lower_level is not None:
-            self._lower_level.started = False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All state as a flat dict of tensors (detached copies), between two updates. A double loop's z is in it once
-        a model is bound."""
-        z = {} if self._lower_level is None else self._lower_level.state_dict()
-        return {**self.snapshot(), **{f"{_LOWER_LEVEL}{name}": tensor for name, tensor in z.items()}}
-
-    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raise `TaskLossError` when `load_state_dict(state)` would: entries missing, unknown or of another shape."""
-        self._check_entries(state, self.state_dict())
-
-    def _check_entries(self, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-        for name in sorted(expected.keys() | state.keys()):
-            if name not in state or name not in expected:
-                what = "is missing" if name not in state else "is unknown"
-                raise TaskLossError(
-                    f"balancer state: entry {name!r} {what}; was it saved by another method or version, or with other "
-                    "options?"
-                )
-            if state[name].shape != expected[name].shape:
-                got, want = tuple(state[name].shape), tuple(expected[name].shape)
-                raise TaskLossError(
-                    f"balancer state: entry {name!r} has shape {got}, expected {want} for {self.num_tasks} tasks"
-                )
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore `state_dict()`.
-
-        Raises:
-            TaskLossError: entries that are missing, unknown or of another shape; nothing is changed then.
-        """
-        self.check_state_dict(state)
-        if self._lower_level is not None:
-            self._lower_level.load_state_dict(_below(state, _LOWER_LEVEL))
-        self.rollback({name: tensor for name, tensor in state.items() if not name.startswith(_LOWER_LEVEL)})
-
-    def start_from(self, state: Mapping[str, Tensor]) -> None:
-        """Begin with what another run has learned: parameters, moments, references and last losses; the epoch and the
-        guards' counters start anew, and so does z, which belonged to another model.
-
-        Raises:
-            TaskLossError: as `load_state_dict`.
-        """
-        now = self.snapshot()
-        fresh = {name: now[name] for name in now if name == "epoch" or name.startswith("guards.")}
-        learned = {name: tensor for name, tensor in state.items() if not name.startswith(_LOWER_LEVEL)}
-        self.restart({**learned, **fresh})
-
-    # --- checks --------------------------------------------------------------------------------------------------
-
-    def _valid(self, whole: GlobalBatch, auxiliary: Tensor) -> Tensor:
-        """Bool scalar, on the device: whether all losses and features are finite, the losses in the domain of the
-        logarithms taken."""
-        losses, present = whole.losses, whole.present
-        valid = _is_finite(losses.sum() + auxiliary)
-        if self.phase == "warmup":
-            return valid
-        if whole.features is not None:
-            valid = valid & _is_finite(whole.features.sum())
-        if self.normalization.needs_positive_losses:
-            frozen = self.phase == "frozen"
-            valid = valid & ~self.normalization.outside_domain(losses, present, frozen).any()
-        if self.objective.takes_logarithm:
-            valid = valid & torch.where(present, losses > 0, True).all()
-        return valid
-
-    def _check(self, batch: TaskLosses) -> None:
-        """Raise `TaskLossError` for losses on another device, or features that the router cannot take."""
-        if batch.losses.device != self.device:
-            raise TaskLossError(
-                f"losses: are on {batch.losses.device}, the balancer is on {self.device}; call balancer.to(device)"
-            )
-        length = self.objective.num_features
-        if length == 0:
-            return
-        features = batch.router_features
-        if features is None:
-            raise TaskLossError(
-                f"router_features: there are none, expected [B, {length}] for router: features of {self.name!r}"
-            )
-        if features.ndim != 2 or features.shape[1] != length:
-            raise TaskLossError(f"router_features: got shape {tuple(features.shape)}, expected [B, {length}]")
-        if features.device != self.device or not features.is_floating_point():
-            got = f"{features.dtype} on {features.device}"
-            raise TaskLossError(f"router_features: are {got}, expected floating point numbers on {self.device}")
-
     def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
-        """What is wrong with a decision that is not `valid`; reads the device.
-
-        Returns:
-            one line that names the task, its value and, where known, the step; the task; whether the value is finite
-            but none that the method can take (outside the domain of a logarithm, or so small that F overflows).
-        """
-        where = "" if step is None else f" at step {step}"
-        values = decision.losses.tolist()
-        present = [k for k, here in enumerate(decision.present.tolist()) if here]
-        for k in present:
-            if not math.isfinite(values[k]):
-                name = self.task_names[k]
-                advice = "fix the data or the model, or set nonfinite_loss: skip"
-                return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
-        if not math.isfinite(float(decision.auxiliary_loss)):
-            return f"the auxiliary loss is {float(decision.auxiliary_loss)}{where}", "auxiliary_loss", False
-        if decision.weights is not None and not bool(decision.weights.isfinite().all()):
-            weights = decision.weights.tolist()
-            return f"the weights are {weights}{where}: router_features are not finite", "router_features", False
-        k = min(present, key=lambda k: values[k])
-        if values[k] > 0 or not (self.objective.takes_logarithm or self.normalization.needs_positive_losses):
-            coefficients = decision.coefficients.tolist()
-            largest = max(present, key=lambda k: values[k])  # finite numbers whose sum is not
-            k = next((k for k in present if not math.isfinite(coefficients[k])), largest)
-            found = f"the coefficient of task {self.task_names[k]!r} is {coefficients[k]}{where}"
-            return f"{found}: balancer {self.name!r} cannot balance a loss of {values[k]}", self.task_names[k], True
-        normalization = f"has normalization: {self.options.normalization}"
-        cause = "takes logarithms" if self.objective.takes_logarithm else normalization
-        rule = f"but balancer {self.name!r} {cause}: losses must be > 0"
-        return f"the loss of task {self.task_names[k]!r} is {values[k]}{where}, {rule}", self.task_names[k], True
-
-
-def _is_finite(total: Tensor) -> Tensor:
-    """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
-    return (total - total) == 0
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        """What is wrong with a decision that is not `valid`, see `Validity.describe`; reads the device."""
+        return self._validity.describe(decision, step)

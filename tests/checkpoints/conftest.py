@@ -21,6 +21,6 @@ def resumed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         environment.pop(name, None)
     for mode in ("kill", "resume"):
         command = [sys.executable, "-m", "tests.checkpoints.runs", mode, str(folder)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{mode} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}"
     return folder

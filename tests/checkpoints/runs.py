@@ -230,7 +230,7 @@ def in_processes(target: Callable[[], None], num_ranks: int = 1) -> list[int]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)
         if process.is_alive():
             process.kill()
             process.join()

@@ -1,0 +1,109 @@
+"""Which losses a balancer can take, and what is said about those that it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_bilb.decision import Decision
+from hf_bilb.distributed import GlobalBatch
+from hf_bilb.normalization import Normalization
+from hf_bilb.objective import Objective
+from hf_bilb.task_losses import TaskLossError, TaskLosses
+
+Phase = Literal["warmup", "balancing", "frozen"]
+
+
+class Validity:
+    """The checks of one balancer; it has no state.
+
+    Args:
+        name: the balancer's.
+        objective, normalization: what they take.
+        task_names: for messages.
+    """
+
+    def __init__(
+        self, name: str, objective: Objective, normalization: Normalization, task_names: Sequence[str]
+    ) -> None:
+        self._name = name
+        self._objective = objective
+        self._normalization = normalization
+        self._task_names = task_names
+
+    def valid(self, whole: GlobalBatch, auxiliary: Tensor, phase: Phase) -> Tensor:
+        """Bool scalar, on the device: whether all losses and features are finite, the losses in the domain of the
+        logarithms taken."""
+        losses, present = whole.losses, whole.present
+        valid = is_finite(losses.sum() + auxiliary)
+        if phase == "warmup":
+            return valid
+        if whole.features is not None:
+            valid = valid & is_finite(whole.features.sum())
+        if self._normalization.needs_positive_losses:
+            frozen = phase == "frozen"
+            valid = valid & ~self._normalization.outside_domain(losses, present, frozen).any()
+        if self._objective.takes_logarithm:
+            valid = valid & torch.where(present, losses > 0, True).all()
+        return valid
+
+    def check(self, batch: TaskLosses, device: torch.device) -> None:
+        """Raise `TaskLossError` for losses on another device, or features that the router cannot take."""
+        if batch.losses.device != device:
+            raise TaskLossError(
+                f"losses: are on {batch.losses.device}, the balancer is on {device}; call balancer.to(device)"
+            )
+        length = self._objective.num_features
+        if length == 0:
+            return
+        features = batch.router_features
+        if features is None:
+            raise TaskLossError(
+                f"router_features: there are none, expected [B, {length}] for router: features of {self._name!r}"
+            )
+        if features.ndim != 2 or features.shape[1] != length:
+            raise TaskLossError(f"router_features: got shape {tuple(features.shape)}, expected [B, {length}]")
+        if features.device != device or not features.is_floating_point():
+            got = f"{features.dtype} on {features.device}"
+            raise TaskLossError(f"router_features: are {got}, expected floating point numbers on {device}")
+
+    def describe(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
+        """What is wrong with a decision that is not `valid`; reads the device.
+
+        Returns:
+            one line that names the task, its value and, where known, the step; the task; whether the value is finite
+            but none that the method can take (outside the domain of a logarithm, or so small that F overflows).
+        """
+        where = "" if step is None else f" at step {step}"
+        values = decision.losses.tolist()
+        present = [k for k, here in enumerate(decision.present.tolist()) if here]
+        for k in present:
+            if not math.isfinite(values[k]):
+                name = self._task_names[k]
+                advice = "fix the data or the model, or set nonfinite_loss: skip"
+                return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
+        if not math.isfinite(float(decision.auxiliary_loss)):
+            return f"the auxiliary loss is {float(decision.auxiliary_loss)}{where}", "auxiliary_loss", False
+        if decision.weights is not None and not bool(decision.weights.isfinite().all()):
+            weights = decision.weights.tolist()
+            return f"the weights are {weights}{where}: router_features are not finite", "router_features", False
+        k = min(present, key=lambda k: values[k])
+        if values[k] > 0 or not (self._objective.takes_logarithm or self._normalization.needs_positive_losses):
+            coefficients = decision.coefficients.tolist()
+            largest = max(present, key=lambda k: values[k])  # finite numbers whose sum is not
+            k = next((k for k in present if not math.isfinite(coefficients[k])), largest)
+            found = f"the coefficient of task {self._task_names[k]!r} is {coefficients[k]}{where}"
+            return f"{found}: balancer {self._name!r} cannot balance a loss of {values[k]}", self._task_names[k], True
+        normalization = f"has normalization: {self._normalization.kind}"
+        cause = "takes logarithms" if self._objective.takes_logarithm else normalization
+        rule = f"but balancer {self._name!r} {cause}: losses must be > 0"
+        return f"the loss of task {self._task_names[k]!r} is {values[k]}{where}, {rule}", self._task_names[k], True
+
+
+def is_finite(total: Tensor) -> Tensor:
+    """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
+    return (total - total) == 0
