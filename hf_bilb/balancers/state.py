@@ -93,7 +93,8 @@ def _check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
             )
         if state[name].shape != expected[name].shape:
             got, want = tuple(state[name].shape), tuple(expected[name].shape)
-            raise TaskLossError(f"balancer state: entry {name!r} has shape {got}, expected {want}")
+            tasks = len(expected["memory.last_losses"])
+            raise TaskLossError(f"balancer state: entry {name!r} has shape {got}, expected {want} for {tasks} tasks")
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
