@@ -83,6 +83,23 @@ def everything(trained: Trained) -> dict[str, Tensor]:
     return found
 
 
+def test_diagnose_of_a_double_loop_starts_at_x_and_leaves_its_z() -> None:
+    double = Trained(**ADAM)
+    for parts in WHOLE[:2]:
+        double.update(parts)
+    double.descend(WHOLE[2])
+    single = Trained(double.model, **{**ADAM, "lower_level": "single_loop"})
+    single.balancer.rollback(double.balancer.snapshot())
+    before = double.balancer.state_dict()
+    reports = [
+        each.balancer.diagnose_lower_level(double.model, lambda: TaskLosses(*double.model(WHOLE[2][0])), 3, 0.05)
+        for each in (double, single)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*reports, strict=True))
+    now = double.balancer.state_dict()
+    assert all(torch.equal(before[name], now[name]) for name in before)
+
+
 def test_diagnose_refuses_a_method_without_levels() -> None:
     model = Network()
     with pytest.raises(OptionError, match=r"^diagnostics: balancer 'uw' has no lower level, expected bilb$"):
