@@ -27,6 +27,7 @@ from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
 from hf_bilb.reporting.plots import plot_run
 from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finite, write_results, write_text
 from hf_bilb.reporting.tables import compare, render_markdown, render_text
+from hf_bilb.step_clock import StepClock
 from hf_bilb.trainer import BilevelMTLTrainer
 from hf_bilb.training_args import BilevelMTLTrainingArguments
 
@@ -63,6 +64,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
     with state.local_main_process_first():  # one process prepares the cache, the others read it
         data = DATA_SETS[recipe.data["name"]].load(data_options)
+    clock = StepClock()
     trainer = BilevelMTLTrainer(
         model=build_model(recipe, data),
         args=training_arguments(recipe, data),
@@ -72,11 +74,16 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         compute_metrics=data.compute_metrics,
         processing_class=data.processing_class,
         task_item_counts=data.task_item_counts,
+        callbacks=[clock],
     )
     training = _train(trainer, checkpoint)
     _save(trainer)
     measured = trainer.evaluate(getattr(data, recipe.evaluation.split), metric_key_prefix=recipe.evaluation.split)
-    facts = {**_training_facts(trainer, training, checkpoint), "total_seconds": round(time.perf_counter() - started, 2)}
+    facts = {
+        **_training_facts(trainer, training, checkpoint),
+        **clock.facts(),
+        "total_seconds": round(time.perf_counter() - started, 2),
+    }
     results = collect_results(recipe, data, measured, facts)
     if state.is_main_process:
         _write_folder(recipe, results, trainer.state.log_history, data.task_names)
@@ -238,16 +245,21 @@ def collect_results(
         data=recipe.data["name"],
         balancer=recipe.balancer["name"],
         split=split,
-        metrics=[_metric_result(metric, measured.get(f"{split}_{metric.key}"), trivial) for metric in data.metrics],
+        metrics=[
+            _metric_result(metric, measured.get(f"{split}_{metric.key}"), trivial, data) for metric in data.metrics
+        ],
         losses={split: losses},
         training=dict(training),
         settings=recipe.to_dict(),
         versions=_versions(),
         trivial_predictor=data.trivial_predictor,
+        base_source=data.single_task_source,
     )
 
 
-def _metric_result(metric: MetricInfo, value: float | None, trivial: Mapping[str, float]) -> MetricResult:
+def _metric_result(
+    metric: MetricInfo, value: float | None, trivial: Mapping[str, float], data: TaskData
+) -> MetricResult:
     return MetricResult(
         key=metric.key,
         task=metric.task,
@@ -257,6 +269,8 @@ def _metric_result(metric: MetricInfo, value: float | None, trivial: Mapping[str
         value=finite(value),
         trivial=finite(trivial.get(metric.key)),
         ideal=metric.ideal,
+        base=finite(data.single_task_base.get(metric.key)),
+        group=data.task_groups.get(metric.task, ""),
     )
 
 

@@ -62,6 +62,10 @@ class TaskData:
         metrics_by_batch: `compute_metrics` is a streaming one (`TrainingArguments.batch_eval_metrics`).
         trivial_predictor: name of that predictor in tables.
         processing_class: saved with the model, so that its folder is all that a prediction needs; a tokenizer.
+        task_loss_func: `(outputs, batch)` -> losses `[K]`, num_items `[K]`, for models that return predictions alone.
+        single_task_base: metric key -> the value of a model trained on its task alone, the base of Delta_m.
+        single_task_source: where that base is from, for a reader.
+        task_groups: task -> group of nearly equivalent tasks, which count once in the grouped Delta_m.
     """
 
     train: Part
@@ -78,6 +82,10 @@ class TaskData:
     metrics_by_batch: bool = False
     trivial_predictor: str = "mean predictor"
     processing_class: Any = None
+    task_loss_func: Callable[[Any, Mapping[str, Any]], tuple[torch.Tensor, torch.Tensor]] | None = None
+    single_task_base: Mapping[str, float] = field(default_factory=dict)
+    single_task_source: str = ""
+    task_groups: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

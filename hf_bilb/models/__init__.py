@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from hf_bilb.models.mpnn import MpnnConfig, MpnnModel, MpnnOptions
 from hf_bilb.models.outputs import MultiTaskOutput
 from hf_bilb.models.qm9_mlp import Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
 from hf_bilb.models.text_encoder import (
@@ -38,6 +39,7 @@ class ModelSpec:
 
 
 MODELS: dict[str, ModelSpec] = {
+    "mpnn": ModelSpec(MpnnConfig, MpnnModel, MpnnOptions),
     "multi_task_text": ModelSpec(
         MultiTaskTextConfig, MultiTaskTextModel, MultiTaskTextOptions, build=build_multi_task_text
     ),
@@ -51,6 +53,9 @@ for _name, _spec in MODELS.items():
 __all__ = [
     "MODELS",
     "ModelSpec",
+    "MpnnConfig",
+    "MpnnModel",
+    "MpnnOptions",
     "MultiTaskOutput",
     "MultiTaskTextConfig",
     "MultiTaskTextModel",

@@ -29,6 +29,8 @@ class MetricResult:
         value: the model's; None when it was no finite number.
         trivial: the same for the predictor that sees no input (regression: always the training mean).
         ideal: the value of a perfect prediction, where higher is better and there is one; its distance is the error.
+        base: the value of a model trained on this task alone, what Delta_m relates to; None where none is known.
+        group: tasks of one group are nearly equivalent and count once in the grouped Delta_m; empty: the task itself.
     """
 
     key: str
@@ -39,6 +41,8 @@ class MetricResult:
     value: float | None
     trivial: float | None
     ideal: float | None = None
+    base: float | None = None
+    group: str = ""
 
     @property
     def beats_trivial(self) -> bool:
@@ -60,6 +64,7 @@ class RunResults:
         settings: the resolved recipe.
         versions: of Python and the libraries.
         trivial_predictor: what `MetricResult.trivial` is the result of.
+        base_source: where `MetricResult.base` is from.
         format: of this file.
     """
 
@@ -74,6 +79,7 @@ class RunResults:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     trivial_predictor: str = "mean predictor"
+    base_source: str = ""
     format: int = FORMAT
 
 
