@@ -174,7 +174,19 @@ def _resolve_trainer(section: Mapping[str, Any]) -> dict[str, Any]:
             raise OptionError(f"{path}: unknown option, value {_short(value)}{nearest(str(key), hints)}")
         resolved[key] = check_value(value, hints[key], path)
         _check_enum(resolved[key], hints[key], path)
+    for key, options in _nested_trainer_options().items():
+        if isinstance(resolved.get(key), Mapping):
+            parse_options(options, resolved[key], f"trainer.{key}")
     return resolved
+
+
+def _nested_trainer_options() -> dict[str, type[Any]]:
+    """Training arguments that are mappings with options of their own."""
+    from hf_bilb.diagnostics import DiagnosticsOptions
+    from hf_bilb.learning_rate import StepLROptions
+    from hf_bilb.task_sampler import TaskSamplingOptions
+
+    return {"diagnostics": DiagnosticsOptions, "step_lr": StepLROptions, "task_sampling": TaskSamplingOptions}
 
 
 def _check_enum(value: Any, hint: Any, path: str) -> None:

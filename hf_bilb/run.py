@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from hf_bilb import checkpointing
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
 from hf_bilb.models import MODELS
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.options import OptionError, nearest, parse_options
 from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
 from hf_bilb.reporting.plots import plot_run
 from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finite, write_results, write_text
@@ -145,10 +145,32 @@ def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelM
     if data is not None:
         settings.update(task_names=list(data.task_names), label_names=list(data.label_names))
         settings.setdefault("batch_eval_metrics", data.metrics_by_batch)
+        _settle_best_metric(settings, data)
     try:
         return BilevelMTLTrainingArguments(**settings, balancer=recipe.balancer)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise OptionError(f"trainer: {one_line(error)}") from None
+
+
+def _settle_best_metric(settings: dict[str, Any], data: TaskData) -> None:
+    """The data set knows which way up its metrics are, so that no recipe has to say `greater_is_better`."""
+    name = settings.get("metric_for_best_model")
+    if name is None:
+        return
+    key = name.removeprefix("eval_")
+    known = {metric.key: metric.higher_is_better for metric in data.metrics}
+    losses = ["loss", *(f"loss_{task}" for task in data.task_names)]
+    if key not in (*known, *losses):
+        raise OptionError(
+            f"trainer.metric_for_best_model: {name!r} is not measured on these data{nearest(key, [*known, *losses])}"
+        )
+    upwards = known.get(key, False)
+    if settings.setdefault("greater_is_better", upwards) not in (None, upwards):
+        better = "higher" if upwards else "lower"
+        raise OptionError(
+            f"trainer.greater_is_better: {not upwards} is wrong for {name!r}, which is better when {better}"
+        )
+    settings["greater_is_better"] = upwards
 
 
 def build_model(recipe: Recipe, data: TaskData) -> nn.Module:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_bilb.accumulation import ItemCounter, batch_size
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
 from hf_bilb.evaluation import EvaluationLosses, own_part
+from hf_bilb.learning_rate import step_schedule, updates_per_epoch
 from hf_bilb.lower_level import buffers_kept
 from hf_bilb.metrics.streaming import TaskMetrics
 from hf_bilb.random_state import RandomState
@@ -54,6 +55,15 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         self._settle_ordinary(None if len(self.task_names) == 1 and task_loss_func is None else False)
         self._columns = ForwardColumns(self.accelerator.unwrap_model(self.model), self.label_names)
         self._evaluation: EvaluationLosses | None = None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """`Trainer`'s, or that of `step_lr`."""
+        options = self.args.step_lr_options()
+        if options is not None and self.lr_scheduler is None:
+            updates = updates_per_epoch(self, num_training_steps)
+            self.lr_scheduler = step_schedule(optimizer or self.optimizer, options, updates)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # --- losses --------------------------------------------------------------------------------------------------
 

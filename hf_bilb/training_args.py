@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from hf_bilb.balancers.base import AbsentTasks
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.diagnostics import DiagnosticsOptions
+from hf_bilb.learning_rate import StepLROptions
 from hf_bilb.options import OptionError, check_value, nearest, parse_options
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.task_sampler import TaskSamplingOptions
@@ -44,13 +45,15 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             bilevel method leaves out (`hf_bilb.diagnostics`); null = never.
         task_sampling: `{strategy, temperature, batches, ranks, ...}`: which task a batch shows
             (`hf_bilb.task_sampler.TaskSamplingOptions`); null leaves it to `train_sampling_strategy`.
+        step_lr: `{epochs, factor}`: multiply the learning rate by `factor` after every `epochs` epochs, in place of
+            `lr_scheduler_type` (which stays at its default, or `constant`); null = `lr_scheduler_type` decides.
 
     Raises:
         OptionError: one line with the key, the value and what was expected.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS, "balancer", "diagnostics", "task_sampling",
+        *TrainingArguments._VALID_DICT_FIELDS, "balancer", "diagnostics", "task_sampling", "step_lr",
     ]  # fmt: skip
 
     # `| None` because transformers' argument parser takes the first type of a union of two, which would be dict.
@@ -79,6 +82,7 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     )
     diagnostics: dict | str | None = field(default=None, metadata={"help": "Look at the lower level every n updates."})
     task_sampling: dict | str | None = field(default=None, metadata={"help": "Which task a training batch shows."})
+    step_lr: dict | str | None = field(default=None, metadata={"help": "Learning rate times factor every n epochs."})
 
     def __post_init__(self) -> None:
         undecided = self.greater_is_better is None  # type: ignore[has-type]
@@ -103,6 +107,7 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         self._check_steps()
         self.diagnostics_options()
         self.task_sampling_options()
+        self.step_lr_options()
         name, options = self.balancer_name_and_options()
         resolve_options(name, options)
 
@@ -126,6 +131,19 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         """`task_sampling`, checked; None when it is off."""
         given: Any = self.task_sampling
         return None if given is None else parse_options(TaskSamplingOptions, given, "task_sampling")
+
+    def step_lr_options(self) -> StepLROptions | None:
+        """`step_lr`, checked; None when it is off."""
+        given: Any = self.step_lr
+        if given is None:
+            return None
+        schedule = SchedulerType(self.lr_scheduler_type).value
+        if schedule not in ("linear", "constant") or self.warmup_steps > 0:
+            raise OptionError(
+                f"step_lr: does not go with lr_scheduler_type {schedule!r} and warmup_steps {self.warmup_steps}, "
+                "expected neither to be set"
+            )
+        return parse_options(StepLROptions, given, "step_lr")
 
     def balancer_name_and_options(self) -> tuple[str, dict[str, Any]]:
         """The balancer's name and its options, from either form of `balancer`."""

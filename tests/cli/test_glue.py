@@ -198,7 +198,7 @@ def test_the_tokenizer_follows_the_encoder_unless_it_is_said(folder):
         (["model.lora={target_modules: [qurey]}"], "model.lora.target_modules: 'qurey' is no layer of 'bert'"),
         (
             ["trainer.task_sampling={stratgy: uniform}"],
-            "trainer: task_sampling.stratgy: unknown option, value 'uniform'",
+            "trainer.task_sampling.stratgy: unknown option, value 'uniform'",
         ),
     ],
 )

@@ -126,6 +126,7 @@ def test_ragged_and_padded_are_inverse():
     kept = padded * sizes.mask()[..., None]
     assert torch.equal(sizes.padded(sizes.ragged(padded)), kept)
     assert sizes.mask().sum(dim=1).tolist() == [2, 4, 1, 4]
+    assert [n for n, _ in sizes.groups] == [1, 2, 4]  # graphs of one size are computed together
 
 
 @pytest.mark.parametrize("sizes", [[2, 0], [2, 5], [2]])
