@@ -10,9 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
-class MetricError(ValueError):
-    """Predictions or labels that no metric can be computed from. The message is one line."""
+from hf_bilb.metrics.errors import MetricError
 
 
 class Accumulator(ABC):
@@ -26,7 +24,7 @@ class Accumulator(ABC):
         higher_is_better: which way is up, the same for all of them.
     """
 
-    metric_names: ClassVar[tuple[str, ...]]
+    metric_names: tuple[str, ...]
     higher_is_better: ClassVar[bool]
 
     @abstractmethod

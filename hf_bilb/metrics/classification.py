@@ -226,7 +226,7 @@ class ConfusionMatrix(Accumulator):
 class Accuracy(ConfusionMatrix):
     """`accuracy`."""
 
-    metric_names: ClassVar[tuple[str, ...]] = ("accuracy",)
+    metric_names: tuple[str, ...] = ("accuracy",)
 
     def _metrics(self, matrix: Matrix) -> dict[str, float]:
         return {"accuracy": _accuracy(matrix)}
@@ -244,7 +244,7 @@ class AccuracyAndF1(ConfusionMatrix):
         OptionError: a value that does not fit.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
+    metric_names: tuple[str, ...] = ("accuracy", "f1")
 
     def __init__(self, num_classes: int = 2, average: Average = "binary", pos_label: int = 1) -> None:
         super().__init__(num_classes)
@@ -265,7 +265,7 @@ class AccuracyAndF1(ConfusionMatrix):
 class MatthewsCorrelation(ConfusionMatrix):
     """`matthews_correlation`."""
 
-    metric_names: ClassVar[tuple[str, ...]] = ("matthews_correlation",)
+    metric_names: tuple[str, ...] = ("matthews_correlation",)
 
     def _metrics(self, matrix: Matrix) -> dict[str, float]:
         return {"matthews_correlation": _matthews(matrix)}

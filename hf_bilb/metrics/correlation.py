@@ -95,7 +95,7 @@ class Pearson(Accumulator):
     Statistician 37, 1983), in float64: sums of squares would cancel where the mean is large against the deviation.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = ("pearson",)
+    metric_names: tuple[str, ...] = ("pearson",)
     higher_is_better: ClassVar[bool] = True
     _moments: Tensor
     _lowest: Tensor
@@ -169,7 +169,7 @@ class Spearman(Accumulator):
     `update(predictions, labels)` takes `[B]`, or the first column of `[B, C]`.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = ("spearman",)
+    metric_names: tuple[str, ...] = ("spearman",)
     higher_is_better: ClassVar[bool] = True
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ class Spearman(Accumulator):
 class PearsonSpearman(Accumulator):
     """`pearson` and `spearman`; keeps what `Pearson` and `Spearman` keep."""
 
-    metric_names: ClassVar[tuple[str, ...]] = (*Pearson.metric_names, *Spearman.metric_names)
+    metric_names: tuple[str, ...] = (*Pearson.metric_names, *Spearman.metric_names)
     higher_is_better: ClassVar[bool] = True
 
     def __init__(self) -> None:

@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     import evaluate
 
 #: What `load` knows; names and results agree with each other, and with the function of the same name.
-EVALUATE_MODULES = ("accuracy", "f1", "matthews_correlation", "mean_absolute_error", "pearson", "spearman")
+EVALUATE_MODULES = (
+    "accuracy",
+    "delta_m",
+    "f1",
+    "matthews_correlation",
+    "mean_absolute_error",
+    "mean_rank",
+    "pearson",
+    "roc_auc",
+    "spearman",
+)
 
 
 def load(

@@ -34,6 +34,31 @@ def mean_absolute_error(predictions: Any, labels: Any) -> NDArray[np.float64]:
         return np.asarray(errors.sum(axis=0) / there.sum(axis=0))
 
 
+def normalized_mean_squared_error(predictions: Any, labels: Any) -> NDArray[np.float64]:
+    """Mean squared error of each task divided by the (population) variance of its labels; 1 is knowing their mean.
+
+    Args and errors as in `mean_absolute_error`.
+
+    Returns:
+        `[K]`, without a unit; NaN for a task without two different labels.
+
+    Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 2.5: the standardised mean
+    squared error; 1 minus the coefficient of determination R^2.
+    """
+    first, second = (np.asarray(values, dtype=np.float64) for values in (predictions, labels))
+    if first.ndim != 2 or first.shape != second.shape:
+        raise MetricError(f"predictions {first.shape} and labels {second.shape}, expected both [N, K]")
+    there = ~np.isnan(second)
+    lowest = np.where(there, second, np.inf).min(axis=0, initial=np.inf)
+    highest = np.where(there, second, -np.inf).max(axis=0, initial=-np.inf)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(there, second, 0.0).sum(axis=0) / there.sum(axis=0)
+        deviations, errors = (np.where(there, values, 0.0) for values in (second - means, first - second))
+        ratio = (errors**2).sum(axis=0) / (deviations**2).sum(axis=0)
+    # Not by the deviation: that of equal numbers may be a rounding error instead of 0.
+    return np.asarray(np.where(lowest < highest, ratio, np.nan))
+
+
 class MeanAbsoluteError(Accumulator):
     """The same for one task, batch by batch.
 
@@ -42,7 +67,7 @@ class MeanAbsoluteError(Accumulator):
     State: a sum and a count, in float64.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = ("mean_absolute_error",)
+    metric_names: tuple[str, ...] = ("mean_absolute_error",)
     higher_is_better: ClassVar[bool] = False
     _sum_and_count: Tensor
 

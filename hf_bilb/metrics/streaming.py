@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor
 
 from hf_bilb.metrics.base import Accumulator, MetricError, wide
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.metrics.multi_task import delta_m
+from hf_bilb.options import OptionError, nearest, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction
+
+#: Key of the mean relative change against single-task results.
+DELTA_M = "delta_m"
 
 
 class TaskMetrics:
@@ -37,10 +42,14 @@ class TaskMetrics:
         task_names: the K names in the order of the task ids and columns; the same names as in `accumulators`.
         mean_name: name of the mean over tasks (`"glue_score"`): unweighted, of each task's score, which is the mean of
             its metrics (as the GLUE benchmark does with a task's two metrics). None for none.
+        mean_of: the metric that is a task's score instead, for the tasks that have it (`"roc_auc"`).
+        delta_m_base: `<task>_<metric>` -> result of a model trained on that task alone: the metrics of Delta_m
+            (`hf_bilb.metrics.multi_task.delta_m`, in percent, lower is better). None for none.
 
-    Returned, at the last batch: `<task>_<metric>`, for the tasks that have a label in the set, and `mean_name` over
-    those tasks. `metric_for_best_model: eval_<mean_name>` or `eval_<task>_<metric>` chooses a checkpoint by them (set
-    `greater_is_better: false` for errors).
+    Returned, at the last batch: `<task>_<metric>`, for the tasks that have a label in the set, `mean_name` over those
+    tasks, and `delta_m` where all its metrics are there (of fewer it would be another figure).
+    `metric_for_best_model: eval_<mean_name>` or `eval_<task>_<metric>` chooses a checkpoint by them (set
+    `greater_is_better: false` for errors and for Delta_m).
 
     Attributes:
         keys: what is returned for a set with labels of every task, in order.
@@ -52,18 +61,26 @@ class TaskMetrics:
     host reads for each task.
 
     Raises:
-        OptionError: names that do not match or that would collide, one accumulator for two tasks, or a mean over errors
-            and scores.
+        OptionError: names that do not match or that would collide, one accumulator for two tasks, a mean over errors
+            and scores, or a base that is not above 0.
     """
 
     def __init__(
-        self, accumulators: Mapping[str, Accumulator], task_names: Sequence[str], mean_name: str | None = None
+        self,
+        accumulators: Mapping[str, Accumulator],
+        task_names: Sequence[str],
+        mean_name: str | None = None,
+        mean_of: str | None = None,
+        delta_m_base: Mapping[str, float] | None = None,
     ) -> None:
         self.task_names = check_task_names(task_names)
         _check_tasks(accumulators, self.task_names)
         self.accumulators = {name: accumulators[name] for name in self.task_names}
         self.mean_name = mean_name
-        self.keys = self._check_keys()
+        self.mean_of = mean_of
+        self.delta_m_base = delta_m_base
+        self._owners = self._check_keys()
+        self.keys = (*self._owners, *self._check_mean(), *self._check_base())
         self.reset()
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
@@ -144,14 +161,23 @@ class TaskMetrics:
             except MetricError as error:
                 raise MetricError(f"task {name!r}: {error}") from None
             found.update({f"{name}_{metric}": value for metric, value in values.items()})
-            if values:
-                scores.append(sum(values.values()) / len(values))
+            scored = [value for metric, value in values.items() if self.mean_of in (None, metric)]
+            if scored:
+                scores.append(sum(scored) / len(scored))
+        delta = self._delta_m(found)
         if self.mean_name is not None and scores:
             found[self.mean_name] = sum(scores) / len(scores)
-        return found
+        return {**found, **delta}
 
-    def _check_keys(self) -> tuple[str, ...]:
-        """The keys of a set that has labels of every task."""
+    def _delta_m(self, found: Mapping[str, float]) -> dict[str, float]:
+        base = self.delta_m_base
+        if base is None or not base.keys() <= found.keys():
+            return {}
+        higher = [self.accumulators[self._owners[key]].higher_is_better for key in base]
+        return {DELTA_M: delta_m([found[key] for key in base], list(base.values()), higher)}
+
+    def _check_keys(self) -> dict[str, str]:
+        """Metric key -> task, of a set that has labels of every task."""
         owners: dict[str, str] = {}
         for name, accumulator in self.accumulators.items():
             for metric in accumulator.metric_names:
@@ -159,17 +185,42 @@ class TaskMetrics:
                 if key in owners:
                     raise OptionError(f"task_names: {name!r} and {owners[key]!r} would both have the metric {key!r}")
                 owners[key] = name
+        return owners
+
+    def _check_mean(self) -> tuple[str, ...]:
+        """The mean's key, where there is one."""
+        names = {metric for accumulator in self.accumulators.values() for metric in accumulator.metric_names}
+        if self.mean_of is not None and self.mean_of not in names:
+            raise unknown_name("mean_of", self.mean_of, names)
         if self.mean_name is None:
-            return tuple(owners)
-        if not self.mean_name or self.mean_name in owners:
+            if self.mean_of is not None:
+                raise OptionError(f"mean_name: is required, since mean_of is {self.mean_of!r}")
+            return ()
+        if not self.mean_name or self.mean_name in self._owners:
             raise OptionError(f"mean_name: {self.mean_name!r} is not valid, expected a name that is no metric's")
-        first, *others = self.accumulators.items()
+        part = {n: a for n, a in self.accumulators.items() if self.mean_of is None or self.mean_of in a.metric_names}
+        first, *others = part.items()
         for name, accumulator in others:
             if accumulator.higher_is_better != first[1].higher_is_better:
                 raise OptionError(
                     f"mean_name: {self.mean_name!r} would be a mean of errors and scores, of {first[0]!r} and {name!r}"
                 )
-        return (*owners, self.mean_name)
+        return (self.mean_name,)
+
+    def _check_base(self) -> tuple[str, ...]:
+        """The key of Delta_m, where there is a base."""
+        if self.delta_m_base is None:
+            return ()
+        if not self.delta_m_base:
+            raise OptionError("delta_m_base: is empty, expected a metric's single-task result or null")
+        for key, value in self.delta_m_base.items():
+            if key not in self._owners:
+                raise OptionError(f"delta_m_base: {key!r} is no metric{nearest(key, self._owners)}")
+            if not (math.isfinite(value) and value > 0):
+                raise OptionError(f"delta_m_base.{key}: {value!r} is not valid, expected a finite number above 0")
+        if DELTA_M in self._owners or self.mean_name == DELTA_M:
+            raise OptionError(f"delta_m_base: {DELTA_M!r} is the key of a metric or of the mean already")
+        return (DELTA_M,)
 
 
 def _check_tasks(accumulators: Mapping[str, Accumulator], task_names: tuple[str, ...]) -> None:

@@ -28,15 +28,20 @@ ROOT = Path(__file__).resolve().parents[2]
 GENERATOR = np.random.default_rng(0)
 CLASSES = (GENERATOR.integers(0, 2, 60).tolist(), GENERATOR.integers(0, 2, 60).tolist())
 VALUES = (np.round(GENERATOR.normal(size=60), 1).tolist(), np.round(GENERATOR.normal(size=60), 1).tolist())
-#: Predictions and references of each module, and what is expected of them.
+SCORES = (VALUES[0], CLASSES[1])
+#: Predictions and references of each module of examples, and what is expected of them.
 CASES: dict[str, tuple[tuple[list[Any], list[Any]], float]] = {
     "accuracy": (CLASSES, sklearn.accuracy_score(*CLASSES)),
     "f1": (CLASSES, sklearn.f1_score(CLASSES[1], CLASSES[0])),
     "matthews_correlation": (CLASSES, sklearn.matthews_corrcoef(*CLASSES)),
     "mean_absolute_error": (VALUES, sklearn.mean_absolute_error(*VALUES)),
     "pearson": (VALUES, stats.pearsonr(*VALUES).statistic),
+    "roc_auc": (SCORES, sklearn.roc_auc_score(SCORES[1], SCORES[0])),
     "spearman": (VALUES, stats.spearmanr(*VALUES).statistic),
 }
+
+#: Modules of figures over all tasks: they take metrics, not examples.
+OVER_ALL_TASKS = {"delta_m", "mean_rank"}
 
 IN_A_WHEEL = """
 import json, os, sys
@@ -136,7 +141,7 @@ def test_the_list_is_what_lies_there() -> None:
     assert sorted(path.parent.name for path in folder.glob("*/*.py") if path.stem == path.parent.name) == list(
         EVALUATE_MODULES
     )
-    assert set(CASES) == set(EVALUATE_MODULES)
+    assert set(CASES) == set(EVALUATE_MODULES) - OVER_ALL_TASKS
 
 
 @pytest.mark.parametrize("name", EVALUATE_MODULES)
@@ -145,7 +150,7 @@ def test_a_module_says_what_it_is(name: str) -> None:
     assert module.name == name and module.module_type == "metric"
     assert (
         module.description
-        and module.citation.strip().startswith("@article")
+        and module.citation.strip().startswith(("@article", "@inproceedings"))
         and "Returns:" in module.inputs_description
     )
     assert module.info.reference_urls[0].startswith("https://")
@@ -155,12 +160,14 @@ def test_a_module_says_what_it_is(name: str) -> None:
 def test_the_example_in_the_documentation_is_true(name: str) -> None:
     import hf_bilb.metrics
 
-    lines = load(name).inputs_description.split("Example:")[1].strip().splitlines()
-    result = eval(lines[0].removeprefix(">>> "), {"hf_bilb": hf_bilb})
-    assert result == pytest.approx(eval(lines[1]), rel=1e-12)
+    *call, printed = load(name).inputs_description.split("Example:")[1].strip().splitlines()
+    code = "".join(line.strip().removeprefix(">>> ").removeprefix("... ") for line in call)
+    result, expected = eval(code, {"hf_bilb": hf_bilb}), eval(printed)
+    assert result.keys() == expected.keys() == {name}
+    assert result[name] == pytest.approx(expected[name], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", EVALUATE_MODULES)
+@pytest.mark.parametrize("name", CASES)
 def test_missing_references_arrays_and_tensors(name: str) -> None:
     (predictions, references), expected = CASES[name]
     more = [*predictions, 1, 0], [*references, math.nan, math.nan]
@@ -178,6 +185,20 @@ def test_options_of_f1() -> None:
     assert of_class["f1"] == pytest.approx(sklearn.f1_score(references, predictions, average=None)[2], rel=1e-12)
     with pytest.raises(OptionError, match="average: 'macra' is not valid"):
         load("f1").compute(predictions=predictions, references=references, average="macra")
+
+
+def test_figures_over_all_tasks() -> None:
+    measured, base, higher = [0.5, 30.0, 30.0], [0.4, 25.0, 25.0], [True, False, False]
+    module = load("delta_m")
+    assert module.compute(predictions=measured, references=base, higher_is_better=higher) == {
+        "delta_m": pytest.approx((-25 + 20 + 20) / 3)
+    }
+    grouped = module.compute(predictions=measured, references=base, higher_is_better=higher, groups=["a", "b", "b"])
+    assert grouped == {"delta_m": pytest.approx((-25 + 20) / 2)}
+    ranks = load("mean_rank").compute(predictions=[measured, base], higher_is_better=higher)
+    assert ranks == {"mean_rank": [pytest.approx(5 / 3), pytest.approx(4 / 3)]}
+    with pytest.raises(MetricError, match=r"base\[0\]: 0 is not valid"):
+        module.compute(predictions=[1.0], references=[0.0], higher_is_better=[True])
 
 
 def test_several_together_as_for_mrpc() -> None:

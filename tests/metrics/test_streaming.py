@@ -16,6 +16,7 @@ from hf_bilb.metrics.base import Accumulator, MetricError
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, MatthewsCorrelation
 from hf_bilb.metrics.correlation import Pearson, PearsonSpearman
 from hf_bilb.metrics.regression import MeanAbsoluteError
+from hf_bilb.metrics.roc_auc import BinaryClassification
 from hf_bilb.metrics.streaming import TaskMetrics
 from hf_bilb.options import OptionError
 
@@ -305,3 +306,88 @@ def test_a_mean_of_errors_is_fine() -> None:
     metrics = TaskMetrics({"x": MeanAbsoluteError(), "y": MeanAbsoluteError()}, ["x", "y"], "mean_error")
     found = metrics(Prediction(torch.zeros(2, 2), torch.tensor([[1.0, 4.0], [3.0, math.nan]])))
     assert found == {"x_mean_absolute_error": 2.0, "y_mean_absolute_error": 4.0, "mean_error": 3.0}
+
+
+# --- means and Delta_m over columns -------------------------------------------------------------------------------
+
+
+def binary_columns() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    labels = (torch.rand(200, 3, generator=generator) < 0.4).float()
+    logits = torch.randn(200, 3, generator=generator) + labels
+    labels[torch.rand(200, 3, generator=generator) < 0.2] = torch.nan
+    return logits, labels
+
+
+BINARY_NAMES = ("smile", "hat", "tie")
+
+
+def binary(**options: Any) -> TaskMetrics:
+    return TaskMetrics(
+        {name: BinaryClassification(("f1", "roc_auc")) for name in BINARY_NAMES}, BINARY_NAMES, **options
+    )
+
+
+def test_mean_of_one_metric_and_delta_m_of_another() -> None:
+    logits, labels = binary_columns()
+    base = {f"{name}_f1": value for name, value in zip(BINARY_NAMES, (0.5, 0.6, 0.7), strict=True)}
+    metrics = binary(mean_name="mean_roc_auc", mean_of="roc_auc", delta_m_base=base)
+    batches = [Prediction(logits[i : i + 30], labels[i : i + 30]) for i in range(0, 200, 30)]
+    found = evaluate(metrics, batches)
+    assert tuple(found) == metrics.keys and tuple(found)[-2:] == ("mean_roc_auc", "delta_m")
+    areas, changes = [], []
+    for column, name in enumerate(BINARY_NAMES):
+        there = ~labels[:, column].isnan()
+        actual, scores = labels[there, column].numpy(), logits[there, column].double().numpy()
+        areas.append(sklearn.roc_auc_score(actual, scores))
+        changes.append(100 * (base[f"{name}_f1"] - sklearn.f1_score(actual, scores > 0)) / base[f"{name}_f1"])
+    assert found["mean_roc_auc"] == pytest.approx(np.mean(areas), rel=1e-12)
+    assert found["delta_m"] == pytest.approx(np.mean(changes), rel=1e-12)
+
+
+def test_delta_m_of_errors_goes_the_other_way() -> None:
+    names = ("homo", "lumo")
+    metrics = TaskMetrics(
+        {name: MeanAbsoluteError() for name in names},
+        names,
+        delta_m_base={"homo_mean_absolute_error": 2.0, "lumo_mean_absolute_error": 4.0},
+    )
+    found = metrics(Prediction(torch.tensor([[3.0, 2.0]]), torch.zeros(1, 2)))  # + 50 % and - 50 %
+    assert found["delta_m"] == pytest.approx(0.0)
+    found = metrics(Prediction(torch.tensor([[3.0, 8.0]]), torch.zeros(1, 2)))  # + 50 % and + 100 %
+    assert found["delta_m"] == pytest.approx(75.0)
+
+
+def test_without_all_of_its_metrics_there_is_no_delta_m() -> None:
+    logits, labels = binary_columns()
+    base = {"smile_roc_auc": 0.8, "hat_roc_auc": 0.9}
+    metrics = binary(mean_name="mean_roc_auc", mean_of="roc_auc", delta_m_base=base)
+    labels[:, 2] = torch.nan  # a task that is not in the base
+    assert "delta_m" in metrics(Prediction(logits, labels))
+    labels[:, 1] = 0.0  # one class alone: an F1, no area
+    found = metrics(Prediction(logits, labels))
+    assert "delta_m" not in found and "hat_f1" in found and "hat_roc_auc" not in found
+    assert found["mean_roc_auc"] == found["smile_roc_auc"]  # and the F1 is not taken for a score instead
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delta_m_base": {"smile_f2": 0.5}}, r"delta_m_base: 'smile_f2' is no metric \(did you mean \"smile_f1\"\?\)"),
+        ({"delta_m_base": {"smile_f1": 0.0}}, r"delta_m_base\.smile_f1: 0\.0 is not valid, expected a finite number"),
+        ({"delta_m_base": {}}, "delta_m_base: is empty"),
+        ({"delta_m_base": {"hat_f1": 0.5}, "mean_name": "delta_m"}, "delta_m_base: 'delta_m' is the key of"),
+        ({"mean_name": "m", "mean_of": "roc_auk"}, r"mean_of: 'roc_auk' is not known \(did you mean \"roc_auc\"\?\)"),
+        ({"mean_of": "roc_auc"}, "mean_name: is required, since mean_of is 'roc_auc'"),
+    ],
+)
+def test_means_and_bases_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        binary(**options)
+
+
+def test_a_mean_of_one_metric_may_stand_beside_errors() -> None:
+    accumulators = {"smile": BinaryClassification(("roc_auc",)), "age": MeanAbsoluteError()}
+    metrics = TaskMetrics(accumulators, ("smile", "age"), mean_name="mean_roc_auc", mean_of="roc_auc")
+    found = metrics(Prediction(torch.tensor([[1.0, 3.0], [2.0, 5.0]]), torch.tensor([[0.0, 3.0], [1.0, 9.0]])))
+    assert found == {"smile_roc_auc": 1.0, "age_mean_absolute_error": 2.0, "mean_roc_auc": 1.0}

