@@ -1,4 +1,4 @@
-"""The command line: `hf-bilb train | show | report`. A mistake in a recipe or a folder is one line and exit code 2."""
+"""The command line: `hf-bilb train | show | report | compare`. What a user gets wrong is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hf_bilb.metrics.base import MetricError
 from hf_bilb.options import OptionError
 from hf_bilb.recipe import dump_recipe, one_line, read_recipe
 from hf_bilb.reporting.results import labels, read_results, write_text
-from hf_bilb.reporting.tables import Comparison, compare, render_csv, render_markdown, render_text
+from hf_bilb.reporting.tables import Comparison, render_csv, render_markdown, render_text
+from hf_bilb.reporting.tables import compare as compare_runs
 
 
 class UserError(click.ClickException):
@@ -95,7 +96,7 @@ def report(run_dirs: tuple[str, ...], output: str | None) -> None:
     """Print the results of finished runs side by side, related to the first one."""
     with _one_line_errors():
         runs = [read_results(run_dir) for run_dir in run_dirs]
-        table = compare(runs, labels(runs, run_dirs))
+        table = compare_runs(runs, labels(runs, run_dirs))
         click.echo(render_text(table), nl=False)
         if output is not None:
             click.echo(f"wrote {', '.join(map(str, _write_comparison(table, Path(output))))}")
@@ -109,3 +110,64 @@ def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
     write_text(markdown, render_markdown(table))
     write_text(csv, render_csv(table))
     return [markdown, csv, save_figure(comparison_figure(table), png)]
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option(
+    "--balancers", required=True, help="What to compare: ls,si,bilb,bilb:preset=qm9,'bilb:{pairs: adjacent}'."
+)
+@click.option("--seeds", default="0", show_default=True, help="Runs of each: trainer.seed, such as 0,1,2.")
+@click.option("--stl", is_flag=True, help="Train each task alone, too: what Delta_m then relates to.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False),
+    help="Folder of the comparison.  [default: the recipe's trainer.output_dir with _compare behind it]",
+)
+@click.option("--launcher", help="Runs each cell: 'accelerate launch --num_processes 2'.  [default: this Python]")
+@click.option("--base", help="What the others are related to.  [default: ls where it is there, else the first]")
+@click.option("--split-by-seed", is_flag=True, help="Each seed splits the data in its own way, too (data.seed).")
+def compare(
+    recipe: str,
+    overrides: tuple[str, ...],
+    balancers: str,
+    seeds: str,
+    stl: bool,
+    output: str | None,
+    launcher: str | None,
+    base: str | None,
+    split_by_seed: bool,
+) -> None:
+    """Train RECIPE with several balancers and seeds, one run after the other, and write tables and plots.
+
+    \b
+        hf-bilb compare recipes/qm9/mlp_ls.yaml --balancers ls,si,uw,bilb --seeds 0,1,2
+
+    Every cell is checked before the first one starts. The same command goes on after an interruption: what is finished
+    stays, what has a checkpoint goes on from it. A cell that fails is named, the others go on, and the exit code is 1.
+    In the folder: comparison.md, .csv, .tex, .json, tasks.png, progress.png, and a run for each cell.
+    """
+    with _one_line_errors():
+        from hf_bilb.compare import Interrupted, plan, run_comparison  # only now: matplotlib, torch
+
+        comparison = plan(
+            recipe,
+            overrides,
+            balancers=balancers,
+            seeds=seeds,
+            single_tasks=stl,
+            output=output,
+            launcher=launcher,
+            reference=base,
+            split_by_seed=split_by_seed,
+        )
+        try:
+            study, failed = run_comparison(comparison)
+        except Interrupted as stopped:
+            click.echo(f"hf-bilb: {stopped}", err=True)
+            raise click.exceptions.Exit(128 + stopped.signal_number) from None
+    if failed or study is None:
+        names = ", ".join(cell.title for cell in failed)
+        click.echo(f"hf-bilb: error: {len(failed)} of {len(comparison.cells)} cells failed: {names}", err=True)
+        raise click.exceptions.Exit(1)

@@ -14,7 +14,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "hf_bilb").rglob("*.py"))
 }
-TOP = {"hf_bilb.recipe", "hf_bilb.run", "hf_bilb.cli", "hf_bilb.__main__"}
+TOP = {f"hf_bilb.{name}" for name in ("recipe", "run", "cells", "compare", "cli", "__main__")}
 TRAINING = {"hf_bilb.trainer", "hf_bilb.training_args", "hf_bilb.data", "hf_bilb.models", "hf_bilb.reporting"}
 
 
@@ -100,7 +100,7 @@ for name in hf_bilb.list_balancers():
     balancer = hf_bilb.build_balancer(name, num_tasks=3)
     parameters = torch.ones(3, requires_grad=True)
     balancer.backward(parameters.square())
-    balancer.step()
+    balancer.step(reevaluate=lambda: parameters.square())
     balancer.load_state_dict(balancer.state_dict())
 heavy = {"transformers", "accelerate", "datasets", "safetensors", "numpy.testing", "yaml", "click", "matplotlib"}
 print(sorted(heavy & sys.modules.keys()))

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_bilb.reporting.tables import Comparison, Row, error_ratio
+from hf_bilb.reporting.tables import DELTA_M, Comparison, Row, error_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +102,7 @@ def losses_figure(train: Series, validation: Series, title: str) -> Figure:
     for axis in axes[len(train.tasks) :]:
         axis.set_visible(False)
     for k in range(len(train.tasks)):
-        _style(axes[k])
+        style_axes(axes[k])
         if k + columns >= len(train.tasks):  # the lowest visible panel of its column
             axes[k].tick_params(labelbottom=True)
             axes[k].set_xlabel("step")
@@ -141,12 +141,12 @@ def weights_figure(weights: Series, coefficients: Series, title: str) -> Figure:
             _draw(axis, series, k, color=COLOURS[k % len(COLOURS)], linestyle=style, linewidth=1.5, label=task)
         if _positive(series.values) and np.nanmax(series.values) > 20 * np.nanmin(series.values):
             axis.set_yscale("log")
-            _plain_numbers(axis.yaxis)
+            plain_numbers(axis.yaxis)
         elif np.nanmin(series.values) < 0:
             axis.axhline(0, color=GREY, linewidth=0.8)
         axis.set_xlabel("step")
         axis.set_ylabel(name)
-        _style(axis)
+        style_axes(axis)
         _label_lines(axis, series)
     return figure
 
@@ -241,7 +241,7 @@ def levels_figure(history: History, title: str) -> Figure | None:
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.legend(fontsize=8, frameon=False)
-        _style(axis)
+        style_axes(axis)
     if _positive(np.array([[entry[key] for key in gradients] for entry in entries])):
         axes[0].set_yscale("log")
     axes[1].set_ylim(bottom=0)
@@ -272,7 +272,7 @@ def _distribution_figure(panels: Sequence[tuple[str, Series]], title: str, label
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.legend(fontsize=8, frameon=False)
-        _style(axis)
+        style_axes(axis)
     return figure
 
 
@@ -282,9 +282,9 @@ def _distribution_figure(panels: Sequence[tuple[str, Series]], title: str, label
 def comparison_figure(table: Comparison) -> Figure:
     """Each run's error relative to the trivial predictor's, a row a metric; left is better, 1 is that predictor.
 
-    Errors as in `error_ratio`; a metric of which the trivial predictor has none is left out.
+    Errors as in `error_ratio`; Delta_m and a metric of which the trivial predictor has no error are left out.
     """
-    rows = [row for row in table.rows if _shares(row, (row.trivial,)) == [1.0]]
+    rows = [row for row in table.rows if row.key != DELTA_M and _shares(row, (row.trivial,)) == [1.0]]
     figure = Figure(figsize=(7.6, 0.36 * len(rows) + 1.9), layout="constrained")
     axis = figure.subplots()
     heights = np.arange(len(rows))[::-1]
@@ -298,17 +298,17 @@ def comparison_figure(table: Comparison) -> Figure:
             axis.plot([min(shares), max(shares)], [height, height], color="#BBBBBB", linewidth=1.5, zorder=2)
     axis.axvline(1, color=GREY, linewidth=1, linestyle="--", label=table.trivial)
     axis.set_xscale("log")
-    _plain_numbers(axis.xaxis)
+    plain_numbers(axis.xaxis)
     metrics = {row.metric for row in rows}
     axis.set_yticks(heights, [row.title if len(metrics) == 1 else f"{row.title} {row.metric}" for row in rows])
     what = metrics.pop() if len(metrics) == 1 and not any(row.higher_is_better for row in rows) else "error"
     axis.set_xlabel(f"{table.split} {what} relative to the {table.trivial} (left is better)")
-    _style(axis)
+    style_axes(axis)
     figure.legend(loc="outside upper center", ncols=min(len(table.names) + 1, 5), frameon=False)
     return figure
 
 
-def _plain_numbers(axis: Axis) -> None:
+def plain_numbers(axis: Axis) -> None:
     """`0.2` instead of `2 x 10^-1` on a logarithmic axis."""
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(_sparse_label)
@@ -331,7 +331,7 @@ def _positive(*arrays: NDArray[np.float64]) -> bool:
     return known.size > 0 and bool((known > 0).all())
 
 
-def _style(axis: Axes) -> None:
+def style_axes(axis: Axes) -> None:
     axis.grid(True, which="major", color="#E2E2E2", linewidth=0.7)
     axis.set_axisbelow(True)
     for side in ("top", "right"):

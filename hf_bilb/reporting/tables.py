@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from hf_bilb.options import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults
 
+DELTA_M = "delta_m"  # key of the one metric that is itself a relation to other models
+
 
 @dataclass(frozen=True)
 class Row:
@@ -33,6 +35,7 @@ class Row:
     ratios: tuple[float | None, ...]
     beats_trivial: tuple[bool, ...]
     ideal: float | None = None
+    key: str = ""
 
     @property
     def title(self) -> str:
@@ -105,9 +108,21 @@ def compare(runs: Sequence[RunResults], names: Sequence[str]) -> Comparison:
                 f"{theirs} and {ours}"
             )
     rows = tuple(_row([run.metrics[i] for run in runs]) for i in range(len(first.metrics)))
+    notes += _about_delta_m(runs)
     if len(runs) > 1 and any(row.ideal is not None for row in rows):
         notes.append("ratios are those of the errors, which for scores are what is missing to a perfect one")
     return Comparison(tuple(names), rows, first.split, tuple(notes), first.trivial_predictor)
+
+
+def _about_delta_m(runs: Sequence[RunResults]) -> list[str]:
+    """What Delta_m relates to, and how long the models were trained that it is said of."""
+    first = runs[0]
+    if not first.base_source or all(metric.key != DELTA_M for metric in first.metrics):
+        return []
+    epochs = dict.fromkeys(run.training.get("epochs") for run in runs)
+    known = ", ".join(f"{value:g}" for value in epochs if value is not None)
+    trained = f"; {'these runs' if len(runs) > 1 else 'this run'} trained {known} epochs" if known else ""
+    return [f"Delta_m relates to {first.base_source}{trained}"]
 
 
 def _check_comparable(first: RunResults, run: RunResults, first_name: str, name: str) -> None:
@@ -128,6 +143,8 @@ def _same_trivial(ours: MetricResult, theirs: MetricResult) -> bool:
 
 def _row(metrics: Sequence[MetricResult]) -> Row:
     first = metrics[0]
+    # Delta_m is a relative change already, and 0 is no error of nothing: a ratio of two of them says nothing.
+    related = first.key != DELTA_M
     return Row(
         task=first.task,
         metric=first.name,
@@ -135,9 +152,13 @@ def _row(metrics: Sequence[MetricResult]) -> Row:
         higher_is_better=first.higher_is_better,
         values=tuple(metric.value for metric in metrics),
         trivial=first.trivial,
-        ratios=tuple(error_ratio(metric.value, first.value, first.higher_is_better, first.ideal) for metric in metrics),
+        ratios=tuple(
+            error_ratio(metric.value, first.value, first.higher_is_better, first.ideal) if related else None
+            for metric in metrics
+        ),
         beats_trivial=tuple(metric.beats_trivial for metric in metrics),
         ideal=first.ideal,
+        key=first.key,
     )
 
 

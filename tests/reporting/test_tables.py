@@ -9,6 +9,7 @@ import math
 import pytest
 
 from hf_bilb.options import OptionError
+from hf_bilb.reporting.plots import comparison_figure
 from hf_bilb.reporting.results import MetricResult, RunResults, is_better, labels
 from hf_bilb.reporting.tables import (
     compare,
@@ -223,3 +224,27 @@ def test_worst_ratio_is_the_largest():
     ratio, task = table.worst_ratios()[1]
     assert task == "homo"
     assert math.isclose(ratio, 1.3)
+
+
+def with_delta_m(balancer: str, value: float, epochs: float) -> RunResults:
+    delta = MetricResult("delta_m", "", "Delta_m", "%", False, value, trivial=900.0)
+    made = run(balancer, [50.0, 0.8], training={"epochs": epochs}, base_source="the papers' models, 300 epochs")
+    made.metrics.append(delta)
+    return made
+
+
+def test_delta_m_says_what_it_relates_to_and_how_long_was_trained():
+    one = render_markdown(compare([with_delta_m("ls", 177.6, 20.0)], ["ls"]))
+    assert "| all tasks | Delta_m | % | 177.6 |" in one
+    assert "Note: Delta_m relates to the papers' models, 300 epochs; this run trained 20 epochs.\n" in one
+    two = compare([with_delta_m("ls", 177.6, 20.0), with_delta_m("bilb", 88.8, 30.0)], ["ls", "bilb"])
+    assert two.notes[0] == "Delta_m relates to the papers' models, 300 epochs; these runs trained 20, 30 epochs"
+    assert not any("Delta_m" in note for note in compare([LS, BILB], ["ls", "bilb"]).notes)
+
+
+def test_delta_m_is_related_to_no_other_run():
+    table = compare([with_delta_m("ls", 177.6, 20.0), with_delta_m("bilb", 88.8, 20.0)], ["ls", "bilb"])
+    row = table.rows[-1]
+    assert (row.key, row.ratios, row.best) == ("delta_m", (None, None), (1,))
+    assert row.beats_trivial == (True, True)
+    assert comparison_figure(table).axes[0].get_yticks().size == len(table.rows) - 1

@@ -1,0 +1,117 @@
+"""What a reader has to know before believing a study's table: seeds, split, base, selection, length of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_bilb.reporting.results import RunResults
+from hf_bilb.reporting.study import Runs, Study
+from hf_bilb.reporting.study_tables import has_groups
+
+
+def study_notes(study: Study, runs: Mapping[str, Runs], seeds: Sequence[int], split_by_seed: bool) -> list[str]:
+    """The notes on `study`, a sentence each without its full stop.
+
+    Args:
+        study: as `make_study` made it.
+        runs: label of each method asked for -> its finished cells.
+        seeds: the ones asked for.
+        split_by_seed: each seed split the data in its own way, too.
+    """
+    cells = [run for of_method in runs.values() for run in of_method.values()]
+    first = cells[0]
+    notes = [
+        *_missing(runs, seeds),
+        _epochs(cells),
+        _selection(first),
+        _seeds(first, seeds, split_by_seed),
+        *_spread(seeds),
+        *_base(study, cells),
+        f"MR: rank among the methods by the mean, over {len(study.lines)} metrics; 1 + the number of better ones",
+    ]
+    if study.reference is not None:
+        notes += _relation(study, first)
+    return notes
+
+
+def _missing(runs: Mapping[str, Runs], seeds: Sequence[int]) -> list[str]:
+    missing = {name: [seed for seed in seeds if seed not in cells] for name, cells in runs.items()}
+    said = [f"{name} seed {', '.join(map(str, without))}" for name, without in missing.items() if without]
+    return [f"not finished, so not in here: {'; '.join(said)}"] if said else []
+
+
+def _epochs(cells: Sequence[RunResults]) -> str:
+    epochs = [run.training.get("epochs") for run in cells]
+    steps = [run.training.get("steps") for run in cells]
+    return f"each cell trained {_range(epochs)} epochs ({_range(steps)} updates); longer training can turn the order"
+
+
+def _range(values: Sequence[Any]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "an unknown number of"
+    low, high = min(known), max(known)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _selection(first: RunResults) -> str:
+    trainer = first.settings.get("trainer", {})
+    if not trainer.get("load_best_model_at_end"):
+        return f"no checkpoint was selected: the model after the last update is the one measured on {first.split}"
+    metric = trainer.get("metric_for_best_model") or "loss"
+    chosen = f"each cell's checkpoint is the one with the best {metric} on the validation part"
+    if first.split == "validation":
+        return f"{chosen}, which is also what was measured: the figures are too good"
+    return f"{chosen}; the {first.split} part was measured once, with that one"
+
+
+def _seeds(first: RunResults, seeds: Sequence[int], split_by_seed: bool) -> str:
+    said = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    data_seed = first.settings.get("data", {}).get("seed")
+    if split_by_seed:
+        return f"{said} of initial weights, of the order of training (trainer.seed) and of the split (data.seed)"
+    split = "the split is always the same" if data_seed is None else f"the split stays the same (data.seed={data_seed})"
+    return f"{said} of initial weights and of the order of training (trainer.seed); {split}"
+
+
+def _spread(seeds: Sequence[int]) -> list[str]:
+    if len(seeds) == 1:
+        return ["one seed: whether a difference is more than the spread of seeds cannot be told"]
+    return [
+        "± is the sample standard deviation over the seeds; ~ marks what the seeds do not tell from the best",
+        "within the seeds' spread: zero lies in the 95 % interval (Student's t) of the paired differences, seed by "
+        "seed; there is no correction for the number of comparisons",
+    ]
+
+
+def _base(study: Study, cells: Sequence[RunResults]) -> list[str]:
+    if not study.base_source:
+        return ["no Delta_m: there are no single-task values (--stl trains them)"]
+    lines = study.based_lines
+    over = "" if len(lines) == len(study.lines) else f", over the {len(lines)} of {len(study.lines)} metrics it has"
+    source = study.base_source
+    if lines[0].single_task is not None:
+        source = f"{source} (linear scalarization, n = {len(lines[0].single_task.values)}, on {study.split})"
+    notes = [f"Δm relates to {source}{over}"]
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        groups.setdefault(line.about.group, []).append(line.about.task)
+    named = [", ".join(dict.fromkeys(tasks)) for group, tasks in groups.items() if group]
+    if has_groups(study):
+        notes.append(f"grouped: nearly equivalent tasks count once ({'; '.join(named) or 'the metrics of a task'})")
+    return notes
+
+
+def _relation(study: Study, first: RunResults) -> list[str]:
+    name = study.reference
+    told = "Δm" if study.base_source else "that mean"
+    notes = [f"error / {name}'s: geometric mean over the tasks; better or worse against {name} is told by {told}"]
+    if any(line.about.ideal is not None for line in study.lines):
+        notes.append("the error of a score is what it lacks to a perfect one")
+    device = first.training.get("device")
+    memory = "of the tensors of updates" if device == "cuda" else "of the whole process, data included"
+    notes.append(
+        f"step time (without evaluations and checkpoints) and peak memory ({memory}) relate to {name}'s in this study"
+    )
+    return notes
