@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,31 @@ class Objective(nn.Module, ABC):
     takes_logarithm: ClassVar[bool] = False
     #: D, the length of the features that F looks at; 0 when it looks at none.
     num_features: int = 0
+    #: L2 penalty on the method's own parameters, a part of their gradient.
+    weight_decay: float = 0.0
+
+    @property
+    def lower_bounds(self) -> Tensor | None:
+        """`[K]`, above which the losses must lie where a logarithm is taken; None: above 0."""
+        return None
 
     @abstractmethod
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the tasks in the bool mask `active [K]` at the normalised `losses [K]`."""
+
+
+class ProgressObjective(Objective):
+    """A method whose parameters follow how far the losses have come, not dF/dtheta.
+
+    They descend dP/dtheta at the losses before the model's step minus dP/dtheta at those after it, with P from
+    `progress`. The losses after it are those of the same batch, run once more, or those of the next update.
+    """
+
+    reevaluate: Literal["same_batch", "next_batch"] = "same_batch"
+
+    @abstractmethod
+    def progress(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
+        """P, of which only dP/dtheta is looked at; arguments as in `forward`."""
 
 
 class BilevelObjective(Objective):

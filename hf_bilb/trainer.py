@@ -130,7 +130,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def _announce(self, batches: list) -> None:
         """These are the micro-batches of the next update, which `training_step` gets one after the other."""
         self._micro_batch = -1
-        replayed = self.balancer.needs_model or self.args.diagnostics is not None
+        replayed = self.balancer.needs_reevaluation or self.args.diagnostics is not None
         self._micro_batches = MicroBatches(batches, self._forward, self.args.device, replayed)
         self._window: AccumulationWindow | None = None
         if not self._ordinary and len(batches) > 1 and self.args.balance_over == "micro_batch":
@@ -201,7 +201,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
                 loss = self._evaluated_loss(model, batch, inputs)
             else:
                 loss = self._balanced_loss(model, batch, outputs, inputs)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, self._named_outputs(outputs)) if return_outputs else loss
 
     def _balanced_loss(self, model: nn.Module, batch: TaskLosses, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         if self._decision is not None:
@@ -266,7 +266,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             if self.accelerator.optimizer_step_was_skipped:
                 self.balancer.discard()
             else:
-                self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_model else None)
+                self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_reevaluation else None)
             self._running_log.commit()
         self._update = self._decision = self._window = None
 

@@ -44,22 +44,29 @@ def check_settings(trainer: Trainer) -> None:
 
 
 def check_balancer(trainer: BilevelMTLTrainer) -> None:
-    """Raise `OptionError` for settings under which a double loop, or its diagnostics, cannot work."""
+    """Raise `OptionError` for settings under which a double loop, its diagnostics or a second look at a batch cannot
+    work."""
     args, balancer = trainer.args, trainer.balancer
     if args.diagnostics is not None and not balancer.has_levels:
         raise OptionError(f"diagnostics: balancer {balancer.name!r} has no lower level to look at, expected bilb")
     used = {"balancer.lower_level": balancer.needs_model, "diagnostics": args.diagnostics is not None}
+    sharded = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+    kind = next((kind for kind, enabled in sharded.items() if enabled), None)
     for key in [key for key, is_used in used.items() if is_used]:
-        sharded = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
-        for kind in [kind for kind, enabled in sharded.items() if enabled]:
+        if kind is not None:
             raise OptionError(f"{key}: an inner loop over z is not valid with {kind}, which shards the parameters")
         if args.fp16:
             raise OptionError(f"{key}: the gradients of the inner loop are not scaled for fp16, use bf16 or float32")
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise OptionError(f"{key}: an inner loop over z is not valid with use_reentrant: true, expected false")
-    if balancer.needs_model and args.balance_over == "micro_batch" and args.gradient_accumulation_steps > 1:
+    if balancer.needs_reevaluation and kind is not None:
         raise OptionError(
-            "balance_over: 'micro_batch' is not valid with a double loop under gradient accumulation, use 'window'"
+            f"balancer.reevaluate: 'same_batch' is not valid with {kind}, which shards the parameters, use 'next_batch'"
+        )
+    if balancer.needs_reevaluation and args.balance_over == "micro_batch" and args.gradient_accumulation_steps > 1:
+        what = "a double loop" if balancer.needs_model else "reevaluate: 'same_batch'"
+        raise OptionError(
+            f"balance_over: 'micro_batch' is not valid with {what} under gradient accumulation, use 'window'"
         )
 
 

@@ -48,7 +48,9 @@ class Validity:
             frozen = phase == "frozen"
             valid = valid & ~self._normalization.outside_domain(losses, present, frozen).any()
         if self._objective.takes_logarithm:
-            valid = valid & torch.where(present, losses > 0, True).all()
+            bounds = self._objective.lower_bounds
+            above = losses > (0 if bounds is None else bounds)
+            valid = valid & torch.where(present, above, True).all()
         return valid
 
     def check(self, batch: TaskLosses, device: torch.device) -> None:
@@ -91,14 +93,24 @@ class Validity:
         if decision.weights is not None and not bool(decision.weights.isfinite().all()):
             weights = decision.weights.tolist()
             return f"the weights are {weights}{where}: router_features are not finite", "router_features", False
-        k = min(present, key=lambda k: values[k])
-        if values[k] > 0 or not (self._objective.takes_logarithm or self._normalization.needs_positive_losses):
+        given = self._objective.lower_bounds
+        bounds = [0.0] * len(values) if given is None else given.tolist()
+        k = min(present, key=lambda k: values[k] - bounds[k])
+        if values[k] > bounds[k] or not (self._objective.takes_logarithm or self._normalization.needs_positive_losses):
             coefficients = decision.coefficients.tolist()
             largest = max(present, key=lambda k: values[k])  # finite numbers whose sum is not
             k = next((k for k in present if not math.isfinite(coefficients[k])), largest)
             found = f"the coefficient of task {self._task_names[k]!r} is {coefficients[k]}{where}"
             return f"{found}: balancer {self._name!r} cannot balance a loss of {values[k]}", self._task_names[k], True
         normalization = f"has normalization: {self._normalization.kind}"
+        if given is not None and self._objective.takes_logarithm:
+            rule = f"but balancer {self._name!r} takes the logarithm of its distance to min_losses ({bounds[k]:g})"
+            advice = "set balancer.min_losses to a bound below every loss of the task"
+            return (
+                f"the loss of task {self._task_names[k]!r} is {values[k]}{where}, {rule}; {advice}",
+                (self._task_names[k]),
+                True,
+            )
         cause = "takes logarithms" if self._objective.takes_logarithm else normalization
         rule = f"but balancer {self._name!r} {cause}: losses must be > 0"
         return f"the loss of task {self._task_names[k]!r} is {values[k]}{where}, {rule}", self._task_names[k], True

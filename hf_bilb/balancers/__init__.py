@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_bilb.balancers import bilb, linear_scalarization, scale_invariant, uncertainty
+from hf_bilb.balancers import bilb, famo, linear_scalarization, scale_invariant, uncertainty
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.balancers.registry import (
@@ -20,6 +20,7 @@ __all__ = [
     "LossBalancer",
     "bilb",
     "build_balancer",
+    "famo",
     "get_balancer_spec",
     "linear_scalarization",
     "list_balancers",

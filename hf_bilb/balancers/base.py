@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.balancers.options import BalancerOptions
+from hf_bilb.balancers.progress import Follower
 from hf_bilb.balancers.state import BalancerState
 from hf_bilb.coefficients import CoefficientRules
 from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare, local_share
@@ -24,7 +25,15 @@ from hf_bilb.distributed import GlobalBatch
 from hf_bilb.guards import Guards
 from hf_bilb.lower_level import LevelProbe, LowerLevel, LowerLevelReport, MicroBatch, bare
 from hf_bilb.normalization import Normalization
-from hf_bilb.objective import BilevelObjective, Derivatives, Objective, ObjectiveValue, Scalar, differentiate
+from hf_bilb.objective import (
+    BilevelObjective,
+    Derivatives,
+    Objective,
+    ObjectiveValue,
+    ProgressObjective,
+    Scalar,
+    differentiate,
+)
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
 from hf_bilb.validity import Phase, Validity, is_finite
@@ -88,7 +97,14 @@ class LossBalancer(BalancerState):
         self._last: Decision | None = None
         self._whole: GlobalBatch | None = None
         self._counted = False
-        self._optimizer = OwnOptimizer(dict(objective.named_parameters()), options.optimizer, options.learning_rate)
+        self._optimizer = OwnOptimizer(
+            dict(objective.named_parameters()), options.optimizer, options.learning_rate, objective.weight_decay
+        )
+        self._follower: Follower | None = None
+        if isinstance(objective, ProgressObjective):
+            self._follower = Follower(objective, num_tasks, self._differentiate, self._optimizer)
+            if self._follower.progress is not None:
+                self._parts["progress"] = self._follower.progress
         self.to(device=device, dtype=dtype)
 
     # --- description ---------------------------------------------------------------------------------------------
@@ -141,6 +157,11 @@ class LossBalancer(BalancerState):
         return self._bilevel is not None and self._bilevel.inner_steps > 0
 
     @property
+    def needs_reevaluation(self) -> bool:
+        """Whether the method needs `step(reevaluate=...)`: a double loop, or `reevaluate: same_batch`."""
+        return self.needs_model or (self._follower is not None and self._follower.progress is None)
+
+    @property
     def has_levels(self) -> bool:
         """Whether the method has an upper and a lower level, which `diagnose_lower_level` compares."""
         return self._bilevel is not None
@@ -155,7 +176,7 @@ class LossBalancer(BalancerState):
 
         Args:
             model: needed by the double loop, which allocates z, one more copy of its trainable parameters; binding the
-                same model again keeps z.
+                same model again keeps z. `famo` keeps its buffers (BatchNorm) while it runs the batch once more.
             optimizer: needed by `learning_rate: follow_model`.
 
         Raises:
@@ -163,6 +184,8 @@ class LossBalancer(BalancerState):
         """
         if optimizer is not None:
             self._optimizer.follow(optimizer)
+        if model is not None and self._follower is not None:
+            self._follower.model = model
         if model is not None and self.needs_model:
             lower = self._lower_level
             if lower is None or lower.model is not bare(model):
@@ -199,11 +222,16 @@ class LossBalancer(BalancerState):
         """
         batch = as_task_losses(losses, num_items, self.task_names, router_features=router_features)
         last = self._last
+        # A comparison with the last update moves the method's parameters before F is known.
+        before = None if self._follower is None else self.snapshot()
         surrogate, decision = self.surrogate(batch, process_group)
         if not bool(decision.valid):
             self._last = last
+            message = self.describe_invalid(decision)[0]
             self._optimizer.discard()
-            raise NonFiniteLossError(self.describe_invalid(decision)[0])
+            if before is not None:
+                self.rollback(before)
+            raise NonFiniteLossError(message)
         (torch.Tensor.backward if backward is None else backward)(surrogate)
         return decision.value
 
@@ -272,6 +300,8 @@ class LossBalancer(BalancerState):
         valid = self._validity.valid(whole, auxiliary, self.phase)
         self._observe(whole.losses, present & valid)
         active = present if self.phase == "warmup" else self._active(whole)
+        if self._follower is not None and self.phase == "balancing":
+            self._follower.begin(whole, active)
         result = self._evaluate(whole, active)
         of_all, value = self._rules(result.coefficients, result.output.value, whole.losses, present, active)
         coefficients = torch.where(present, of_all, 0.0)
@@ -345,16 +375,21 @@ class LossBalancer(BalancerState):
         Args:
             reevaluate: runs the model on the same batch and returns its losses, attached to the graph: as `backward`
                 takes them, or with counts or router features a `TaskLosses`; one, or one for each micro-batch of the
-                update. Called only by methods that need it: the double loop of `bilb`.
+                update. Called only by methods that need it (`needs_reevaluation`): the double loop of `bilb`; `famo`,
+                without gradients.
             process_group: the ranks that share the batch.
 
         Raises:
             RuntimeError: before the first `backward`. Without one since the last step it does nothing.
-            OptionError: a double loop without `reevaluate` or without `bind(model)`.
+            OptionError: a double loop without `reevaluate` or without `bind(model)`; `famo` without `reevaluate`.
             NonFiniteLossError: a double loop whose z has diverged.
         """
         if self._last is None:
             raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
+        if self._follower is not None and self._whole is not None and self._optimizer.has_gradient:
+            runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
+            active = self._active(self._whole)
+            self._follower.end(self._whole, active, self._memory.last_losses, runs, process_group)
         if self.needs_model and self._optimizer.has_gradient:
             self._correct_lower_level(reevaluate, process_group)
         self._optimizer.step()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 class OwnOptimizer:
     """`torch.optim.Adam` or `SGD` over the parameters of an objective, fed with gradients that the driver computed.
 
-    Gradients of several micro-batches are combined as their item-weighted mean. State: the optimizer's moments,
-    allocated here (torch would do it at the first step, when a checkpoint may already have been asked for).
+    Gradients of several micro-batches are combined as their item-weighted mean. `weight_decay` is an L2 penalty, whose
+    gradient is added to theirs (no AdamW). State: the optimizer's moments, allocated here (torch would do it at the
+    first step, when a checkpoint may already have been asked for).
     """
 
     def __init__(
@@ -21,6 +22,7 @@ class OwnOptimizer:
         parameters: Mapping[str, nn.Parameter],
         kind: Literal["adam", "sgd"],
         learning_rate: float | Literal["follow_model"],
+        weight_decay: float = 0.0,
     ) -> None:
         self._names = list(parameters)
         self._parameters = list(parameters.values())
@@ -32,7 +34,7 @@ class OwnOptimizer:
             cls: type[torch.optim.Adam] | type[torch.optim.SGD] = (
                 torch.optim.Adam if kind == "adam" else torch.optim.SGD
             )
-            self._optimizer = cls(self._parameters, lr=rate)
+            self._optimizer = cls(self._parameters, lr=rate, weight_decay=weight_decay)
             if kind == "adam":
                 self._load({i: self._fresh_moments(p) for i, p in enumerate(self._parameters)})
         self._mean: list[Tensor] = []

@@ -72,13 +72,13 @@ class BalancerState:
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """Begin with what another run has learned: parameters, moments, references and last losses; the epoch and the
-        guards' counters start anew, and so does z, which belonged to another model.
+        guards' counters start anew, and so does what belonged to another model: z, and losses to compare the next with.
 
         Raises:
             TaskLossError: as `load_state_dict`.
         """
         now = self.snapshot()
-        fresh = {name: now[name] for name in now if name == "epoch" or name.startswith("guards.")}
+        fresh = {name: now[name] for name in now if name == "epoch" or name.startswith(("guards.", "progress."))}
         learned = {name: tensor for name, tensor in state.items() if not name.startswith(LOWER_LEVEL)}
         self.restart({**learned, **fresh})
 

@@ -143,6 +143,6 @@ def replay(case: dict[str, Any], balancer: LossBalancer, state_name: str | None)
         record["losses"].append(losses.detach().numpy())
         record["coefficients"].append(balancer.coefficients.numpy().copy())
         optimizer.step()
-        balancer.step()
+        balancer.step(reevaluate=lambda t=t: losses_of(case, parameters, t))  # FAMO alone asks for it
     snapshot()
     return {key: np.stack(rows) for key, rows in record.items() if rows}

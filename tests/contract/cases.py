@@ -19,6 +19,11 @@ DOUBLE_LOOP = {"inner_steps": 2, "inner_learning_rate": 0.05, "penalty_weight": 
 
 #: Variants of a method's own options beside its defaults. A method without an entry is tested with its defaults.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "famo": {
+        "next_batch": {"reevaluate": "next_batch"},
+        "next_batch_sgd": {"reevaluate": "next_batch", "optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0},
+        "min_losses": {"min_losses": -0.5, "reevaluate": "next_batch"},
+    },
     "uw": {"initial": {"initial_log_variance": -0.5}, "sgd": {"optimizer": "sgd", "learning_rate": 0.1}},
     "bilb": {
         "celeba": {"preset": "celeba"},
@@ -53,7 +58,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 #: Methods whose step over the present tasks is that of a balancer built for these tasks alone.
-SEPARABLE = {"ls", "si", "uw", "bilb"}
+SEPARABLE = {"ls", "si", "uw", "bilb", "famo"}
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,13 @@ def features_for(balancer: LossBalancer) -> Tensor | None:
 
 
 def batch_for(balancer: LossBalancer, losses: Tensor, num_items: Tensor | None = None) -> TaskLosses:
-    """The `losses [K]` at z, which only a double loop asks for."""
+    """The `losses [K]` once more: at z, which a double loop asks for; unchanged, for methods that look at progress."""
     items = torch.ones_like(losses) if num_items is None else num_items
-    assert balancer._lower_level is not None
-    model = balancer._lower_level.model
     # A loss that is not there must not reach the graph, not even times zero.
-    return TaskLosses(model(torch.where(items > 0, losses, 0.0)), items, features_for(balancer))
+    there = torch.where(items > 0, losses, 0.0)
+    if balancer._lower_level is None:
+        return TaskLosses(there, items)
+    return TaskLosses(balancer._lower_level.model(there), items, features_for(balancer))
 
 
 def advance(balancer: LossBalancer, losses: Tensor, num_items: Tensor | None = None) -> Tensor:
