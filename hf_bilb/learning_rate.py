@@ -44,7 +44,7 @@ def updates_per_epoch(trainer: Trainer, num_training_steps: int) -> int:
     if args.max_steps <= 0:
         return max(math.ceil(num_training_steps / args.num_train_epochs), 1)
     try:
-        examples = len(trainer.train_dataset)  # type: ignore[arg-type]
+        examples = len(trainer.train_dataset)
     except TypeError:
         raise OptionError("step_lr: counts epochs, and this training set has no length") from None
     batches = examples / (args.train_batch_size * args.world_size)

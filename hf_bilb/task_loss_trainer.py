@@ -15,7 +15,7 @@ from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
 from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
 from hf_bilb.lower_level import buffers_kept
-from hf_bilb.metrics.streaming import TaskMetrics
+from hf_bilb.metrics.streaming import StreamingMetrics
 from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
 from hf_bilb.trainer_checks import ForwardColumns, check_settings, resolve_task_names
@@ -59,11 +59,18 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """`Trainer`'s, or that of `step_lr`."""
         options = self.args.step_lr_options()
-        if options is not None and self.lr_scheduler is None:
+        if options is not None and self.lr_scheduler is None:  # type: ignore[has-type]
             updates = updates_per_epoch(self, num_training_steps)
             self.lr_scheduler = step_schedule(optimizer or self.optimizer, options, updates)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _named_outputs(self, outputs: Any) -> Any:
+        """What a model without losses of its own returned, in the form that `Trainer` takes predictions from: it would
+        take the first row of a tensor, or the first entry of a tuple, for the loss."""
+        if self.task_loss_func is None or isinstance(outputs, Mapping):
+            return outputs
+        return {"logits": outputs} if isinstance(outputs, Tensor) else dict(enumerate(outputs))
 
     # --- losses --------------------------------------------------------------------------------------------------
 
@@ -130,7 +137,7 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`."""
         self._evaluation = EvaluationLosses(len(self.task_names), self.args.device)
-        if isinstance(self.compute_metrics, TaskMetrics):
+        if isinstance(self.compute_metrics, StreamingMetrics):
             # What an evaluation that died has left must not count in this one.
             self.compute_metrics.reset()
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)

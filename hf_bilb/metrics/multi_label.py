@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_bilb.metrics.base import MetricError
 from hf_bilb.metrics.multi_task import delta_m
 from hf_bilb.metrics.roc_auc import roc_auc
+from hf_bilb.metrics.streaming import StreamingMetrics
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, valid_labels
 
@@ -29,7 +30,7 @@ MEANS = ("mean_f1", "mean_accuracy", "mean_roc_auc")
 DELTA_M = "delta_m"
 
 
-class MultiLabelMetrics:
+class MultiLabelMetrics(StreamingMetrics):
     """F1 of each of K binary tasks, and means over them, for `Trainer(compute_metrics=...)`.
 
     With `TrainingArguments(batch_eval_metrics=True)` the Trainer hands over batch by batch; without, everything in one

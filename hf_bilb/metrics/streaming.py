@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,19 @@ if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
 DELTA_M = "delta_m"
 
 
-class TaskMetrics:
+class StreamingMetrics(ABC):
+    """A `compute_metrics` for `TrainingArguments(batch_eval_metrics=True)`, which keeps statistics between batches."""
+
+    @abstractmethod
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Add a batch; with `compute_result` return the metrics of everything since the last result, else nothing."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget what an evaluation that died has left."""
+
+
+class TaskMetrics(StreamingMetrics):
     """Metrics of every task, for `Trainer(compute_metrics=...)` with `TrainingArguments(batch_eval_metrics=True)`.
 
     The Trainer then hands over each batch, gathered from all ranks without the repetitions that fill up the last one,

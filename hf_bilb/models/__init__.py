@@ -9,6 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from hf_bilb.models.celeba_cnn import CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions
+from hf_bilb.models.image_encoder import (
+    MultiTaskImageConfig,
+    MultiTaskImageModel,
+    MultiTaskImageOptions,
+    build_multi_task_image,
+)
 from hf_bilb.models.mpnn import MpnnConfig, MpnnModel, MpnnOptions
 from hf_bilb.models.outputs import MultiTaskOutput
 from hf_bilb.models.qm9_mlp import Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
@@ -18,6 +25,7 @@ from hf_bilb.models.text_encoder import (
     MultiTaskTextOptions,
     build_multi_task_text,
 )
+from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module
 
 
 @dataclass(frozen=True)
@@ -38,29 +46,56 @@ class ModelSpec:
     build: Callable[..., nn.Module] | None = None
 
 
-MODELS: dict[str, ModelSpec] = {
+@dataclass(frozen=True)
+class PlainModelSpec:
+    """An entry for modules without a config, which return predictions alone: `TaskData.task_loss_func` has the losses.
+
+    Attributes:
+        options: dataclass of what a recipe's `model:` section may set.
+        build: the options and, as keyword arguments, what the data dictate -> the module.
+    """
+
+    options: type[Any]
+    build: Callable[..., nn.Module]
+
+
+MODELS: dict[str, ModelSpec | PlainModelSpec] = {
+    "celeba_cnn": ModelSpec(CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions),
+    "image_encoder": ModelSpec(
+        MultiTaskImageConfig, MultiTaskImageModel, MultiTaskImageOptions, build=build_multi_task_image
+    ),
     "mpnn": ModelSpec(MpnnConfig, MpnnModel, MpnnOptions),
     "multi_task_text": ModelSpec(
         MultiTaskTextConfig, MultiTaskTextModel, MultiTaskTextOptions, build=build_multi_task_text
     ),
     "qm9_mlp": ModelSpec(Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions),
+    "torch_module": PlainModelSpec(TorchModuleOptions, build_torch_module),
 }
 
 for _name, _spec in MODELS.items():
-    AutoConfig.register(_name, _spec.config_class, exist_ok=True)
-    AutoModel.register(_spec.config_class, _spec.model_class, exist_ok=True)
+    if isinstance(_spec, ModelSpec):
+        AutoConfig.register(_name, _spec.config_class, exist_ok=True)
+        AutoModel.register(_spec.config_class, _spec.model_class, exist_ok=True)
 
 __all__ = [
     "MODELS",
+    "CelebaCnnConfig",
+    "CelebaCnnModel",
+    "CelebaCnnOptions",
     "ModelSpec",
     "MpnnConfig",
     "MpnnModel",
     "MpnnOptions",
+    "MultiTaskImageConfig",
+    "MultiTaskImageModel",
+    "MultiTaskImageOptions",
     "MultiTaskOutput",
     "MultiTaskTextConfig",
     "MultiTaskTextModel",
     "MultiTaskTextOptions",
+    "PlainModelSpec",
     "Qm9MlpConfig",
     "Qm9MlpModel",
     "Qm9MlpOptions",
+    "TorchModuleOptions",
 ]

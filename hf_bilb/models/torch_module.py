@@ -1,0 +1,168 @@
+"""Any torch model: a recipe names a Python file, or a module, and the function in it that builds the network.
+
+    model:
+      name: torch_module
+      factory: recipes/sarcos/network.py:build      # or package.module:build
+      arguments: {hidden_size: 128}
+
+    def build(num_features: int, num_tasks: int, hidden_size: int) -> nn.Module: ...
+
+The function gets the recipe's arguments, and of what the data dictate what its parameters name: `num_features`,
+`task_names`, `num_tasks`, ... What it returns is any `nn.Module`, whose forward takes columns of a batch by name
+(`features`) and returns predictions `[B, K]`, a column for each task. It knows nothing of labels: losses are the data
+set's (`TaskData.task_loss_func`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_bilb.options import OptionError, nearest
+
+
+@dataclass(frozen=True)
+class TorchModuleOptions:
+    """What a recipe's `model:` section may set.
+
+    Attributes:
+        factory: `path/to/file.py:function`, relative to the current folder, or `package.module:function`.
+        arguments: the function's, beside what the data dictate.
+
+    Raises:
+        OptionError: `factory` is not of this form.
+    """
+
+    factory: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        source, _, name = self.factory.rpartition(":")
+        if not source or not name.isidentifier():
+            raise OptionError(
+                f"factory: {self.factory!r} is not valid, expected path/to/file.py:function or package.module:function"
+            )
+
+
+def build_torch_module(options: TorchModuleOptions, /, **dictated: Any) -> nn.Module:
+    """Import what the recipe names, call it, and see that it returned a module.
+
+    The module is returned as it is, but for a hook that hands its predictions to the Trainer under the name `logits`.
+
+    Args:
+        options: of the recipe.
+        dictated: `TaskData.model_arguments`; with `task_names` in it, `num_tasks` may be named as well.
+
+    Raises:
+        OptionError: no such file, module or function; arguments that it does not take or that are missing; something
+            else than a module was returned; later, from its forward, where that returns no `[B, K]`. What the file's
+            own code raises when called comes through as it is.
+    """
+    factory = _load(options.factory)
+    arguments = _arguments(factory, options, dictated)
+    model = factory(**arguments)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model.factory: {options.factory} returned {type(model).__name__}, expected an nn.Module")
+    names = dictated.get("task_names")
+    model.register_forward_hook(_NamedLogits(options.factory, None if names is None else len(names)))
+    return model
+
+
+def check_columns(model: nn.Module, batch: Mapping[str, Any], label_names: tuple[str, ...]) -> None:
+    """Raise `OptionError` where the model's forward requires a column that `batch` does not have.
+
+    A module whose forward is called `forward(x)` would otherwise be told that x is missing, in the middle of a stack.
+    """
+    columns = [name for name in batch if name not in label_names]
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        variable = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if not variable and parameter.default is inspect.Parameter.empty and name not in columns:
+            near = nearest(name, columns)
+            raise OptionError(
+                f"model.factory: forward of {type(model).__name__} takes {name!r}, which is no column of a batch; "
+                f"expected some of {', '.join(columns)}{near}"
+            )
+
+
+@dataclass
+class _NamedLogits:
+    """A forward hook: Trainer takes a bare tensor for a tuple that begins with the loss, and cuts its first row off."""
+
+    factory: str
+    num_tasks: int | None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> dict[str, Tensor]:
+        columns = "K" if self.num_tasks is None else str(self.num_tasks)
+        if not isinstance(output, Tensor) or output.ndim != 2 or self.num_tasks not in (None, output.shape[1]):
+            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise OptionError(
+                f"model.factory: the module of {self.factory} returned {got}, expected a tensor [B, {columns}], "
+                "a column for each task"
+            )
+        return {"logits": output}
+
+
+def _load(factory: str) -> Callable[..., Any]:
+    source, _, name = factory.rpartition(":")
+    try:
+        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except OptionError:
+        raise
+    except Exception as error:
+        where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+        message = " ".join(str(error).split())
+        raise OptionError(
+            f"model.factory: {source} cannot be imported: {type(error).__name__}: {message}{where}"
+        ) from error
+    known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    found = getattr(module, name, None)
+    if found is None:
+        raise OptionError(f"model.factory: {source} has no {name!r}{nearest(name, known)}")
+    if not callable(found):
+        raise OptionError(
+            f"model.factory: {name!r} in {source} is {type(found).__name__}, expected a function or class"
+        )
+    return found
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        near = nearest(path.name, [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else [])
+        raise OptionError(f"model.factory: there is no file {str(path)!r}{near}, seen from {str(Path.cwd())!r}")
+    name = f"hf_bilb_factory_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a file's, by its suffix .py
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _arguments(factory: Callable[..., Any], options: TorchModuleOptions, dictated: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's arguments, and of those that the data dictate the ones that the factory names."""
+    signature = inspect.signature(factory)
+    offered = dict(dictated)
+    if "task_names" in offered:
+        offered["num_tasks"] = len(offered["task_names"])
+    for key in options.arguments:
+        if key in offered:
+            raise OptionError(f"model.arguments.{key}: comes from the data ({offered[key]!r}), a recipe cannot set it")
+    arguments = {key: value for key, value in offered.items() if key in signature.parameters} | options.arguments
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        unknown = [key for key in options.arguments if key not in signature.parameters]
+        near = nearest(unknown[0], signature.parameters) if unknown else ""
+        raise OptionError(
+            f"model.arguments: {options.factory} takes {signature}: {error}{near}; "
+            f"the data offer {', '.join(offered) or 'nothing'}"
+        ) from None
+    return arguments
