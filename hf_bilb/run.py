@@ -8,7 +8,7 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
-from hf_bilb.models import MODELS
+from hf_bilb.models import MODELS, PlainModelSpec
+from hf_bilb.models.torch_module import check_columns
 from hf_bilb.options import OptionError, nearest, parse_options
 from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
 from hf_bilb.reporting.plots import plot_run
@@ -74,6 +75,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         compute_metrics=data.compute_metrics,
         processing_class=data.processing_class,
         task_item_counts=data.task_item_counts,
+        task_loss_func=task_loss_func(recipe, data),
         callbacks=[clock],
     )
     training = _train(trainer, checkpoint)
@@ -177,13 +179,40 @@ def build_model(recipe: Recipe, data: TaskData) -> nn.Module:
     """The recipe's model with fresh or pretrained weights; what the data dictate (sizes, task names) goes into it."""
     spec = MODELS[recipe.model["name"]]
     options = _without_name(recipe.model)
+    if isinstance(spec, PlainModelSpec):
+        model = spec.build(parse_options(spec.options, options, "model"), **data.model_arguments)
+        rows = [data.train[0]]
+        batch = rows[0] if data.data_collator is None else data.data_collator(rows)
+        check_columns(model, batch, data.label_names)
+        return model
     if spec.build is not None:
         try:
             inspect.signature(spec.build).bind(spec.options, **data.model_arguments)
         except TypeError as error:
             raise OptionError(f"model.name: {recipe.model['name']!r} is no model for these data ({error})") from None
         return spec.build(parse_options(spec.options, options, "model"), **data.model_arguments)
+    known = inspect.signature(spec.config_class).parameters  # what it does not name, PretrainedConfig would swallow
+    if odd := next((key for key in data.model_arguments if key not in known), None):
+        names = f"the model {recipe.model['name']!r} and the data {recipe.data['name']!r}"
+        raise OptionError(f"model.name: {names} do not go together (the model has no {odd})")
     return spec.model_class(spec.config_class(**options, **data.model_arguments))
+
+
+def task_loss_func(recipe: Recipe, data: TaskData) -> Callable[..., Any] | None:
+    """The data set's losses, for a model that returns predictions alone; None for one with losses of its own.
+
+    Raises:
+        OptionError: the data set has none.
+    """
+    name = recipe.model["name"]
+    if not isinstance(MODELS[name], PlainModelSpec):
+        return None
+    if data.task_loss_func is None:
+        raise OptionError(
+            f"model.name: {name!r} returns predictions alone, and the data set {recipe.data['name']!r} has no losses "
+            "for them"
+        )
+    return data.task_loss_func
 
 
 class ConciseProgress(ProgressCallback):
