@@ -39,9 +39,9 @@ $(VENV)/installed-qm9: pyproject.toml constraints.txt | $(BIN)/python
 # The folder $(QUICKSTART) belongs to this target: it is written anew each time. Runs of your own go elsewhere.
 quickstart: $(VENV)/installed-qm9
 	rm -rf $(QUICKSTART)
-	$(LAUNCH) -m hf_bilb train recipes/qm9/mlp_ls.yaml trainer.output_dir=$(QUICKSTART)/qm9_mlp_ls
-	$(LAUNCH) -m hf_bilb train recipes/qm9/mlp_bilb.yaml trainer.output_dir=$(QUICKSTART)/qm9_mlp_bilb
-	$(BIN)/hf-bilb report $(QUICKSTART)/qm9_mlp_ls $(QUICKSTART)/qm9_mlp_bilb --output $(QUICKSTART)
+	$(LAUNCH) -m hf_bilb train recipes/qm9/ls_small.yaml trainer.output_dir=$(QUICKSTART)/qm9_ls_small
+	$(LAUNCH) -m hf_bilb train recipes/qm9/bilb_small.yaml trainer.output_dir=$(QUICKSTART)/qm9_bilb_small
+	$(BIN)/hf-bilb report $(QUICKSTART)/qm9_ls_small $(QUICKSTART)/qm9_bilb_small --output $(QUICKSTART)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -58,6 +58,9 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/exactness_cost.py
+	$(BIN)/python benchmarks/mpnn.py
+	$(BIN)/python benchmarks/molecule_preparation.py
+	$(BIN)/python benchmarks/image_loading.py
 
 # pytest ends with 5 where a folder holds no test: no campaign is no failure.
 campaign: $(VENV)/installed-dev

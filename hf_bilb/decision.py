@@ -57,6 +57,35 @@ class Decision(NamedTuple):
     valid: Tensor
 
 
+def surrogate_loss(batch: TaskLosses, decision: Decision, ranks: int, share: WindowShare | None = None) -> Tensor:
+    """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
+
+    Args:
+        batch: this rank's losses, attached to the graph, and counts.
+        decision: on the global batch, or on the whole accumulation window.
+        ranks: that share the batch; their gradients are averaged.
+        share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
+    """
+    local = batch.num_items / decision.num_items.clamp(min=1) if share is None else share.local
+    per_feature = decision.feature_gradient
+    if per_feature is not None:
+        rows = ranks if share is None else ranks * share.rows
+        per_feature = per_feature * rows / decision.num_rows.clamp(min=1)
+    total = local_share(batch, ranks * decision.coefficients * local, per_feature)
+    reported = decision.value if share is None else _part_of_window(decision, share)
+    if batch.auxiliary_loss is not None:
+        parts = 1 if share is None else share.num_micro_batches
+        total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
+        reported = reported + decision.auxiliary_loss / parts
+    return total + (reported - total.detach())
+
+
+def _part_of_window(decision: Decision, share: WindowShare) -> Tensor:
+    """A micro-batch's part of the window's F; the parts of a method that is linear in the losses add up exactly."""
+    of_tasks = (share.everywhere - share.fraction).to(decision.value.dtype)
+    return decision.value * share.fraction + torch.dot(decision.coefficients * decision.losses, of_tasks)
+
+
 def local_share(batch: TaskLosses, per_task: Tensor, per_feature: Tensor | None) -> Tensor:
     """Scalar sum_k w_k l_k + v . sum_b z_b of one batch on one rank, whose gradient is its part of the global one.
 

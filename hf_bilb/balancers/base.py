@@ -20,7 +20,7 @@ from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.balancers.progress import Follower
 from hf_bilb.balancers.state import BalancerState
 from hf_bilb.coefficients import CoefficientRules
-from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare, local_share
+from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare, surrogate_loss
 from hf_bilb.distributed import GlobalBatch
 from hf_bilb.guards import Guards
 from hf_bilb.lower_level import LevelProbe, LowerLevel, LowerLevelReport, MicroBatch, bare
@@ -263,24 +263,7 @@ class LossBalancer(BalancerState):
         Returns:
             the scalar; its value is F plus the auxiliary loss, times the micro-batch's fraction.
         """
-        ranks = distributed.data_parallel_size(process_group)
-        local = batch.num_items / decision.num_items.clamp(min=1) if share is None else share.local
-        per_feature = decision.feature_gradient
-        if per_feature is not None:
-            rows = ranks if share is None else ranks * share.rows
-            per_feature = per_feature * rows / decision.num_rows.clamp(min=1)
-        total = local_share(batch, ranks * decision.coefficients * local, per_feature)
-        reported = decision.value if share is None else self._part_of_window(decision, share)
-        if batch.auxiliary_loss is not None:
-            parts = 1 if share is None else share.num_micro_batches
-            total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
-            reported = reported + decision.auxiliary_loss / parts
-        return total + (reported - total.detach())
-
-    def _part_of_window(self, decision: Decision, share: WindowShare) -> Tensor:
-        """A micro-batch's part of the window's F; the parts of a method that is linear in the losses add up exactly."""
-        of_tasks = (share.everywhere - share.fraction).to(self.dtype)
-        return decision.value * share.fraction + torch.dot(decision.coefficients * decision.losses, of_tasks)
+        return surrogate_loss(batch, decision, distributed.data_parallel_size(process_group), share)
 
     def decide(self, micro_batches: Sequence[TaskLosses], process_group: dist.ProcessGroup | None = None) -> Decision:
         """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.

@@ -6,13 +6,26 @@ gives the `TaskData`. Importing this package needs none of the data packages.
 
 from __future__ import annotations
 
+from hf_bilb.data.adult import AdultOptions, load_adult
 from hf_bilb.data.base import DataSetSpec, MetricInfo, MissingPackageError, TaskData
+from hf_bilb.data.celeba import CelebaOptions, load_celeba
+from hf_bilb.data.census import CensusOptions, load_census
 from hf_bilb.data.glue import GlueOptions, load_glue
+from hf_bilb.data.molecule_net import MoleculeNetOptions, load_sider, load_tox21
 from hf_bilb.data.qm9 import Qm9Options, load_qm9
+from hf_bilb.data.qm9_graphs import Qm9GraphsOptions, load_qm9_graphs
+from hf_bilb.data.sarcos import SarcosOptions, load_sarcos
 
 DATA_SETS: dict[str, DataSetSpec] = {
+    "adult": DataSetSpec(options=AdultOptions, load=load_adult),
+    "celeba": DataSetSpec(options=CelebaOptions, load=load_celeba),
+    "census_income": DataSetSpec(options=CensusOptions, load=load_census),
     "glue": DataSetSpec(options=GlueOptions, load=load_glue, from_model={"tokenizer": "encoder"}),
     "qm9": DataSetSpec(options=Qm9Options, load=load_qm9),
+    "qm9_graphs": DataSetSpec(options=Qm9GraphsOptions, load=load_qm9_graphs),
+    "sider": DataSetSpec(options=MoleculeNetOptions, load=load_sider),
+    "tox21": DataSetSpec(options=MoleculeNetOptions, load=load_tox21),
+    "sarcos": DataSetSpec(options=SarcosOptions, load=load_sarcos),
 }
 
 __all__ = ["DATA_SETS", "DataSetSpec", "MetricInfo", "MissingPackageError", "TaskData"]

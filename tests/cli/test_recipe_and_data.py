@@ -1,7 +1,8 @@
-"""What a recipe selects a checkpoint by: the data set knows which way up its metrics are."""
+"""What the data decide about a recipe: which way up its metrics are, and which models go with them."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from hf_bilb.data import MetricInfo, TaskData
 from hf_bilb.options import OptionError
 from hf_bilb.recipe import parse_recipe
-from hf_bilb.run import training_arguments
+from hf_bilb.run import build_model, training_arguments
 
 DATA = TaskData(
     train=[], validation=[], test=[], task_names=("homo", "toxic"), label_names=("labels",), data_collator=None,
@@ -51,3 +52,10 @@ def test_its_direction_is_the_data_sets(metric: str, upwards: bool) -> None:
 def test_one_that_is_not_measured_is_named_before_training() -> None:
     with pytest.raises(OptionError, match=r"metric_for_best_model: 'eval_mae_hmo' is not measured .*\"mae_homo\""):
         arguments(metric_for_best_model="eval_mae_hmo")
+
+
+def test_a_model_for_other_data_is_refused_before_training() -> None:
+    sections = {"model": "mpnn", "data": "qm9", "balancer": "ls", "trainer": {"output_dir": "runs/x"}}
+    data = dataclasses.replace(DATA, model_arguments={"num_features": 34, "task_names": ["homo", "toxic"]})
+    with pytest.raises(OptionError, match=r"^model.name: the model 'mpnn' and the data 'qm9' do not go together"):
+        build_model(parse_recipe(sections, "x"), data)

@@ -10,6 +10,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def molecules() -> Molecules:
     return read_molecules(package_folder(), max_molecules=FEW)
 
 
-def _options(**changes: int | None) -> Qm9Options:
+def _options(**changes: Any) -> Qm9Options:
     return Qm9Options(**{"num_validation": 300, "num_test": 400, **changes})
 
 
@@ -326,12 +327,64 @@ def test_errors_are_in_the_papers_units(few: Qm9Columns) -> None:
     train, _, test = _rows_of(few, options)
     labels = data.test[:]["labels"].numpy()
     measured = data.compute_metrics(_Prediction(labels + 0.5, labels))  # type: ignore[arg-type]
-    assert list(measured) == [f"mae_{target.name}" for target in TARGETS] == [metric.key for metric in data.metrics]
-    np.testing.assert_allclose(list(measured.values()), 0.5 * few.targets[train].std(axis=0), rtol=1e-5)
+    of_tasks = data.metrics[:-1]
+    assert list(measured) == [*(f"mae_{target.name}" for target in TARGETS), "delta_m"]
+    assert list(measured) == [metric.key for metric in data.metrics] == list(data.trivial_metrics)
+    np.testing.assert_allclose(list(measured.values())[:-1], 0.5 * few.targets[train].std(axis=0), rtol=1e-5)
     trivial = np.abs(few.targets[test] - few.targets[train].mean(axis=0)).mean(axis=0)
-    np.testing.assert_allclose([data.trivial_metrics[metric.key] for metric in data.metrics], trivial, rtol=1e-5)
-    assert [(metric.task, metric.unit) for metric in data.metrics] == [(target.name, target.unit) for target in TARGETS]
-    assert all(metric.name == "MAE" and not metric.higher_is_better for metric in data.metrics)
+    np.testing.assert_allclose([data.trivial_metrics[metric.key] for metric in of_tasks], trivial, rtol=1e-5)
+    assert [(metric.task, metric.unit) for metric in of_tasks] == [(target.name, target.unit) for target in TARGETS]
+    assert all(metric.name == "MAE" and not metric.higher_is_better for metric in of_tasks)
+    assert (data.metrics[-1].task, data.metrics[-1].unit) == ("", "%") and not data.metrics[-1].higher_is_better
+
+
+#: Single-task errors, Nash-MTL (ICML 2022), in the order and units of the targets.
+PUBLISHED_BASE = {"mu": 0.0671, "alpha": 0.1814, "homo": 60.576, "lumo": 53.915, "r2": 0.5027, "zpve": 4.539,
+                  "U0": 58.838, "U": 64.244, "H": 63.852, "G": 66.223, "Cv": 0.07212}  # fmt: skip
+
+
+@needs_qm9pack
+@pytest.mark.parametrize("tasks", [None, ("homo",), ("G", "mu", "U0")])
+def test_delta_m_is_the_mean_change_against_the_published_single_task_errors(
+    few: Qm9Columns, tasks: tuple[str, ...] | None
+) -> None:
+    data = task_data(few, _options(tasks=tasks))
+    labels = data.test[:]["labels"].numpy()
+    measured = data.compute_metrics(_Prediction(labels + np.linspace(0.1, 0.3, labels.shape[1]), labels))  # type: ignore[arg-type]
+    names = tasks or tuple(PUBLISHED_BASE)
+    assert dict(data.single_task_base) == {f"mae_{name}": PUBLISHED_BASE[name] for name in names}
+    changes = [measured[f"mae_{name}"] / PUBLISHED_BASE[name] - 1 for name in names]
+    assert measured["delta_m"] == pytest.approx(100 * sum(changes) / len(changes), rel=1e-9)
+    assert dict(data.task_groups) == {name: "energy" for name in names if name in ("U0", "U", "H", "G")}
+    assert "Nash-MTL" in data.single_task_source
+
+
+@needs_qm9pack
+def test_a_choice_of_tasks_reorders_labels_metrics_and_what_the_model_gets(few: Qm9Columns) -> None:
+    every, some = task_data(few, _options()), task_data(few, _options(tasks=("G", "mu", "U0")))
+    columns = [9, 0, 6]
+    assert some.task_names == ("G", "mu", "U0")
+    assert torch.equal(some.train[:]["labels"], every.train[:]["labels"][:, columns])
+    assert torch.equal(some.train[:]["features"], every.train[:]["features"])
+    assert [metric.key for metric in some.metrics] == ["mae_G", "mae_mu", "mae_U0", "delta_m"]
+    for name in ("label_means", "label_stds", "task_names"):
+        assert some.model_arguments[name] == [every.model_arguments[name][column] for column in columns]
+    assert {key: some.trivial_metrics[key] for key in ("mae_G", "mae_mu")} == {
+        key: every.trivial_metrics[key] for key in ("mae_G", "mae_mu")
+    }
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (["hommo"], r"data\.tasks: 'hommo' is not known \(did you mean \"homo\"\?\)"),
+        (["U", "U"], r"data\.tasks: 'U' stands twice"),
+        ([], r"data\.tasks: is empty"),
+    ],
+)
+def test_tasks_that_are_none_are_named(tasks: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parse_options(Qm9Options, {"tasks": tasks}, "data")
 
 
 @needs_qm9pack

@@ -149,12 +149,33 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
 
 def test_every_recipe_of_the_project_is_found():
     assert [str(path.relative_to(ROOT)) for path in RECIPES] == [
+        "recipes/adult/bilb.yaml",
+        "recipes/adult/ls.yaml",
+        "recipes/celeba/bilb.yaml",
+        "recipes/celeba/ls.yaml",
+        "recipes/celeba/small_bilb.yaml",
+        "recipes/celeba/small_ls.yaml",
+        "recipes/census/bilb.yaml",
+        "recipes/census/ls.yaml",
         "recipes/glue/bilb.yaml",
         "recipes/glue/ls.yaml",
         "recipes/glue/minilm_bilb.yaml",
         "recipes/glue/minilm_ls.yaml",
+        "recipes/qm9/bilb.yaml",
+        "recipes/qm9/bilb_small.yaml",
+        "recipes/qm9/famo.yaml",
+        "recipes/qm9/ls.yaml",
+        "recipes/qm9/ls_small.yaml",
         "recipes/qm9/mlp_bilb.yaml",
         "recipes/qm9/mlp_ls.yaml",
+        "recipes/qm9/si.yaml",
+        "recipes/qm9/uw.yaml",
+        "recipes/sarcos/bilb.yaml",
+        "recipes/sarcos/ls.yaml",
+        "recipes/sider/bilb.yaml",
+        "recipes/sider/ls.yaml",
+        "recipes/tox21/bilb.yaml",
+        "recipes/tox21/ls.yaml",
     ]
 
 
@@ -167,7 +188,13 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path):
     assert "Expect:" in head
 
 
-@pytest.mark.parametrize("pair", ["qm9/mlp_{}", "glue/{}", "glue/minilm_{}"])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "adult/{}", "celeba/{}", "celeba/small_{}", "census/{}", "glue/{}", "glue/minilm_{}", "qm9/{}", "qm9/mlp_{}",
+        "qm9/{}_small", "sarcos/{}", "sider/{}", "tox21/{}",
+    ],
+)  # fmt: skip
 def test_two_recipes_that_are_compared_differ_only_in_balancer_and_folder(pair):
     ls, bilb = (read_recipe(ROOT / "recipes" / f"{pair.format(name)}.yaml").to_dict() for name in ("ls", "bilb"))
     for recipe in (ls, bilb):
