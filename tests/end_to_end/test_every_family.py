@@ -5,6 +5,7 @@ GLUE, whose files are made up by the tests, stands in `tests/cli/test_glue.py`.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,38 @@ def test_qm9_graphs(recipe: str, tmp_path: Path) -> None:
 def test_qm9_single_task(tmp_path: Path) -> None:
     results = train("qm9/ls_small.yaml", tmp_path / "run", *FEW, "data.tasks=[homo]")
     assert [metric.key for metric in results.metrics] == ["mae_homo", "delta_m"]
+
+
+@pytest.mark.distributed
+def test_two_processes_measure_graphs_as_one_does(tmp_path: Path) -> None:
+    """61 validation molecules in batches of 20 on two ranks: the last batch is filled up with repetitions."""
+    sizes = [
+        "data.num_train=480",
+        "data.num_validation=61",
+        "data.num_test=61",
+        "trainer.per_device_eval_batch_size=20",
+    ]
+    settings = [
+        *SHORT,
+        *sizes,
+        "trainer.learning_rate=0",
+        "trainer.load_best_model_at_end=false",
+        "evaluation.plots=false",
+    ]
+    measured = []
+    for processes in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        folder = tmp_path / str(processes)
+        command = [*launch, "-m", "hf_bilb", "train", "recipes/qm9/bilb_small.yaml", *settings]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, f"trainer.output_dir={folder}"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        results = read_results(folder)
+        assert results.training["processes"] == processes
+        measured.append([metric.value for metric in results.metrics] + [*results.losses["test"].values()])
+    assert measured[1] == pytest.approx(measured[0], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
