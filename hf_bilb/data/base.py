@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_bilb.options import OptionError
+from hf_bilb.task_losses import masked_bce_with_logits
 
 if TYPE_CHECKING:  # both take seconds to import, and only their names are needed
     import datasets
@@ -102,6 +103,12 @@ class DataSetSpec:
     options: type[Any]
     load: Callable[[Any], TaskData]
     from_model: Mapping[str, str] = field(default_factory=dict)
+
+
+def binary_losses(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross-entropies `[K]` and numbers of labels `[K]`, for a model that returns `logits [B, K]` alone: a
+    `task_loss_func`."""
+    return masked_bce_with_logits(outputs["logits"], batch["labels"])
 
 
 # --- splits and statistics ----------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hf_bilb.data.base import MetricInfo, TaskData
+from hf_bilb.data.base import MetricInfo, TaskData, binary_losses
 from hf_bilb.data.images import (
     ImageFiles,
     ImageRows,
@@ -33,7 +32,7 @@ from hf_bilb.data.images import (
 )
 from hf_bilb.metrics.multi_label import DELTA_M, MEANS, MultiLabelMetrics, trivial_metrics
 from hf_bilb.options import OptionError, unknown_name
-from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
+from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:
     import datasets
@@ -206,15 +205,10 @@ def task_data(file: Path, faces: Faces, options: CelebaOptions) -> TaskData:
         model_arguments={"task_names": list(names), "image_size": options.image_size},
         metrics_by_batch=True,
         trivial_predictor="best constant answer",
-        task_loss_func=_binary_losses,
+        task_loss_func=binary_losses,
         single_task_base={f"{name}_f1": value for name, value in zip(names, base, strict=True)},
         single_task_source="F1 of models trained on one attribute of the whole CelebA each (FAMO, issue 2; LDC-MTL)",
     )
-
-
-def _binary_losses(outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropies `[K]` and numbers of labels `[K]`, for a model that returns `logits [B, K]` alone."""
-    return masked_bce_with_logits(outputs["logits"], batch["labels"])
 
 
 def _metric_infos(names: Sequence[str]) -> tuple[MetricInfo, ...]:

@@ -7,7 +7,7 @@ asked for: hundreds of columns would take hundreds of megabytes, and their codes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_bilb.data.base import MetricInfo, Split, Standardizer, TaskData, split_rows
+from hf_bilb.data.base import MetricInfo, Split, Standardizer, TaskData, binary_losses, split_rows
 from hf_bilb.data.rows import collate_vectors
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.normalized_entropy import NormalizedEntropy
 from hf_bilb.metrics.roc_auc import BinaryClassification
 from hf_bilb.options import OptionError, nearest, unknown_name
-from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
+from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -305,11 +305,6 @@ def binary_task_data(rows: Rows, split: Split, layout: Layout, tasks: Sequence[B
 
 
 # --- losses and metrics -------------------------------------------------------------------------------------------
-
-
-def binary_losses(outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropies `[K]` and counts `[K]` of `logits [B, K]` in a model's outputs."""
-    return masked_bce_with_logits(outputs["logits"], batch["labels"])
 
 
 def binary_metric_infos(names: Sequence[str]) -> tuple[MetricInfo, ...]:
