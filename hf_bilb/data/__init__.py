@@ -23,9 +23,9 @@ DATA_SETS: dict[str, DataSetSpec] = {
     "glue": DataSetSpec(options=GlueOptions, load=load_glue, from_model={"tokenizer": "encoder"}),
     "qm9": DataSetSpec(options=Qm9Options, load=load_qm9),
     "qm9_graphs": DataSetSpec(options=Qm9GraphsOptions, load=load_qm9_graphs),
+    "sarcos": DataSetSpec(options=SarcosOptions, load=load_sarcos),
     "sider": DataSetSpec(options=MoleculeNetOptions, load=load_sider),
     "tox21": DataSetSpec(options=MoleculeNetOptions, load=load_tox21),
-    "sarcos": DataSetSpec(options=SarcosOptions, load=load_sarcos),
 }
 
 __all__ = ["DATA_SETS", "DataSetSpec", "MetricInfo", "MissingPackageError", "TaskData"]
