@@ -43,9 +43,11 @@ def test_python_runs_as_printed(block, tmp_path):
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_is_valid(block, tmp_path):
     from hf_bilb import BilevelMTLTrainingArguments
+    from hf_bilb.recipe import parse_recipe
 
     given = yaml.safe_load(block)
-    assert given.keys() <= {"balancer", "trainer"}
+    sections = {"model": "qm9_mlp", "data": "qm9", "balancer": "bilb", **given}
+    parse_recipe({**sections, "trainer": {"output_dir": str(tmp_path), **given.get("trainer", {})}}, "page")
     arguments = {"use_cpu": True, **given.get("trainer", {}), "output_dir": str(tmp_path)}
     BilevelMTLTrainingArguments(**arguments, balancer=given.get("balancer", "bilb"))
 

@@ -139,6 +139,7 @@ def start(root: Path, trace: Path, compute: object) -> int:
         status = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # tests run in the background inherit its absence
             prepare_arrays(root, preparation(trace, compute), num_workers=2)
             status = 0
         except KeyboardInterrupt:
