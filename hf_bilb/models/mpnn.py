@@ -131,7 +131,7 @@ class MpnnModel(PreTrainedModel):
     """Predicts K numbers or logits of a graph.
 
     Cost: one forward and one backward whatever K is. With batches of 120 molecules of QM9 on one CPU core a training
-    step takes about 1/15 of the time of the same model built from PyTorch Geometric's layers, which build a 64 x 64
+    step takes about 1/14 of the time of the same model built from PyTorch Geometric's layers, which build a 64 x 64
     matrix per edge (`benchmarks/mpnn.py`).
     """
 
