@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Objective(nn.Module, ABC):
     """
 
     #: True when F needs losses > 0 after normalization (a logarithm); checked before the model is touched.
-    takes_logarithm: ClassVar[bool] = False
+    takes_logarithm: bool = False
     #: D, the length of the features that F looks at; 0 when it looks at none.
     num_features: int = 0
     #: L2 penalty on the method's own parameters, a part of their gradient.
@@ -61,6 +61,29 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the tasks in the bool mask `active [K]` at the normalised `losses [K]`."""
+
+
+class HistoryObjective(Objective):
+    """A method that keeps a record: of the losses it has seen, or of the updates there have been.
+
+    The record is buffers or extra state, so that it is saved and goes back when an update is dropped. Both hooks do
+    nothing unless a method overrides them, and must not read the device.
+    """
+
+    def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
+        """Take in the losses at which F is evaluated next; called while balancing, neither in a warm-up nor frozen.
+
+        Args:
+            losses: `[K]`, global, normalised, detached; those of held tasks are the last known ones.
+            num_items: `[K]`, global, zero for held tasks.
+            active: bool `[K]`, the tasks that F runs over; all False for a batch that is refused or has no task.
+            epoch: number of the epoch, -1 when nobody has told.
+        """
+        return
+
+    def end_update(self) -> None:
+        """An update has ended, balancing or frozen; not called for an update that is dropped."""
+        return
 
 
 class ProgressObjective(Objective):

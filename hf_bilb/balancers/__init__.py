@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from hf_bilb.balancers import bilb, famo, linear_scalarization, scale_invariant, uncertainty
+from hf_bilb.balancers import (
+    bilb,
+    dwa,
+    famo,
+    gls,
+    go4align,
+    imtl_l,
+    linear_scalarization,
+    rlw,
+    scale_invariant,
+    stch,
+    uncertainty,
+)
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.balancers.registry import (
@@ -20,12 +32,18 @@ __all__ = [
     "LossBalancer",
     "bilb",
     "build_balancer",
+    "dwa",
     "famo",
     "get_balancer_spec",
+    "gls",
+    "go4align",
+    "imtl_l",
     "linear_scalarization",
     "list_balancers",
     "register_balancer",
     "resolve_options",
+    "rlw",
     "scale_invariant",
+    "stch",
     "uncertainty",
 ]

@@ -18,6 +18,7 @@ from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.balancers.progress import Follower
+from hf_bilb.balancers.reevaluation import Reevaluation, as_micro_batches
 from hf_bilb.balancers.state import BalancerState
 from hf_bilb.coefficients import CoefficientRules
 from hf_bilb.decision import Decision, LossMemory, NonFiniteLossError, WindowShare, surrogate_loss
@@ -28,6 +29,7 @@ from hf_bilb.normalization import Normalization
 from hf_bilb.objective import (
     BilevelObjective,
     Derivatives,
+    HistoryObjective,
     Objective,
     ObjectiveValue,
     ProgressObjective,
@@ -35,11 +37,10 @@ from hf_bilb.objective import (
     differentiate,
 )
 from hf_bilb.options import OptionError
-from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
+from hf_bilb.task_losses import TaskLosses, as_task_losses
 from hf_bilb.validity import Phase, Validity, is_finite
 
 AbsentTasks = Literal["auto", "skip", "hold"]
-Reevaluation = Callable[[], TaskLosses | Tensor | Mapping[str, Tensor]]
 
 
 class LossBalancer(BalancerState):
@@ -93,10 +94,12 @@ class LossBalancer(BalancerState):
         self._bilevel = objective if isinstance(objective, BilevelObjective) else None
         self._lower_level: LowerLevel | None = None
         self._report: LowerLevelReport | None = None
+        self._history = objective if isinstance(objective, HistoryObjective) else None
         self._epoch = -1
         self._last: Decision | None = None
         self._whole: GlobalBatch | None = None
         self._counted = False
+        self._open = False
         self._optimizer = OwnOptimizer(
             dict(objective.named_parameters()), options.optimizer, options.learning_rate, objective.weight_decay
         )
@@ -222,13 +225,13 @@ class LossBalancer(BalancerState):
         """
         batch = as_task_losses(losses, num_items, self.task_names, router_features=router_features)
         last = self._last
-        # A comparison with the last update moves the method's parameters before F is known.
-        before = None if self._follower is None else self.snapshot()
+        # A record, or the method's parameters by a comparison with the last update, has moved before F is known.
+        before = None if self._follower is None and self._history is None else self.snapshot()
         surrogate, decision = self.surrogate(batch, process_group)
         if not bool(decision.valid):
             self._last = last
             message = self.describe_invalid(decision)[0]
-            self._optimizer.discard()
+            self.discard()
             if before is not None:
                 self.rollback(before)
             raise NonFiniteLossError(message)
@@ -285,6 +288,10 @@ class LossBalancer(BalancerState):
         active = present if self.phase == "warmup" else self._active(whole)
         if self._follower is not None and self.phase == "balancing":
             self._follower.begin(whole, active)
+        if self._history is not None and self.phase == "balancing":
+            observed = active & valid & present.any()
+            losses = self.normalization(torch.where(observed, self._known_losses(whole), 1.0))
+            self._history.observe(losses, whole.num_items, observed, self._epoch)
         result = self._evaluate(whole, active)
         of_all, value = self._rules(result.coefficients, result.output.value, whole.losses, present, active)
         coefficients = torch.where(present, of_all, 0.0)
@@ -292,7 +299,7 @@ class LossBalancer(BalancerState):
         valid = valid & is_finite(coefficients.sum())
         if self.phase != "warmup":
             self._guards.observe(of_all, active, valid, result.output.edge_ratio, result.output.collapsed)
-        self._whole = whole
+        self._whole, self._open = whole, True
         self._counted = any(batch.counted for batch in micro_batches)
         self._last = Decision(
             value=value,
@@ -333,9 +340,12 @@ class LossBalancer(BalancerState):
         return self._differentiate(whole, self._active(whole), scalar)
 
     def _differentiate(self, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
-        losses = torch.where(whole.present, whole.losses.to(self.dtype), self._memory.last_losses)
+        losses = self._known_losses(whole)
         features = None if whole.features is None else whole.features.to(self.dtype)
         return differentiate(self.objective, self.normalization, losses, active, features, scalar)
+
+    def _known_losses(self, whole: GlobalBatch) -> Tensor:
+        return torch.where(whole.present, whole.losses.to(self.dtype), self._memory.last_losses)
 
     def _active(self, whole: GlobalBatch) -> Tensor:
         """Bool `[K]`, the tasks that F runs over."""
@@ -376,6 +386,9 @@ class LossBalancer(BalancerState):
         if self.needs_model and self._optimizer.has_gradient:
             self._correct_lower_level(reevaluate, process_group)
         self._optimizer.step()
+        if self._history is not None and self._open and self.phase != "warmup":
+            self._history.end_update()
+        self._open = False
 
     def _correct_lower_level(
         self, reevaluate: Reevaluation | Sequence[Reevaluation] | None, group: dist.ProcessGroup | None
@@ -434,22 +447,13 @@ class LossBalancer(BalancerState):
         return report
 
     def _as_micro_batches(self, runs: Reevaluation | Sequence[Reevaluation]) -> list[MicroBatch]:
-        return [functools.partial(self._run, run) for run in ([runs] if callable(runs) else runs)]
-
-    def _run(self, reevaluate: Reevaluation) -> TaskLosses:
-        losses = reevaluate()
-        if self._counted and not isinstance(losses, TaskLosses):
-            raise TaskLossError(
-                "reevaluate: returned losses without counts, though backward() had num_items; expected "
-                "hf_bilb.task_losses.TaskLosses(losses, num_items)"
-            )
-        batch = losses if isinstance(losses, TaskLosses) else as_task_losses(losses, None, self.task_names)
-        self._validity.check(batch, self.device)
-        return batch
+        check = functools.partial(self._validity.check, device=self.device)
+        return as_micro_batches(runs, self.task_names, self._counted, check)
 
     def discard(self) -> None:
         """Forget the gradients of the current update (a dropped step)."""
         self._optimizer.discard()
+        self._open = False
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Tell methods that count epochs that epoch number `epoch` (from 0) begins. Calling it twice does nothing, so

@@ -24,6 +24,23 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "next_batch_sgd": {"reevaluate": "next_batch", "optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0},
         "min_losses": {"min_losses": -0.5, "reevaluate": "next_batch"},
     },
+    "dwa": {
+        "epoch": {"window": "epoch", "temperature": 0.5},
+        "window_1": {"window": 1},
+        "window_3": {"window": 3, "temperature": 0.5},
+    },
+    "imtl_l": {"initial": {"initial_log_scale": -0.5}, "sgd": {"optimizer": "sgd", "learning_rate": 0.1}},
+    "rlw": {"seed": {"seed": 3}},
+    "stch": {
+        "mu": {"mu": 0.1, "ideal_point": -0.5},
+        "schedule": {"warmup_epochs": 1},
+        "schedule_mu": {"warmup_epochs": 1, "mu": 0.1, "normalization": "initial"},
+    },
+    "go4align": {
+        "groups_2": {"num_groups": 2, "step_size": 0.1},
+        "groups_3": {"num_groups": 3, "normalization": "initial"},
+        "groups_of_one": {"num_groups": 7, "step_size": 0.1},
+    },
     "uw": {"initial": {"initial_log_variance": -0.5}, "sgd": {"optimizer": "sgd", "learning_rate": 0.1}},
     "bilb": {
         "celeba": {"preset": "celeba"},
@@ -58,7 +75,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 #: Methods whose step over the present tasks is that of a balancer built for these tasks alone.
-SEPARABLE = {"ls", "si", "uw", "bilb", "famo"}
+SEPARABLE = {"ls", "si", "uw", "bilb", "famo", "gls", "imtl_l", "dwa", "stch", "go4align"}
+
+#: Methods that need losses > 0 without taking their logarithm.
+POSITIVE = {"dwa"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,8 @@ def all_cases() -> list[Case]:
         cases.append(Case(name, "default"))
         cases += [Case(name, label, options) for label, options in VARIANTS.get(name, {}).items()]
         takes_logarithm = get_balancer_spec(name).objective.takes_logarithm
-        kinds = [kind for kind in get_args(NormalizationKind) if not (takes_logarithm and kind == "log")]
+        positive = takes_logarithm or name in POSITIVE
+        kinds = [kind for kind in get_args(NormalizationKind) if not (positive and kind == "log")]
         cases += [Case(name, f"normalization_{kind}", {"normalization": kind}) for kind in kinds]
     return cases
 

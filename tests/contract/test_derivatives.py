@@ -20,9 +20,9 @@ def moved(case: Case, absent: int | None = None) -> tuple[LossBalancer, Tensor, 
     balancer = case.build(K)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
     balancer.bind(Tilted(K, torch.float64), optimizer)
-    balancer.on_epoch_begin(0)
     losses = random_losses(K, 5)
-    for row in losses[:4]:
+    for t, row in enumerate(losses[:4]):
+        balancer.on_epoch_begin(t)  # methods that count epochs get beyond their first ones
         advance(balancer, row)
     active = torch.ones(K, dtype=torch.bool)
     if absent is not None:
@@ -45,13 +45,16 @@ def test_coefficients(case: Case, absent: int | None) -> None:
         with torch.no_grad():
             return balancer.objective(balancer.normalization(point), active, features).value
 
-    # FAMO's scale is a constant in its gradient though the losses are in it; nobody else's detached parts hold losses.
-    function = Frozen(value) if case.name == "famo" else value
+    # FAMO's scale and GO4Align's weights are constants in the gradient though the losses are in them; nobody else's
+    # detached parts hold losses.
+    function = Frozen(value) if case.name in ("famo", "go4align") else value
     expected = central_differences(function, point, 1e-6)
     found = differentiate(balancer.objective, balancer.normalization, point, active, features).coefficients
     scale = expected.abs().max()
     assert scale > 0
-    assert (found - expected).abs().max() <= TOLERANCE * scale
+    # STCH's slopes are small beside log K, in which the differences lose digits.
+    tolerance = 1e-6 if case.name == "stch" else TOLERANCE
+    assert (found - expected).abs().max() <= tolerance * scale
     if absent is not None:
         assert expected[absent] == 0
 

@@ -1,0 +1,145 @@
+"""GO4Align, group optimization for multi-task alignment. Shen et al., NeurIPS 2024 (arXiv 2404.06486).
+
+    q_k <- q_k exp(-eta l_k) / sum_j q_j exp(-eta l_j)     q in the simplex, q = 1 / K at the start
+    w_k = (sum_j l_j / l_k) q_k                            the "risk-guided indicator"
+    F = sum_k c_k l_k,   c_k = the mean of w over the group of k
+
+    eta -> step_size, M -> num_groups, c -> the coefficients, l_k -> losses (after `normalization`)
+
+q keeps the sum of each task's losses; groups are found anew in every update by k-means of the K numbers w. In one
+dimension its optimum is a cut of the sorted numbers, found by dynamic programming: deterministic, without a start, and
+equal on all ranks. With one group (the default of the official command line) every task has the same weight, which
+depends on the losses; c is a constant to the gradient.
+
+The official code runs Lloyd's algorithm in float32 from M random tasks' numbers, which may stop short of the optimum,
+and divides by nothing in a group that has become empty; its M >= 2 needs an import that is commented out. The number of
+groups per data set is not in it. Absent tasks belong to no group; with `absent_tasks: hold` their last loss is added to
+the sum again, so that a task does not fall behind for coming often.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_bilb.balancers.options import BalancerOptions, masked_sum
+from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.options import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Go4AlignOptions(BalancerOptions):
+    """Options of `go4align`.
+
+    Attributes:
+        num_groups: M, at most so many groups (no more than there are tasks).
+        step_size: eta, how strongly a task's past losses lower its weight.
+        assignment: how the groups are found; `kmeans`: the exact optimum in one dimension.
+    """
+
+    num_groups: int = 1
+    step_size: float = 1e-4
+    assignment: Literal["kmeans"] = "kmeans"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive_normalization("go4align")
+        if self.num_groups < 1:
+            raise OptionError(f"num_groups: {self.num_groups} is not valid, expected an integer >= 1")
+        if self.step_size < 0:
+            raise OptionError(f"step_size: {self.step_size} is not valid, expected a number >= 0")
+
+
+@register_balancer("go4align", options=Go4AlignOptions, paper="Shen et al., NeurIPS 2024 (arXiv 2404.06486)")
+class Go4Align(HistoryObjective):
+    """GO4Align. State: `loss_sums [K]`; q is the softmax of -eta times them. Cost: one forward and one backward of the
+    model; with M > 1 groups M passes over K x K numbers in an update."""
+
+    takes_logarithm = True
+    loss_sums: Tensor
+
+    def __init__(self, num_tasks: int, options: Go4AlignOptions) -> None:
+        super().__init__()
+        self._num_groups = min(options.num_groups, num_tasks)
+        self._step_size = options.step_size
+        self.register_buffer("loss_sums", torch.zeros(num_tasks, dtype=torch.float64))
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
+        """Add the active tasks' losses to their sums."""
+        self.loss_sums.add_(torch.where(active, losses, 0.0))
+
+    def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
+        """F over the `active` tasks; the weights are constants to its gradient, and so its coefficients."""
+        weights = group_means(self._indicator(losses.detach(), active), active, self._num_groups)
+        return ObjectiveValue(masked_sum(weights * losses, active))
+
+    def _indicator(self, losses: Tensor, active: Tensor) -> Tensor:
+        """w `[K]`, zero where not active, by way of logarithms: q of a task may be as small as it likes."""
+        # Finite, so that no NaN arises where no task is active.
+        lowest = torch.finfo(losses.dtype).min
+        logits = torch.where(active, -self._step_size * self.loss_sums, lowest)
+        logarithms = torch.where(active, losses, 1.0).log()
+        total = torch.logsumexp(torch.where(active, logarithms, lowest), dim=0)
+        return torch.where(active, torch.exp(total - logarithms + torch.log_softmax(logits, dim=0)), 0.0)
+
+
+def group_means(values: Tensor, active: Tensor, num_groups: int) -> Tensor:
+    """Each value's group mean `[K]`, zero where not active, for the groups of exact one-dimensional k-means.
+
+    Args:
+        values: `[K]`.
+        active: bool `[K]`, which of them count.
+        num_groups: M, from 1 to K.
+
+    Of several optima it takes the one with the earliest cuts. Cost: M K^2 operations, no device synchronisation.
+    """
+    # Those that do not count lie at the end and cost nothing, whichever group they fall into.
+    order = torch.argsort(torch.where(active, values, torch.inf), stable=True)
+    counts, ranked = active[order].double(), torch.where(active, values, 0.0).double()[order]
+    if num_groups == 1:
+        group = torch.zeros_like(order)
+    else:
+        group = _optimal_groups(ranked, counts, num_groups)
+    sums = torch.zeros(num_groups, dtype=torch.float64, device=values.device).index_add(0, group, ranked * counts)
+    sizes = torch.zeros_like(sums).index_add(0, group, counts)
+    means = (sums / sizes.clamp(min=1))[group]
+    return torch.where(active, torch.zeros_like(means).index_copy(0, order, means).to(values.dtype), 0.0)
+
+
+def _optimal_groups(ranked: Tensor, counts: Tensor, num_groups: int) -> Tensor:
+    """The group `[K]` of each of the sorted values, by dynamic programming over where a group ends."""
+    cost = _segment_costs(ranked, counts)
+    size = len(ranked)
+    position = torch.arange(size, device=ranked.device)
+    best = cost[0]  # [K]: of the first j + 1 values in one group
+    starts = []
+    for _ in range(num_groups - 1):
+        # One more group, from i to j, after the best of what lies before i.
+        before = torch.cat([best.new_full((1,), torch.inf), best[:-1]])
+        best, start = (before[:, None] + cost).min(dim=0)
+        starts.append(start)
+    group = torch.zeros_like(position)
+    end = position[-1:]
+    for start in reversed(starts):
+        first = start.index_select(0, end)
+        group = group + (position >= first)
+        end = first - 1
+    return group
+
+
+def _segment_costs(ranked: Tensor, counts: Tensor) -> Tensor:
+    """`[K, K]`: the sum of squared distances to their mean of the values from i to j, infinite for j < i."""
+    center = (ranked * counts).sum() / counts.sum().clamp(min=1)
+    shifted = (ranked - center) * counts
+    sums, squares, sizes = (torch.cat([one.new_zeros(1), one.cumsum(0)]) for one in (shifted, shifted.square(), counts))
+    total = sums[None, 1:] - sums[:-1, None]
+    number = (sizes[None, 1:] - sizes[:-1, None]).clamp(min=1)
+    cost = (squares[None, 1:] - squares[:-1, None] - total.square() / number).clamp(min=0)
+    size = len(ranked)
+    below = torch.ones(size, size, dtype=torch.bool, device=ranked.device).tril(-1)
+    return torch.where(below, torch.inf, cost)
