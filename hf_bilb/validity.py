@@ -90,8 +90,9 @@ class Validity:
                 return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
         if not math.isfinite(float(decision.auxiliary_loss)):
             return f"the auxiliary loss is {float(decision.auxiliary_loss)}{where}", "auxiliary_loss", False
-        if decision.weights is not None and not bool(decision.weights.isfinite().all()):
-            weights = decision.weights.tolist()
+        routed = decision.weights if self._objective.num_features > 0 else None
+        if routed is not None and not bool(routed.isfinite().all()):
+            weights = routed.tolist()
             return f"the weights are {weights}{where}: router_features are not finite", "router_features", False
         given = self._objective.lower_bounds
         bounds = [0.0] * len(values) if given is None else given.tolist()
