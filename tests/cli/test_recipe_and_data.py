@@ -41,7 +41,8 @@ def arguments(**trainer: Any) -> Any:
 )
 def test_its_direction_is_the_data_sets(metric: str, upwards: bool) -> None:
     assert arguments(metric_for_best_model=metric).greater_is_better is upwards
-    assert arguments(metric_for_best_model=metric, greater_is_better=upwards).greater_is_better is upwards
+    for said in (upwards, None):
+        assert arguments(metric_for_best_model=metric, greater_is_better=said).greater_is_better is upwards
     better = "higher" if upwards else "lower"
     with pytest.raises(
         OptionError, match=f"^trainer.greater_is_better: {not upwards} is wrong for .*better when {better}"
