@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_bilb.metrics.base import MetricError
 from hf_bilb.metrics.multi_task import delta_m
 from hf_bilb.metrics.roc_auc import roc_auc
-from hf_bilb.metrics.streaming import StreamingMetrics
+from hf_bilb.metrics.streaming import DELTA_M, StreamingMetrics, as_tensor
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, valid_labels
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
 
 #: Figures over all tasks, in the order of the result.
 MEANS = ("mean_f1", "mean_accuracy", "mean_roc_auc")
-DELTA_M = "delta_m"
 
 
 class MultiLabelMetrics(StreamingMetrics):
@@ -76,22 +75,6 @@ class MultiLabelMetrics(StreamingMetrics):
         self._counts = torch.zeros(4, len(self.task_names), dtype=torch.int64)
         self._batches: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add a batch; with `compute_result` return the metrics of everything since the last result, else nothing.
-
-        Raises:
-            MetricError: shapes that do not fit; with `compute_result`, a label that is neither 0 nor 1.
-        """
-        try:
-            self._add(_as_tensor("predictions", prediction.predictions), _as_tensor("labels", prediction.label_ids))
-            found = self._compute() if compute_result else {}
-        except BaseException:
-            self.reset()  # what is half added is no beginning for the next evaluation
-            raise
-        if compute_result:
-            self.reset()
-        return found
-
     def merge(self, other: MultiLabelMetrics) -> None:
         """Add what `other` has seen.
 
@@ -103,7 +86,8 @@ class MultiLabelMetrics(StreamingMetrics):
         self._counts += other._counts.to(self._counts.device)
         self._batches += other._batches
 
-    def _add(self, logits: Tensor, labels: Tensor) -> None:
+    def _add_batch(self, prediction: EvalPrediction) -> None:
+        logits, labels = as_tensor("predictions", prediction.predictions), as_tensor("labels", prediction.label_ids)
         if logits.ndim != 2 or logits.shape != labels.shape or logits.shape[1] != len(self.task_names):
             raise MetricError(
                 f"predictions {tuple(logits.shape)} and labels {tuple(labels.shape)}, "
@@ -166,11 +150,3 @@ def trivial_metrics(
     if single_task_f1 is not None:
         found[DELTA_M] = delta_m(f1.tolist(), single_task_f1, [True] * len(f1))
     return found
-
-
-def _as_tensor(name: str, values: Any) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
-    if isinstance(values, np.ndarray):
-        return torch.from_numpy(values)
-    raise MetricError(f"{name}: got {type(values).__name__}, expected a tensor or an array")

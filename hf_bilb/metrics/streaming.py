@@ -26,13 +26,33 @@ DELTA_M = "delta_m"
 class StreamingMetrics(ABC):
     """A `compute_metrics` for `TrainingArguments(batch_eval_metrics=True)`, which keeps statistics between batches."""
 
-    @abstractmethod
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add a batch; with `compute_result` return the metrics of everything since the last result, else nothing."""
+        """Add a batch; with `compute_result` return the metrics of everything since the last result, else nothing.
+
+        Raises:
+            MetricError: a batch whose shapes or types do not fit; with `compute_result`, labels that are none.
+        """
+        try:
+            self._add_batch(prediction)
+            found = self._compute() if compute_result else {}
+        except BaseException:
+            self.reset()  # what is half added is no beginning for the next evaluation
+            raise
+        if compute_result:
+            self.reset()
+        return found
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget what an evaluation that died has left."""
+        """Forget everything, such as what an evaluation that died has left."""
+
+    @abstractmethod
+    def _add_batch(self, prediction: EvalPrediction) -> None:
+        """Take in a batch."""
+
+    @abstractmethod
+    def _compute(self) -> dict[str, float]:
+        """The metrics of what was added since `reset`."""
 
 
 class TaskMetrics(StreamingMetrics):
@@ -96,23 +116,6 @@ class TaskMetrics(StreamingMetrics):
         self.keys = (*self._owners, *self._check_mean(), *self._check_base())
         self.reset()
 
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Add a batch; with `compute_result` return the metrics of everything since the last result, else nothing.
-
-        Raises:
-            MetricError: shapes or types of a batch that fit neither layout; with `compute_result`, task ids that are
-                none, or labels that are no class of their task.
-        """
-        try:
-            self._add(_as_tensor("predictions", _first(prediction.predictions)), prediction.label_ids)
-            found = self._compute() if compute_result else {}
-        except BaseException:
-            self.reset()  # what is half added is no beginning for the next evaluation
-            raise
-        if compute_result:
-            self.reset()
-        return found
-
     def reset(self) -> None:
         """Forget everything."""
         for accumulator in self.accumulators.values():
@@ -120,11 +123,12 @@ class TaskMetrics(StreamingMetrics):
         # Smallest and largest task id, so that a wrong one is found without reading every batch.
         self._extreme_ids = torch.zeros(2, dtype=torch.int64)
 
-    def _add(self, predictions: Tensor, label_ids: Any) -> None:
+    def _add_batch(self, prediction: EvalPrediction) -> None:
+        predictions, label_ids = as_tensor("predictions", _first(prediction.predictions)), prediction.label_ids
         if isinstance(label_ids, (tuple, list)):
             self._add_rows(predictions, *_rows(label_ids))
         else:
-            self._add_columns(predictions, _as_tensor("label_ids", label_ids))
+            self._add_columns(predictions, as_tensor("label_ids", label_ids))
 
     def _add_rows(self, predictions: Tensor, labels: Tensor, task_ids: Tensor) -> None:
         if predictions.ndim not in (1, 2) or not len(predictions) == len(labels) == len(task_ids):
@@ -254,7 +258,7 @@ def _rows(label_ids: Sequence[Any]) -> tuple[Tensor, Tensor]:
     expected = 'expected (labels [B], task_ids [B]), from label_names ["labels", "task_ids"] in this order'
     if len(label_ids) != 2:
         raise MetricError(f"label_ids: got {len(label_ids)} entries, {expected}")
-    labels, task_ids = _as_tensor("labels", label_ids[0]), _as_tensor("task_ids", label_ids[1])
+    labels, task_ids = as_tensor("labels", label_ids[0]), as_tensor("task_ids", label_ids[1])
     if labels.ndim != 1 or task_ids.ndim != 1 or task_ids.is_floating_point() or task_ids.dtype == torch.bool:
         got = " and ".join(f"{values.dtype} {tuple(values.shape)}" for values in (labels, task_ids))
         raise MetricError(f"label_ids: got {got}, {expected}")
@@ -266,7 +270,8 @@ def _first(predictions: Any) -> Any:
     return predictions[0] if isinstance(predictions, tuple) and predictions else predictions
 
 
-def _as_tensor(name: str, values: Any) -> Tensor:
+def as_tensor(name: str, values: Any) -> Tensor:
+    """What the Trainer hands over, a tensor or an array, as a tensor; raises `MetricError` for anything else."""
     if isinstance(values, Tensor):
         return values
     if isinstance(values, np.ndarray):

@@ -1,9 +1,9 @@
 """Accuracy, as a module of the library `evaluate`."""
 
-import datasets
 import evaluate
 
 from hf_bilb.metrics.classification import accuracy
+from hf_bilb.metrics.module_info import info_of_pairs
 
 _DESCRIPTION = "Share of examples whose class was predicted; NaN without any label."
 
@@ -38,15 +38,11 @@ class Accuracy(evaluate.Metric):
     """`hf_bilb.metrics.classification.accuracy` on what was added."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # One type for both: integers would cut 0.7 down to class 0, and have no NaN. And no format="numpy": that hands
-        # over float32.
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": number, "references": number}),
-            reference_urls=["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.accuracy_score.html"],
+        return info_of_pairs(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.accuracy_score.html"],
         )
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import datasets
 import evaluate
 
+from hf_bilb.metrics.module_info import info_of_pairs
 from hf_bilb.metrics.multi_task import delta_m, grouped_delta_m
 
 _DESCRIPTION = (
@@ -51,13 +51,8 @@ class DeltaM(evaluate.Metric):
     """`hf_bilb.metrics.multi_task.delta_m`, or with groups `grouped_delta_m`, on what was added."""
 
     def _info(self) -> evaluate.MetricInfo:
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": number, "references": number}),
-            reference_urls=["https://arxiv.org/abs/1904.08918", "https://arxiv.org/abs/2306.03792"],
+        return info_of_pairs(
+            _DESCRIPTION, _CITATION, _INPUTS, ["https://arxiv.org/abs/1904.08918", "https://arxiv.org/abs/2306.03792"]
         )
 
     def _compute(

@@ -1,9 +1,9 @@
 """F1, as a module of the library `evaluate`."""
 
-import datasets
 import evaluate
 
 from hf_bilb.metrics.classification import Average, f1_score
+from hf_bilb.metrics.module_info import info_of_pairs
 
 _DESCRIPTION = (
     "Harmonic mean of precision and recall; 0.0 for a class neither there nor predicted, NaN without any label."
@@ -42,15 +42,11 @@ class F1(evaluate.Metric):
     """`hf_bilb.metrics.classification.f1_score` on what was added."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # One type for both: integers would cut 0.7 down to class 0, and have no NaN. And no format="numpy": that hands
-        # over float32.
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": number, "references": number}),
-            reference_urls=["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.f1_score.html"],
+        return info_of_pairs(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.f1_score.html"],
         )
 
     def _compute(

@@ -1,9 +1,9 @@
 """Matthews' correlation coefficient, as a module of the library `evaluate`."""
 
-import datasets
 import evaluate
 
 from hf_bilb.metrics.classification import matthews_correlation
+from hf_bilb.metrics.module_info import info_of_pairs
 
 _DESCRIPTION = (
     "Correlation of predicted and actual classes, two or more; 0.0 where either is one class, NaN without labels."
@@ -39,15 +39,11 @@ class MatthewsCorrelation(evaluate.Metric):
     """`hf_bilb.metrics.classification.matthews_correlation` on what was added."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # One type for both: integers would cut 0.7 down to class 0, and have no NaN. And no format="numpy": that hands
-        # over float32.
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": number, "references": number}),
-            reference_urls=["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.matthews_corrcoef.html"],
+        return info_of_pairs(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.matthews_corrcoef.html"],
         )
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:

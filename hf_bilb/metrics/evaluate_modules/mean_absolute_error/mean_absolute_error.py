@@ -1,9 +1,9 @@
 """Mean absolute error, as a module of the library `evaluate`."""
 
-import datasets
 import evaluate
 import numpy as np
 
+from hf_bilb.metrics.module_info import info_of_pairs
 from hf_bilb.metrics.regression import mean_absolute_error
 
 _DESCRIPTION = "Mean of |prediction - reference|; NaN without any label."
@@ -39,17 +39,11 @@ class MeanAbsoluteError(evaluate.Metric):
     """`hf_bilb.metrics.regression.mean_absolute_error` on what was added."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # One type for both: integers would cut 0.7 down to class 0, and have no NaN. And no format="numpy": that hands
-        # over float32.
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": number, "references": number}),
-            reference_urls=[
-                "https://scikit-learn.org/stable/modules/generated/sklearn.metrics.mean_absolute_error.html"
-            ],
+        return info_of_pairs(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.mean_absolute_error.html"],
         )
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:

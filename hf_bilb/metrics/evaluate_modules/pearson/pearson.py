@@ -1,9 +1,9 @@
 """Pearson's correlation coefficient, as a module of the library `evaluate`."""
 
-import datasets
 import evaluate
 
 from hf_bilb.metrics.correlation import pearson
+from hf_bilb.metrics.module_info import info_of_pairs
 
 _DESCRIPTION = (
     "Pearson's correlation of predictions and references; 0.0 where either is constant, NaN without any label."
@@ -38,15 +38,11 @@ class Pearson(evaluate.Metric):
     """`hf_bilb.metrics.correlation.pearson` on what was added."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # One type for both: integers would cut 0.7 down to class 0, and have no NaN. And no format="numpy": that hands
-        # over float32.
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": number, "references": number}),
-            reference_urls=["https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.pearsonr.html"],
+        return info_of_pairs(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.pearsonr.html"],
         )
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:

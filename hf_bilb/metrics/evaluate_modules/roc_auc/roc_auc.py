@@ -1,8 +1,8 @@
 """Area under the ROC curve, as a module of the library `evaluate`."""
 
-import datasets
 import evaluate
 
+from hf_bilb.metrics.module_info import info_of_pairs
 from hf_bilb.metrics.roc_auc import roc_auc
 
 _DESCRIPTION = (
@@ -40,14 +40,11 @@ class RocAuc(evaluate.Metric):
     """`hf_bilb.metrics.roc_auc.roc_auc` on what was added."""
 
     def _info(self) -> evaluate.MetricInfo:
-        # One type for both: integers would have no NaN. And no format="numpy": that hands over float32.
-        number = datasets.Value("float64")
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": number, "references": number}),
-            reference_urls=["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.roc_auc_score.html"],
+        return info_of_pairs(
+            _DESCRIPTION,
+            _CITATION,
+            _INPUTS,
+            ["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.roc_auc_score.html"],
         )
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
