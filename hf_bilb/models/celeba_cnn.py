@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from hf_bilb.data.celeba import ATTRIBUTES
+from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
@@ -73,7 +74,7 @@ def _check_width(width: int) -> None:
         raise OptionError(f"width: {width} is not valid, expected 1 or more (the papers: 64)")
 
 
-class CelebaCnnModel(PreTrainedModel):
+class CelebaCnnModel(MultiTaskModel):
     """Predicts K binary attributes of an image; 5.2 million parameters at width 64.
 
     Batch normalisation needs two images or more in a training batch, and under several processes sees those of its
@@ -85,7 +86,6 @@ class CelebaCnnModel(PreTrainedModel):
     config_class = CelebaCnnConfig
     base_model_prefix = "celeba_cnn"
     main_input_name = "pixel_values"
-    accepts_loss_kwargs = False  # the losses are means over the valid items already; the Trainer shall not rescale
 
     def __init__(self, config: CelebaCnnConfig) -> None:
         super().__init__(config)
@@ -133,12 +133,8 @@ class CelebaCnnModel(PreTrainedModel):
         # A third to a half faster on a CPU; the weights follow by themselves.
         features = self.trunk(pixel_values.contiguous(memory_format=torch.channels_last))
         logits = self.heads(features)
-        output = MultiTaskOutput(logits=logits)
-        if labels is not None:
-            losses, num_items = masked_bce_with_logits(logits, labels)
-            output = MultiTaskOutput(losses, num_items, logits, router_features=features)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        losses = None if labels is None else masked_bce_with_logits(logits, labels)
+        return self._output(logits, losses, features, return_dict)
 
 
 def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:

@@ -10,7 +10,6 @@ and applied in here.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
-from transformers.utils import logging as transformers_logging
 
-from hf_bilb.data.text import pretrained_path
+from hf_bilb.models.base import check_dropout
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
+from hf_bilb.models.pretrained import (
+    EncoderModel,
+    as_encoder_config,
+    load_encoder,
+    pooler_argument,
+    read_encoder_config,
+)
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
 
@@ -50,12 +55,7 @@ class MultiTaskImageOptions:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_dropout(self.dropout)
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise OptionError(f"dropout: {dropout} is not valid, expected 0 <= dropout < 1")
+        check_dropout(self.dropout)
 
 
 class MultiTaskImageConfig(PretrainedConfig):
@@ -95,13 +95,13 @@ class MultiTaskImageConfig(PretrainedConfig):
     ) -> None:
         if pooling not in get_args(Pooling):
             raise OptionError(f"pooling: {pooling!r} is not valid, expected one of {', '.join(get_args(Pooling))}")
-        _check_dropout(dropout)
+        check_dropout(dropout)
         for key, values in (("image_mean", image_mean), ("image_std", image_std)):
             if len(values) != 3:
                 raise OptionError(f"{key}: {list(values)} is not valid, expected a number for each of 3 colours")
         if not min(image_std) > 0:
             raise OptionError(f"image_std: {list(image_std)} is not valid, expected numbers above 0")
-        self.encoder_config = _as_config(encoder_config)
+        self.encoder_config = as_encoder_config(encoder_config, "vit")
         self.num_features = self.num_router_features = num_features
         self.task_names = list(check_task_names(task_names))
         self.image_size = image_size
@@ -112,14 +112,7 @@ class MultiTaskImageConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def _as_config(encoder_config: PretrainedConfig | Mapping[str, Any] | None) -> PretrainedConfig:
-    if isinstance(encoder_config, PretrainedConfig):
-        return encoder_config
-    config: PretrainedConfig = AutoConfig.for_model(**{"model_type": "vit", **(encoder_config or {})})
-    return config
-
-
-class MultiTaskImageModel(PreTrainedModel):
+class MultiTaskImageModel(EncoderModel):
     """Predicts K binary attributes of an image.
 
     Cost: one forward and one backward pass of the encoder whatever K is; heads and losses are vectorised.
@@ -128,17 +121,13 @@ class MultiTaskImageModel(PreTrainedModel):
     config_class = MultiTaskImageConfig
     base_model_prefix = "image_encoder"
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the losses are means over the valid items already; the Trainer shall not rescale
-    # The encoder decides; as wrapper this class stands in no way.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: MultiTaskImageConfig) -> None:
         super().__init__(config)
         encoder_config = config.encoder_config
-        self.encoder = AutoModel.from_config(encoder_config, **_pooler_argument(encoder_config, config.pooling))
+        self.encoder = AutoModel.from_config(
+            encoder_config, **pooler_argument(encoder_config, config.pooling == "pooler")
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.heads = nn.Linear(config.num_features, len(config.task_names))
         self.post_init()
@@ -158,17 +147,11 @@ class MultiTaskImageModel(PreTrainedModel):
             OptionError: one line, when it cannot be loaded, is no image encoder, or does not take such images.
             MissingPackageError: its package is not installed.
         """
-        folder = pretrained_path(encoder, path)
-        try:
-            encoder_config = AutoConfig.from_pretrained(folder)
-            # In float32 also where they are stored in half precision: mixed precision is the Trainer's business.
-            encoder_config.dtype = torch.float32
-            pretrained = _pretrained(folder, encoder_config, arguments["pooling"])
-        except (OSError, ValueError) as error:
-            raise OptionError(f"{path}: {encoder!r} cannot be loaded: {' '.join(str(error).split())}") from None
+        folder, encoder_config = read_encoder_config(encoder, path)
+        with_pooler = arguments["pooling"] == "pooler"
+        pretrained = load_encoder(encoder, folder, encoder_config, path, with_pooler)
         if pretrained.main_input_name != "pixel_values":
             raise OptionError(f"{path}: {encoder!r} takes {pretrained.main_input_name}, expected an image encoder")
-        encoder_config.name_or_path = encoder  # no path of this machine in what is saved
         config = MultiTaskImageConfig(
             encoder_config,
             num_features=_count_features(pretrained, encoder, arguments["pooling"], arguments["image_size"]),
@@ -197,12 +180,8 @@ class MultiTaskImageModel(PreTrainedModel):
         mean, std = (_by_colour(values, pixel_values) for values in (self.config.image_mean, self.config.image_std))
         features = _pool(self.encoder(pixel_values=(pixel_values - mean) / std), self.config.pooling)
         logits = self.heads(self.dropout(features))
-        output = MultiTaskOutput(logits=logits)
-        if labels is not None:
-            losses, num_items = masked_bce_with_logits(logits, labels)
-            output = MultiTaskOutput(losses, num_items, logits, router_features=features)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        losses = None if labels is None else masked_bce_with_logits(logits, labels)
+        return self._output(logits, losses, features, return_dict)
 
 
 def _by_colour(values: Sequence[float], like: Tensor) -> Tensor:
@@ -243,34 +222,6 @@ def build_multi_task_image(
 
 
 # --- the pretrained encoder ---------------------------------------------------------------------------------------
-
-
-def _pretrained(folder: str, config: PretrainedConfig, pooling: Pooling) -> PreTrainedModel:
-    """The encoder with its weights.
-
-    Raises:
-        ValueError: some are missing in its files, and would be random.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it lists the heads that the encoder was pretrained with
-    try:
-        encoder, loaded = AutoModel.from_pretrained(
-            folder, config=config, dtype=config.dtype, output_loading_info=True, **_pooler_argument(config, pooling)
-        )
-    finally:
-        transformers_logging.set_verbosity(level)
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
-        advice = "; with pooling: mean it needs no pooler" if all("pooler" in key for key in missing) else ""
-        raise ValueError(f"its files lack {', '.join(missing[:3])}{advice}")
-    return encoder
-
-
-def _pooler_argument(config: PretrainedConfig, pooling: Pooling) -> dict[str, bool]:
-    """The argument that leaves out a pooling layer with weights, which nothing would train, where there is one."""
-    encoder_class = AutoModel._model_mapping[type(config)]
-    takes_it = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
-    return {"add_pooling_layer": pooling == "pooler"} if takes_it else {}
 
 
 def _count_features(encoder: PreTrainedModel, name: str, pooling: Pooling, image_size: int) -> int:

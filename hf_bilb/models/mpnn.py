@@ -18,8 +18,9 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
+from hf_bilb.models.base import MultiTaskModel, check_dropout, check_size
 from hf_bilb.models.graph_layers import EdgeConditionedMessage, GraphSizes, Set2Set
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.options import OptionError, nearest
@@ -41,18 +42,8 @@ class MpnnOptions:
 
     def __post_init__(self) -> None:
         for key in ("hidden_size", "edge_hidden_size", "num_messages", "num_readout_steps"):
-            _check_size(key, getattr(self, key))
-        _check_dropout(self.dropout)
-
-
-def _check_size(key: str, value: int) -> None:
-    if value < 1:
-        raise OptionError(f"{key}: {value} is not valid, expected 1 or more")
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise OptionError(f"dropout: {dropout} is not valid, expected 0 <= dropout < 1")
+            check_size(key, getattr(self, key))
+        check_dropout(self.dropout)
 
 
 class MpnnConfig(PretrainedConfig):
@@ -110,9 +101,9 @@ class MpnnConfig(PretrainedConfig):
             "num_readout_steps": num_readout_steps,
         }
         for key, value in sizes.items():
-            _check_size(key, value)
+            check_size(key, value)
             setattr(self, key, value)
-        _check_dropout(dropout)
+        check_dropout(dropout)
         if problem not in get_args(Problem):
             known = get_args(Problem)
             raise OptionError(
@@ -127,7 +118,7 @@ class MpnnConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class MpnnModel(PreTrainedModel):
+class MpnnModel(MultiTaskModel):
     """Predicts K numbers or logits of a graph.
 
     Cost: one forward and one backward whatever K is. With batches of 120 molecules of QM9 on one CPU core a training
@@ -138,7 +129,6 @@ class MpnnModel(PreTrainedModel):
     config_class = MpnnConfig
     base_model_prefix = "mpnn"
     main_input_name = "nodes"
-    accepts_loss_kwargs = False  # the losses are means over the valid items already; the Trainer shall not rescale
 
     def __init__(self, config: MpnnConfig) -> None:
         super().__init__(config)
@@ -189,12 +179,8 @@ class MpnnModel(PreTrainedModel):
             raise ValueError(f"num_nodes: got {len(num_nodes)}, expected one for each of {len(nodes)} graphs")
         hidden = self._graph_features(nodes, edges, edge_mask, GraphSizes(num_nodes, nodes.shape[1], nodes.device))
         logits = self.heads(self.dropout(hidden))
-        output = MultiTaskOutput(logits=logits)
-        if labels is not None:
-            losses, num_items = _LOSSES[self.config.problem](logits, labels)
-            output = MultiTaskOutput(losses, num_items, logits, router_features=hidden)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        losses = None if labels is None else _LOSSES[self.config.problem](logits, labels)
+        return self._output(logits, losses, hidden, return_dict)
 
     def _graph_features(self, nodes: Tensor, edges: Tensor, edge_mask: Tensor, sizes: GraphSizes) -> Tensor:
         """`[B, hidden_size]`, what all heads read."""

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from hf_bilb.data.qm9 import TARGETS
+from hf_bilb.models.base import MultiTaskModel, check_dropout, check_size
 from hf_bilb.models.heads import TaskHeads
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, masked_mse
 
 TASK_NAMES = tuple(target.name for target in TARGETS)
@@ -68,8 +68,7 @@ class Qm9MlpConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         _check_sizes(hidden_size, num_layers, head_size, dropout)
-        if num_features < 1:
-            raise OptionError(f"num_features: {num_features} is not valid, expected 1 or more")
+        check_size("num_features", num_features)
         self.num_features = num_features
         self.task_names = list(check_task_names(task_names))
         self.feature_means, self.feature_stds = feature_means, feature_stds
@@ -83,13 +82,11 @@ class Qm9MlpConfig(PretrainedConfig):
 
 def _check_sizes(hidden_size: int, num_layers: int, head_size: int, dropout: float) -> None:
     for key, value in (("hidden_size", hidden_size), ("num_layers", num_layers), ("head_size", head_size)):
-        if value < 1:
-            raise OptionError(f"{key}: {value} is not valid, expected 1 or more")
-    if not 0 <= dropout < 1:
-        raise OptionError(f"dropout: {dropout} is not valid, expected 0 <= dropout < 1")
+        check_size(key, value)
+    check_dropout(dropout)
 
 
-class Qm9MlpModel(PreTrainedModel):
+class Qm9MlpModel(MultiTaskModel):
     """Predicts K standardised properties from standardised descriptors.
 
     Cost: one forward and one backward whatever K is; heads and losses are vectorised over the tasks.
@@ -98,7 +95,6 @@ class Qm9MlpModel(PreTrainedModel):
     config_class = Qm9MlpConfig
     base_model_prefix = "qm9_mlp"
     main_input_name = "features"
-    accepts_loss_kwargs = False  # the losses are means over the valid items already; the Trainer shall not rescale
 
     def __init__(self, config: Qm9MlpConfig) -> None:
         super().__init__(config)
@@ -136,12 +132,8 @@ class Qm9MlpModel(PreTrainedModel):
         """
         hidden = self.trunk(features)
         logits = self.heads(hidden)
-        output = MultiTaskOutput(logits=logits)
-        if labels is not None:
-            losses, num_items = masked_mse(logits, labels)
-            output = MultiTaskOutput(losses, num_items, logits, router_features=hidden)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        losses = None if labels is None else masked_mse(logits, labels)
+        return self._output(logits, losses, hidden, return_dict)
 
     @torch.no_grad()
     def predict(self, descriptors: Tensor) -> Tensor:

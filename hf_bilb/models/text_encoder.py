@@ -21,16 +21,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from hf_bilb.data.text import pretrained_path
+from hf_bilb.models.base import check_dropout
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
+from hf_bilb.models.pretrained import (
+    EncoderModel,
+    as_encoder_config,
+    load_encoder,
+    pooler_argument,
+    read_encoder_config,
+)
 from hf_bilb.options import OptionError, nearest
 from hf_bilb.task_losses import check_task_names, masked_task_means
 
 Pooling = Literal["mean", "cls"]
-_ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class LoraOptions:
             raise OptionError(f"r: {self.r} is not valid, expected 1 or more")
         if not self.alpha > 0:
             raise OptionError(f"alpha: {self.alpha} is not valid, expected a number > 0")
-        _check_dropout(self.dropout)
+        check_dropout(self.dropout)
         if self.target_modules == ():
             raise OptionError("target_modules: is empty, expected names of layers, or null for peft's choice")
 
@@ -78,12 +83,7 @@ class MultiTaskTextOptions:
     lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
-        _check_dropout(self.dropout)
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise OptionError(f"dropout: {dropout} is not valid, expected 0 <= dropout < 1")
+        check_dropout(self.dropout)
 
 
 class MultiTaskTextConfig(PretrainedConfig):
@@ -116,12 +116,12 @@ class MultiTaskTextConfig(PretrainedConfig):
         encoder_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        encoder = _as_config(encoder_config)
+        encoder = as_encoder_config(encoder_config, "bert")
         if encoder.is_encoder_decoder:
             raise OptionError(f"encoder: {encoder.model_type!r} is an encoder-decoder, expected an encoder")
         if pooling not in get_args(Pooling):
             raise OptionError(f"pooling: {pooling!r} is not valid, expected one of {', '.join(get_args(Pooling))}")
-        _check_dropout(dropout)
+        check_dropout(dropout)
         self.encoder_config = encoder
         self.task_names = list(check_task_names(task_names))
         self.num_classes = list(num_classes)
@@ -145,14 +145,7 @@ class MultiTaskTextConfig(PretrainedConfig):
                 raise OptionError(f"num_classes: {classes} for {name!r} is not valid, expected 1 (a score) or more")
 
 
-def _as_config(encoder_config: PretrainedConfig | Mapping[str, Any] | None) -> PretrainedConfig:
-    if isinstance(encoder_config, PretrainedConfig):
-        return encoder_config
-    config: PretrainedConfig = AutoConfig.for_model(**{"model_type": "bert", **(encoder_config or {})})
-    return config
-
-
-class MultiTaskTextModel(PreTrainedModel):
+class MultiTaskTextModel(EncoderModel):
     """Predicts, for each text, the classes or the score of the text's own task.
 
     Cost: one forward and one backward pass of the encoder whatever K is, and K small matrix products.
@@ -161,34 +154,15 @@ class MultiTaskTextModel(PreTrainedModel):
     config_class = MultiTaskTextConfig
     base_model_prefix = "multi_task_text"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the losses are means over the labelled rows already; the Trainer shall not rescale
-    # The encoder decides; as wrapper this class stands in no way.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: MultiTaskTextConfig) -> None:
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config, **_without_pooler(config.encoder_config))
+        self.encoder = AutoModel.from_config(config.encoder_config, **pooler_argument(config.encoder_config, False))
         self._takes_token_types = "token_type_ids" in inspect.signature(self.encoder.forward).parameters
         self.dropout = nn.Dropout(config.dropout)
         for name, classes in zip(config.task_names, config.num_classes, strict=True):
             self.add_module(head_name(name), nn.Linear(config.num_router_features, classes))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`; on a CPU what is loaded computes bit for bit what was saved.
-
-        Tensors that lie in a safetensors file in memory are not aligned, and matrix products round otherwise then.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
-                tensor.data = tensor.data.clone()
-        return loaded
 
     @classmethod
     def from_encoder(cls, encoder: str, path: str = "encoder", **arguments: Any) -> MultiTaskTextModel:
@@ -203,21 +177,12 @@ class MultiTaskTextModel(PreTrainedModel):
             OptionError: one line, when it cannot be loaded or is no text encoder.
             MissingPackageError: its package is not installed.
         """
-        folder = pretrained_path(encoder, path)
-        try:
-            encoder_config = AutoConfig.from_pretrained(folder)
-            if getattr(encoder_config, "vocab_size", None) is None:
-                raise OptionError(f"{path}: {encoder!r} has no vocabulary, expected a text encoder")
-            # In float32 also where they are stored in half precision: mixed precision is the Trainer's business.
-            encoder_config.dtype = torch.float32
-            weights = _pretrained_weights(folder, encoder_config)
-        except (OSError, ValueError) as error:
-            if isinstance(error, OptionError):
-                raise
-            raise OptionError(f"{path}: {encoder!r} cannot be loaded: {' '.join(str(error).split())}") from None
-        encoder_config.name_or_path = encoder  # no path of this machine in what is saved
+        folder, encoder_config = read_encoder_config(encoder, path)
+        if getattr(encoder_config, "vocab_size", None) is None:
+            raise OptionError(f"{path}: {encoder!r} has no vocabulary, expected a text encoder")
+        pretrained = load_encoder(encoder, folder, encoder_config, path, with_pooler=False)
         model = cls(MultiTaskTextConfig(encoder_config, encoder_name=encoder, **arguments))
-        model.encoder.load_state_dict(weights)
+        model.encoder.load_state_dict(pretrained.state_dict())
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -258,12 +223,8 @@ class MultiTaskTextModel(PreTrainedModel):
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         pooled = self._pool(hidden, attention_mask)
         logits = self._own_logits(self.dropout(pooled), task_ids)
-        output = MultiTaskOutput(logits=logits)
-        if labels is not None:
-            losses, num_items = row_task_losses(logits, labels, task_ids, self.config.num_classes)
-            output = MultiTaskOutput(losses, num_items, logits, router_features=pooled)
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        losses = None if labels is None else row_task_losses(logits, labels, task_ids, self.config.num_classes)
+        return self._output(logits, losses, pooled, return_dict)
 
     def _pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -283,35 +244,9 @@ class MultiTaskTextModel(PreTrainedModel):
         return torch.stack(outputs, dim=1).gather(1, rows).squeeze(1)
 
 
-def _pretrained_weights(folder: str, config: PretrainedConfig) -> dict[str, Tensor]:
-    """The encoder's pretrained weights.
-
-    Raises:
-        ValueError: some are missing in its files, and would be random.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it lists the heads that the encoder was pretrained with
-    try:
-        encoder, loaded = AutoModel.from_pretrained(
-            folder, config=config, dtype=config.dtype, output_loading_info=True, **_without_pooler(config)
-        )
-    finally:
-        transformers_logging.set_verbosity(level)
-    if loaded["missing_keys"]:
-        raise ValueError(f"its files lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    return encoder.state_dict()
-
-
 def head_name(task: str) -> str:
     """The attribute that holds the task's head."""
     return f"head_{task}"
-
-
-def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
-    """The argument that leaves out BERT's and its relatives' second pooling layer, which nothing here would train."""
-    encoder_class = AutoModel._model_mapping[type(config)]
-    takes_it = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
-    return {"add_pooling_layer": False} if takes_it else {}
 
 
 def row_task_losses(

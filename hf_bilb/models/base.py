@@ -1,0 +1,61 @@
+"""What our models have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_bilb.models.outputs import MultiTaskOutput
+from hf_bilb.options import OptionError
+
+_ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
+
+
+class MultiTaskModel(PreTrainedModel):
+    """A model with K tasks whose forward returns a `MultiTaskOutput`."""
+
+    accepts_loss_kwargs = False  # the losses are means over the valid items already; the Trainer shall not rescale
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; on a CPU what is loaded computes bit for bit what was saved.
+
+        Tensors that lie in a safetensors file in memory are not aligned, and matrix products round otherwise then.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+                tensor.data = tensor.data.clone()
+        return loaded
+
+    def _output(
+        self, logits: Tensor, losses: tuple[Tensor, Tensor] | None, features: Tensor, return_dict: bool | None
+    ) -> MultiTaskOutput | tuple[Tensor, ...]:
+        """What `forward` returns.
+
+        Args:
+            logits: the predictions.
+            losses: `[K]` with num_items `[K]`; None without labels.
+            features: `[B, D]`, what the heads read; goes out with the losses alone.
+            return_dict: False for a plain tuple of what is there; None follows the config.
+        """
+        output = MultiTaskOutput(logits=logits)
+        if losses is not None:
+            output = MultiTaskOutput(*losses, logits, router_features=features)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+
+def check_size(key: str, value: int) -> None:
+    """Raise `OptionError` unless `value` is at least 1."""
+    if value < 1:
+        raise OptionError(f"{key}: {value} is not valid, expected 1 or more")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise `OptionError` unless `dropout` is in [0, 1)."""
+    if not 0 <= dropout < 1:
+        raise OptionError(f"dropout: {dropout} is not valid, expected 0 <= dropout < 1")
