@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
 from hf_bilb import distributed
-from hf_bilb.decision import Decision, WindowShare
+from hf_bilb.decision import WindowShare
 from hf_bilb.task_losses import TaskLossError, TaskLosses, valid_labels
 
 logger = logging.getLogger(__name__)
@@ -45,13 +45,6 @@ class AccumulationWindow:
         everywhere = self.everywhere[micro_batch]
         fraction = everywhere.sum() / self.everywhere.sum().clamp(min=1)
         return WindowShare(self.local[micro_batch] / totals, everywhere / totals, fraction, fraction, len(self.local))
-
-
-def share_of_window(batch: TaskLosses, decision: Decision, num_micro_batches: int) -> WindowShare:
-    """A micro-batch's share where the decision is the whole window's, on which F is reported in equal parts."""
-    part = torch.ones_like(decision.value) / num_micro_batches
-    local = batch.num_items / decision.num_items.clamp(min=1)
-    return WindowShare(local, part.expand_as(local), part, torch.ones_like(part), num_micro_batches)
 
 
 class ItemCounter:

@@ -57,6 +57,13 @@ class Decision(NamedTuple):
     valid: Tensor
 
 
+def share_of_window(batch: TaskLosses, decision: Decision, num_micro_batches: int) -> WindowShare:
+    """A micro-batch's share where the decision is the whole window's, on which F is reported in equal parts."""
+    part = torch.ones_like(decision.value) / num_micro_batches
+    local = batch.num_items / decision.num_items.clamp(min=1)
+    return WindowShare(local, part.expand_as(local), part, torch.ones_like(part), num_micro_batches)
+
+
 def surrogate_loss(batch: TaskLosses, decision: Decision, ranks: int, share: WindowShare | None = None) -> Tensor:
     """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
 

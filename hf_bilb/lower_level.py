@@ -17,49 +17,25 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb import distributed
 from hf_bilb.decision import NonFiniteLossError, local_share
 from hf_bilb.distributed import GlobalBatch
 from hf_bilb.objective import BilevelObjective, Derivatives, ObjectiveValue, Scalar
 from hf_bilb.options import OptionError
+from hf_bilb.passes import (
+    MicroBatch,
+    bare,
+    buffers_kept,
+    evaluate,
+    same_random_numbers,
+    summed_gradients,
+    summed_over_ranks,
+    whole_parameters,
+)
 from hf_bilb.task_losses import TaskLosses
 
-#: Runs the model on one micro-batch at its current parameters.
-MicroBatch = Callable[[], TaskLosses]
 Slope = Callable[[GlobalBatch], Derivatives]
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever forward passes inside do to the buffers of `model` (BatchNorm), they are as before afterwards; and so is
-    whether `DistributedDataParallel` will send them to all ranks at its next forward pass."""
-    kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    # A forward pass without gradients takes them for sent: the ranks' buffers would part.
-    wrapper = model if isinstance(model, DistributedDataParallel) else None
-    due = wrapper is not None and wrapper.require_forward_param_sync
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                buffer.copy_(value)
-                # A forward pass may have put another tensor in its place.
-                setattr(module, name, buffer)
-        if wrapper is not None:
-            wrapper.require_forward_param_sync = due
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model inside the wrapper of `DistributedDataParallel`."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class LowerLevel:
@@ -79,10 +55,7 @@ class LowerLevel:
     def __init__(self, model: nn.Module) -> None:
         self.given = model
         self.model = bare(model)
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-        if sharded or any(isinstance(parameter, DTensor) for parameter in named.values()):
-            raise OptionError("lower_level: a double loop needs whole parameters, which FSDP has sharded")
+        named = whole_parameters(model, "lower_level: a double loop")
         self._names = list(named)
         self._x = list(named.values())
         self.z = [parameter.detach().clone() for parameter in self._x]
@@ -118,44 +91,35 @@ class LowerLevel:
                     gradients = self._gradient(micro_batches, slope, with_features, group)
                 torch._foreach_add_(self.z, gradients, alpha=-inner_learning_rate)
             with self._at_z():
-                return distributed.reduce_losses(self._evaluate(micro_batches), with_features, group)
+                return distributed.reduce_losses(evaluate(micro_batches, self._x), with_features, group)
 
     def _gradient(
         self, micro_batches: Sequence[MicroBatch], slope: Slope, with_features: bool, group: dist.ProcessGroup | None
     ) -> list[Tensor]:
         """grad_z g, over all micro-batches and ranks, for each parameter."""
         single = len(micro_batches) == 1
-        with torch.enable_grad(), self._same_random_numbers():
-            parts = [micro_batches[0]()] if single else self._evaluate(micro_batches)
+        with torch.enable_grad(), same_random_numbers(self._x):
+            parts = [micro_batches[0]()] if single else evaluate(micro_batches, self._x)
         whole = distributed.reduce_losses(parts, with_features, group)
         derivatives = slope(whole)
         per_task = derivatives.coefficients / whole.num_items.clamp(min=1)
         gradient = derivatives.feature_gradient
         per_feature = None if gradient is None else gradient / whole.num_rows.clamp(min=1)
-        total = [torch.zeros_like(z) for z in self.z]
-        reached = False
-        with torch.enable_grad(), self._same_random_numbers():
-            for i, run in enumerate(micro_batches):
-                part = parts[i] if single else run()
-                scalar = local_share(part, per_task * part.num_items, per_feature)
-                found = torch.autograd.grad(scalar, self._x, allow_unused=True) if scalar.requires_grad else ()
-                for sum_, new in zip(total, found, strict=False):
-                    if new is not None:
-                        sum_ += new
-                        reached = True
+
+        def share(part: TaskLosses) -> Tensor:
+            return local_share(part, per_task * part.num_items, per_feature)
+
+        with torch.enable_grad(), same_random_numbers(self._x):
+            again = parts if single else (run() for run in micro_batches)
+            (found,) = summed_gradients(self._x, again, [share])
+        reached = any(one is not None for one in found)
         if not reached and any(bool(part.num_items.any()) for part in parts):
             raise OptionError(
                 "lower_level: the losses of reevaluate() do not depend on the trainable parameters of the bound model, "
                 "expected those of that model, with gradients"
             )
-        if distributed.data_parallel_size(group) > 1:
-            for gradient in total:
-                dist.all_reduce(gradient, group=group)
-        return total
-
-    def _evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[TaskLosses]:
-        with torch.no_grad(), self._same_random_numbers():
-            return [run() for run in micro_batches]
+        found = summed_over_ranks(found, self._x, group)
+        return [torch.zeros_like(z) if one is None else one for one, z in zip(found, self.z, strict=True)]
 
     @contextmanager
     def _at_z(self) -> Iterator[None]:
@@ -170,12 +134,6 @@ class LowerLevel:
     def _exchange(self) -> None:
         for i, parameter in enumerate(self._x):
             parameter.data, self.z[i] = self.z[i], parameter.data
-
-    @contextmanager
-    def _same_random_numbers(self) -> Iterator[None]:
-        devices = sorted({p.device.index for p in self._x if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices):
-            yield
 
     # --- state ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_bilb.lower_level import buffers_kept
+from hf_bilb.passes import buffers_kept
 from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLosses
 
@@ -58,7 +58,10 @@ class MicroBatches:
             self._states.append(RandomState.capture(self._device))
 
     def runs(self, model: nn.Module) -> list[Callable[[], TaskLosses]]:
-        """For each micro-batch a function that runs `model` on it once more and leaves the random generators alone."""
+        """For each micro-batch a function that runs `model` on it once more, drawing as the pass that counts does, and
+        leaves the random generators alone. Before that pass: a single micro-batch, or after `first_pass`."""
+        if not self._states and len(self.batches) == 1:
+            self._states.append(RandomState.capture(self._device))
         return [partial(self._run, model, i) for i in range(len(self.batches))]
 
     def _run(self, model: nn.Module, number: int) -> TaskLosses:

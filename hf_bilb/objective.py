@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,6 +39,10 @@ class ObjectiveValue(NamedTuple):
     clamped_share: Tensor | None = None
 
 
+#: F, or another function of an objective with its arguments.
+Scalar = Callable[[Tensor, Tensor, "Tensor | None"], ObjectiveValue]
+
+
 class Objective(nn.Module, ABC):
     """A method: F with its parameters theta (`nn.Parameter`) and its other state (buffers), all built in float64.
 
@@ -48,10 +52,25 @@ class Objective(nn.Module, ABC):
 
     #: True when F needs losses > 0 after normalization (a logarithm); checked before the model is touched.
     takes_logarithm: bool = False
+    #: True when F needs losses > 0 without taking their logarithm; checked likewise.
+    divides_by_losses: bool = False
     #: D, the length of the features that F looks at; 0 when it looks at none.
     num_features: int = 0
     #: L2 penalty on the method's own parameters, a part of their gradient.
     weight_decay: float = 0.0
+
+    def set_task_names(self, task_names: Sequence[str]) -> None:
+        """Called once, before the first loss, for methods whose options name tasks.
+
+        Raises:
+            OptionError: a name that is no task.
+        """
+        return
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether F needs losses > 0, or above `lower_bounds`."""
+        return self.takes_logarithm or self.divides_by_losses
 
     @property
     def lower_bounds(self) -> Tensor | None:
@@ -86,18 +105,49 @@ class HistoryObjective(Objective):
         return
 
 
-class ProgressObjective(Objective):
-    """A method whose parameters follow how far the losses have come, not dF/dtheta.
+class StepProgress(NamedTuple):
+    """What a step of the model has done to the losses; normalised, detached, finite everywhere.
 
-    They descend dP/dtheta at the losses before the model's step minus dP/dtheta at those after it, with P from
-    `progress`. The losses after it are those of the same batch, run once more, or those of the next update.
+    Attributes:
+        before: `[K]`, meaningless outside `active`.
+        after: `[K]`, meaningless outside `compared`.
+        active: bool `[K]`, the tasks that F ran over in that step.
+        compared: bool `[K]`, those of them whose losses after the step are known.
+        opposite: `[K]`, the losses after the opposite trial step; None where there was none.
     """
 
-    reevaluate: Literal["same_batch", "next_batch"] = "same_batch"
+    before: Tensor
+    after: Tensor
+    active: Tensor
+    compared: Tensor
+    opposite: Tensor | None = None
+
+
+class ProgressObjective(Objective):
+    """A method whose parameters follow how far a step has brought the losses, not dF/dtheta.
+
+    They descend dP/dtheta, with P from `progress`. The losses after the step are those of the same batch, run once
+    more; or those of the next update; or those after a trial step that is undone, before the update itself.
+    """
+
+    reevaluate: Literal["same_batch", "next_batch", "look_ahead"] = "same_batch"
+
+    def name_of(self, kind: str) -> str:
+        """How a recipe asks for `reevaluate` to be `kind`, for messages."""
+        return f"reevaluate: {kind!r}"
 
     @abstractmethod
-    def progress(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
-        """P, of which only dP/dtheta is looked at; arguments as in `forward`."""
+    def progress(self, step: StepProgress) -> Tensor:
+        """P, a scalar of which only dP/dtheta is looked at."""
+
+
+class LookAheadObjective(ProgressObjective):
+    """A method that with `reevaluate: look_ahead` tries steps other than the one that F asks for."""
+
+    @property
+    @abstractmethod
+    def trials(self) -> tuple[Scalar, ...]:
+        """One scalar, or two opposite ones; the gradient of each makes a trial step. Arguments as in `forward`."""
 
 
 class BilevelObjective(Objective):
@@ -148,9 +198,6 @@ class Derivatives(NamedTuple):
     feature_gradient: Tensor | None = None
 
 
-Scalar = Callable[[Tensor, Tensor, "Tensor | None"], ObjectiveValue]
-
-
 def differentiate(
     objective: Objective,
     normalization: Normalization,
@@ -185,3 +232,30 @@ def differentiate(
     detached = ObjectiveValue._make(None if field is None else field.detach() for field in output)
     of_features = None if features is None else filled.pop()
     return Derivatives(detached, torch.where(active, filled[0], 0.0), tuple(filled[1:]), of_features)
+
+
+def progress_gradients(
+    objective: ProgressObjective,
+    normalization: Normalization,
+    step: StepProgress,
+) -> tuple[Tensor, ...]:
+    """dP/dtheta for each parameter of the objective, of a step whose losses are not normalised yet.
+
+    Cost: one forward and backward of K numbers, no device synchronisation, no communication.
+    """
+
+    def normalised(losses: Tensor, known: Tensor) -> Tensor:
+        return normalization(torch.where(known, losses, 1.0)).detach()
+
+    opposite = None if step.opposite is None else normalised(step.opposite, step.compared)
+    known = StepProgress(
+        normalised(step.before, step.active),
+        normalised(step.after, step.compared),
+        step.active,
+        step.compared,
+        opposite,
+    )
+    parameters = list(objective.parameters())
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(objective.progress(known), parameters, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(parameters, gradients, strict=True))

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
@@ -86,6 +86,8 @@ def _convert(value: Any, annotation: Any, path: str) -> tuple[bool, Any]:
         return True, value
     if annotation is None or annotation is type(None):
         return value is None, None
+    if origin is Callable:
+        return callable(value), value
     if origin in (Union, types.UnionType):
         return _convert_union(value, arguments, path)
     if origin is Literal:
@@ -172,6 +174,8 @@ def describe_type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return "one of " + ", ".join(f'"{a}"' if isinstance(a, str) else repr(a) for a in arguments)
+    if origin is Callable:
+        return "a function"
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if annotation is None or annotation is type(None):

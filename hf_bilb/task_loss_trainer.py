@@ -14,8 +14,8 @@ from hf_bilb.accumulation import ItemCounter, batch_size
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
 from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
-from hf_bilb.lower_level import buffers_kept
 from hf_bilb.metrics.streaming import StreamingMetrics
+from hf_bilb.passes import buffers_kept
 from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
 from hf_bilb.trainer_checks import ForwardColumns, check_settings, resolve_task_names

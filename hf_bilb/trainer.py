@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import TrainOutput
 
 from hf_bilb import checkpointing, distributed
-from hf_bilb.accumulation import AccumulationWindow, share_of_window
+from hf_bilb.accumulation import AccumulationWindow
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
-from hf_bilb.decision import Decision, NonFiniteLossError
+from hf_bilb.decision import Decision, NonFiniteLossError, share_of_window
 from hf_bilb.diagnostics import LowerLevelDiagnostics
 from hf_bilb.micro_batches import MicroBatches
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
@@ -28,7 +29,7 @@ from hf_bilb.task_loss_trainer import TaskLossTrainer, tensors_in
 from hf_bilb.task_losses import TaskLosses
 from hf_bilb.task_sampler import build_task_sampler, set_sampler_epoch
 from hf_bilb.trainer_callback import BalancerCallback, pass_balancer
-from hf_bilb.trainer_checks import check_balancer, check_sampling, with_num_features
+from hf_bilb.trainer_checks import check_balancer, check_sampling, plain_optimizer, with_num_features
 from hf_bilb.update import Update
 from hf_bilb.validity import Phase
 
@@ -130,7 +131,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def _announce(self, batches: list) -> None:
         """These are the micro-batches of the next update, which `training_step` gets one after the other."""
         self._micro_batch = -1
-        replayed = self.balancer.needs_reevaluation or self.args.diagnostics is not None
+        balancer = self.balancer
+        replayed = balancer.needs_reevaluation or balancer.needs_look_ahead or self.args.diagnostics is not None
         self._micro_batches = MicroBatches(batches, self._forward, self.args.device, replayed)
         self._window: AccumulationWindow | None = None
         if not self._ordinary and len(batches) > 1 and self.args.balance_over == "micro_batch":
@@ -167,10 +169,42 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self.balancer.phase = self._phase()
         self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
         self._decision = None
-        if self.args.balance_over == "window" and len(self._micro_batches) > 1:
-            model.train()
-            if not self._is_ordinary(model, self._micro_batches.batches[0]):
-                self._decision = self._decide_for_window(model, self._update)
+        over_window = self.args.balance_over == "window" and len(self._micro_batches) > 1
+        if not over_window and not self.balancer.needs_look_ahead:
+            return
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers keep other parameters for evaluation
+        if self._is_ordinary(model, self._micro_batches.batches[0]):
+            return
+        losses = self._micro_batches.first_pass(model) if over_window else []
+        if self.balancer.needs_look_ahead:
+            self._look_ahead()
+        if over_window:
+            self._decision = self._decide_for_window(losses, self._update)
+
+    def _look_ahead(self) -> None:
+        """The step that the update will take, tried and undone: clipped and unscaled as the real one is."""
+        parameters, scaler = list(self.model.parameters()), self.accelerator.scaler
+
+        def clip() -> None:
+            if self.args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+
+        with self._step_named():
+            self.balancer.look_ahead(
+                self._micro_batches.runs(self.model),
+                before_step=clip,
+                loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            )
+
+    @contextmanager
+    def _step_named(self) -> Iterator[None]:
+        """What the balancer says of losses beside those of the batch gets the number of the step."""
+        try:
+            yield
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"step {self.state.global_step + 1}: {error}") from None
 
     def _phase(self) -> Phase:
         step, last = self.state.global_step, self.args.balancer_freeze_after
@@ -178,11 +212,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return "warmup"
         return "balancing" if last is None or step < last else "frozen"
 
-    def _decide_for_window(self, model: nn.Module, update: Update) -> Decision:
-        """F once, at the losses of all micro-batches together: one forward pass of each without gradients."""
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # schedule-free optimizers keep other parameters for evaluation
-        losses = self._micro_batches.first_pass(model)
+    def _decide_for_window(self, losses: list[TaskLosses], update: Update) -> Decision:
+        """F once, at the losses of all micro-batches together, of a first pass without gradients."""
         decision = self.balancer.decide(losses)
         has_auxiliary = any(batch.auxiliary_loss is not None for batch in losses)
         self._running_log.add(decision, decision.value + decision.auxiliary_loss, None, has_auxiliary)
@@ -266,7 +297,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             if self.accelerator.optimizer_step_was_skipped:
                 self.balancer.discard()
             else:
-                self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_reevaluation else None)
+                with self._step_named():
+                    self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_reevaluation else None)
             self._running_log.commit()
         self._update = self._decision = self._window = None
 
@@ -278,7 +310,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
 
     def begin_run(self) -> None:
         """At the start of a training loop: a fresh balancer unless one was just restored from a checkpoint."""
-        self.balancer.bind(self.model, self.optimizer)
+        self.balancer.bind(self.model, plain_optimizer(self.optimizer))
         if not self._restored:
             self.balancer.restart(self._initial_state)
             self._running_log.reset()

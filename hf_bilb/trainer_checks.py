@@ -6,12 +6,16 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from hf_bilb.balancers.bilb import BilbOptions
 from hf_bilb.balancers.registry import resolve_options
+from hf_bilb.objective import ProgressObjective
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.task_sampler import TaskSamplingOptions, example_tasks, refuse_other_sampling
@@ -59,15 +63,35 @@ def check_balancer(trainer: BilevelMTLTrainer) -> None:
             raise OptionError(f"{key}: the gradients of the inner loop are not scaled for fp16, use bf16 or float32")
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise OptionError(f"{key}: an inner loop over z is not valid with use_reentrant: true, expected false")
-    if balancer.needs_reevaluation and kind is not None:
-        raise OptionError(
-            f"balancer.reevaluate: 'same_batch' is not valid with {kind}, which shards the parameters, use 'next_batch'"
-        )
-    if balancer.needs_reevaluation and args.balance_over == "micro_batch" and args.gradient_accumulation_steps > 1:
-        what = "a double loop" if balancer.needs_model else "reevaluate: 'same_batch'"
+    if balancer.needs_reevaluation or balancer.needs_look_ahead:
+        _check_second_look(trainer, kind)
+
+
+def _check_second_look(trainer: BilevelMTLTrainer, sharded: str | None) -> None:
+    """Raise `OptionError` where a method that runs a batch once more cannot."""
+    args, objective = trainer.args, trainer.balancer.objective
+    what = "a double loop"
+    if isinstance(objective, ProgressObjective):
+        what = objective.name_of(objective.reevaluate)
+        if sharded is not None:
+            other = objective.name_of("next_batch")
+            raise OptionError(f"balancer.{what} is not valid with {sharded}, which shards the parameters, use {other}")
+    if args.balance_over == "micro_batch" and args.gradient_accumulation_steps > 1:
         raise OptionError(
             f"balance_over: 'micro_batch' is not valid with {what} under gradient accumulation, use 'window'"
         )
+    if not trainer.balancer.needs_look_ahead:
+        return
+    optimizer = OptimizerNames(args.optim).value
+    if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
+        raise OptionError(f"balancer.{what} is not valid with optim: {optimizer}, which steps in the backward pass")
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise OptionError(f"balancer.{what} is not valid with use_reentrant: true, expected false")
+
+
+def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, which skips steps and scales gradients."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def check_sampling(trainer: Trainer) -> TaskSamplingOptions | None:

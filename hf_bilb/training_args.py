@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from transformers import SchedulerType, TrainingArguments
 
-from hf_bilb.balancers.base import AbsentTasks
+from hf_bilb.balancers.driver import AbsentTasks
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.diagnostics import DiagnosticsOptions
 from hf_bilb.learning_rate import StepLROptions
@@ -110,6 +110,13 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         self.step_lr_options()
         name, options = self.balancer_name_and_options()
         resolve_options(name, options)
+        for key, value in options.items():
+            if callable(value):
+                # Settings are written into every run's folder and compared when it is resumed.
+                raise OptionError(
+                    f"balancer.{key}: {value!r} is an object in memory, expected its name: path/to/file.py:function or "
+                    "package.module:function"
+                )
 
     def _check_steps(self) -> None:
         self.balancer_warmup_steps = check_value(self.balancer_warmup_steps, int, "balancer_warmup_steps")

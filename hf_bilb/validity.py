@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.decision import Decision
+from hf_bilb.decision import Decision, NonFiniteLossError
 from hf_bilb.distributed import GlobalBatch
 from hf_bilb.normalization import Normalization
 from hf_bilb.objective import Objective
@@ -47,7 +47,7 @@ class Validity:
         if self._normalization.needs_positive_losses:
             frozen = phase == "frozen"
             valid = valid & ~self._normalization.outside_domain(losses, present, frozen).any()
-        if self._objective.takes_logarithm:
+        if self._objective.needs_positive_losses:
             bounds = self._objective.lower_bounds
             above = losses > (0 if bounds is None else bounds)
             valid = valid & torch.where(present, above, True).all()
@@ -81,40 +81,75 @@ class Validity:
             but none that the method can take (outside the domain of a logarithm, or so small that F overflows).
         """
         where = "" if step is None else f" at step {step}"
-        values = decision.losses.tolist()
-        present = [k for k, here in enumerate(decision.present.tolist()) if here]
-        for k in present:
-            if not math.isfinite(values[k]):
-                name = self._task_names[k]
-                advice = "fix the data or the model, or set nonfinite_loss: skip"
-                return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
+        not_finite = self._not_finite(decision.losses, decision.present, where)
+        if not_finite is not None:
+            return not_finite
         if not math.isfinite(float(decision.auxiliary_loss)):
             return f"the auxiliary loss is {float(decision.auxiliary_loss)}{where}", "auxiliary_loss", False
         routed = decision.weights if self._objective.num_features > 0 else None
         if routed is not None and not bool(routed.isfinite().all()):
             weights = routed.tolist()
             return f"the weights are {weights}{where}: router_features are not finite", "router_features", False
+        outside = self._outside_domain(decision.losses, decision.present, where)
+        if outside is not None:
+            return outside
+        values, coefficients = decision.losses.tolist(), decision.coefficients.tolist()
+        present = _numbers(decision.present)
+        largest = max(present, key=lambda k: values[k])  # finite numbers whose sum is not
+        k = next((k for k in present if not math.isfinite(coefficients[k])), largest)
+        found = f"the coefficient of task {self._task_names[k]!r} is {coefficients[k]}{where}"
+        return f"{found}: balancer {self._name!r} cannot balance a loss of {values[k]}", self._task_names[k], True
+
+    def check_after(self, whole: GlobalBatch, where: str) -> bool:
+        """Whether the losses after a step of the model are finite; one host read.
+
+        Raises:
+            NonFiniteLossError: they are, but none that the method can take.
+        """
+        if bool(self.valid(whole, whole.auxiliary_loss, "balancing")):
+            return True
+        if self._not_finite(whole.losses, whole.present, where) is None:
+            outside = self._outside_domain(whole.losses, whole.present, where)
+            if outside is not None:
+                raise NonFiniteLossError(outside[0])
+        return False
+
+    def _not_finite(self, losses: Tensor, present: Tensor, where: str) -> tuple[str, str, bool] | None:
+        values = losses.tolist()
+        for k in _numbers(present):
+            if not math.isfinite(values[k]):
+                name = self._task_names[k]
+                advice = "fix the data or the model, or set nonfinite_loss: skip"
+                return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
+        return None
+
+    def _outside_domain(self, losses: Tensor, present: Tensor, where: str) -> tuple[str, str, bool] | None:
+        """The loss furthest below what the method can take, where one is."""
+        if not (self._objective.needs_positive_losses or self._normalization.needs_positive_losses):
+            return None
+        values = losses.tolist()
         given = self._objective.lower_bounds
         bounds = [0.0] * len(values) if given is None else given.tolist()
-        k = min(present, key=lambda k: values[k] - bounds[k])
-        if values[k] > bounds[k] or not (self._objective.takes_logarithm or self._normalization.needs_positive_losses):
-            coefficients = decision.coefficients.tolist()
-            largest = max(present, key=lambda k: values[k])  # finite numbers whose sum is not
-            k = next((k for k in present if not math.isfinite(coefficients[k])), largest)
-            found = f"the coefficient of task {self._task_names[k]!r} is {coefficients[k]}{where}"
-            return f"{found}: balancer {self._name!r} cannot balance a loss of {values[k]}", self._task_names[k], True
-        normalization = f"has normalization: {self._normalization.kind}"
+        k = min(_numbers(present), key=lambda k: values[k] - bounds[k])
+        if values[k] > bounds[k]:
+            return None
         if given is not None and self._objective.takes_logarithm:
-            rule = f"but balancer {self._name!r} takes the logarithm of its distance to min_losses ({bounds[k]:g})"
-            advice = "set balancer.min_losses to a bound below every loss of the task"
-            return (
-                f"the loss of task {self._task_names[k]!r} is {values[k]}{where}, {rule}; {advice}",
-                (self._task_names[k]),
-                True,
-            )
-        cause = "takes logarithms" if self._objective.takes_logarithm else normalization
-        rule = f"but balancer {self._name!r} {cause}: losses must be > 0"
-        return f"the loss of task {self._task_names[k]!r} is {values[k]}{where}, {rule}", self._task_names[k], True
+            rule = f"takes the logarithm of its distance to min_losses ({bounds[k]:g})"
+            advice = "; set balancer.min_losses to a bound below every loss of the task"
+        else:
+            causes = {
+                "takes logarithms": self._objective.takes_logarithm,
+                "divides by the losses": self._objective.divides_by_losses,
+                f"has normalization: {self._normalization.kind}": True,
+            }
+            rule = next(cause for cause, holds in causes.items() if holds)
+            advice = ": losses must be > 0"
+        found = f"the loss of task {self._task_names[k]!r} is {values[k]}{where}"
+        return f"{found}, but balancer {self._name!r} {rule}{advice}", self._task_names[k], True
+
+
+def _numbers(mask: Tensor) -> list[int]:
+    return [k for k, here in enumerate(mask.tolist()) if here]
 
 
 def is_finite(total: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from hf_bilb.balancers import (
     go4align,
     imtl_l,
     linear_scalarization,
+    marigold,
     rlw,
     scale_invariant,
     stch,
@@ -19,6 +20,7 @@ from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.balancers.registry import (
     BalancerSpec,
+    Cost,
     build_balancer,
     get_balancer_spec,
     list_balancers,
@@ -29,6 +31,7 @@ from hf_bilb.balancers.registry import (
 __all__ = [
     "BalancerOptions",
     "BalancerSpec",
+    "Cost",
     "LossBalancer",
     "bilb",
     "build_balancer",
@@ -40,6 +43,7 @@ __all__ = [
     "imtl_l",
     "linear_scalarization",
     "list_balancers",
+    "marigold",
     "register_balancer",
     "resolve_options",
     "rlw",

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.balancers.options import BalancerOptions, LearningRate
-from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.discrepancy import Pairs, discrepancy, largest_slopes
 from hf_bilb.normalization import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.objective import BilevelObjective, Levels, ObjectiveValue
@@ -191,7 +191,13 @@ class BilbOptions(BalancerOptions):
 
 
 @register_balancer(
-    "bilb", options=BilbOptions, paper="Xiao et al., BiLB4MTL / LDC-MTL, arXiv 2502.08585, eq. 1-2, Algorithms 1 and 2"
+    "bilb",
+    options=BilbOptions,
+    paper="Xiao et al., BiLB4MTL / LDC-MTL, arXiv 2502.08585, eq. 1-2, Algorithms 1 and 2",
+    costs=(
+        Cost(1, 1, when="lower_level: single_loop"),
+        Cost("N + 2", "N + 1", "2d: z and its gradient", when="lower_level: {inner_steps: N, ...}"),
+    ),
 )
 class Bilb(BilevelObjective):
     """BiLB4MTL. State: the router's `logits [K]`, or `weight [K, D]` and `bias [K]`; in the double loop also z, a copy

@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.options import BalancerOptions, masked_sum
+from hf_bilb.balancers.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.options import OptionError
@@ -167,8 +167,6 @@ class DynamicWeightAverage(HistoryObjective):
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks."""
-        # Finite, so that no NaN arises where no task is active.
-        logits = torch.where(active, self.record.ratios() / self._temperature, torch.finfo(losses.dtype).min)
-        weights = torch.where(active, active.sum() * torch.softmax(logits, dim=0), 0.0)
+        weights = active.sum() * masked_softmax(self.record.ratios() / self._temperature, active)
         total = masked_sum(weights * losses, active)
         return ObjectiveValue(total / active.sum().clamp(min=1) if self.record.averages_tasks else total, weights)

@@ -26,9 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_sum
-from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.objective import ObjectiveValue, ProgressObjective
+from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
+from hf_bilb.balancers.registry import Cost, register_balancer
+from hf_bilb.objective import ObjectiveValue, ProgressObjective, StepProgress
 from hf_bilb.options import OptionError
 from hf_bilb.router import initial_values
 
@@ -64,7 +64,12 @@ class FamoOptions(BalancerOptions):
             )
 
 
-@register_balancer("famo", options=FamoOptions, paper="Liu et al., NeurIPS 2023 (arXiv 2306.03792), Algorithm 1")
+@register_balancer(
+    "famo",
+    options=FamoOptions,
+    paper="Liu et al., NeurIPS 2023 (arXiv 2306.03792), Algorithm 1",
+    costs=(Cost(2, 1, when="reevaluate: same_batch"), Cost(1, 1, when="reevaluate: next_batch")),
+)
 class Famo(ProgressObjective):
     """FAMO. State: `logits [K]`, trainable, zero at the start; with `next_batch` the last update's losses.
 
@@ -95,16 +100,15 @@ class Famo(ProgressObjective):
         value = masked_sum(weights * distances.log(), active) / torch.where(scale > 0, scale, 1.0)
         return ObjectiveValue(value, weights=weights)
 
-    def progress(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
-        """P = sum_k z_k stopgrad(log D_k), whose gradient is J^T log D."""
-        logarithms = self._distances(losses, active).log().detach()
-        return ObjectiveValue(masked_sum(self._weights(active) * logarithms, active))
+    def progress(self, step: StepProgress) -> Tensor:
+        """P = sum_k z_k stopgrad(log D_k - log D'_k), whose gradient is J^T (log D - log D')."""
+        there = step.compared
+        fallen = self._distances(step.before, there).log() - self._distances(step.after, there).log()
+        return masked_sum(self._weights(there) * fallen.detach(), there)
 
     def _weights(self, active: Tensor) -> Tensor:
         """z `[K]`, the softmax over the active tasks, zero elsewhere."""
-        # Finite, so that no NaN arises where no task is active.
-        lowest = torch.finfo(self.logits.dtype).min
-        return torch.where(active, torch.softmax(torch.where(active, self.logits, lowest), dim=0), 0.0)
+        return masked_softmax(self.logits, active)
 
     def _distances(self, losses: Tensor, active: Tensor) -> Tensor:
         """D `[K]`; the logarithm of a placeholder must stay finite, or its zero gradient becomes NaN."""

@@ -48,14 +48,19 @@ class BalancerOptions:
         if self.coefficient_floor is not None and not 0 <= self.coefficient_floor <= 1:
             raise OptionError(f"coefficient_floor: {self.coefficient_floor} is not valid, expected a share in [0, 1]")
 
-    def require_positive_normalization(self, name: str) -> None:
+    def require_positive_normalization(self, name: str, why: str = "takes the logarithm itself") -> None:
         """Raise `OptionError` for `normalization: log` (negative values) in a method that takes logarithms."""
         if self.normalization == "log":
-            raise OptionError(
-                f"normalization: 'log' is not valid, expected another one: {name} takes the logarithm itself"
-            )
+            raise OptionError(f"normalization: 'log' is not valid, expected another one: {name} {why}")
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
     return torch.where(mask, values, 0.0).sum()
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """The softmax of `scores [K]` over those in `mask [K]`, zero elsewhere and where there is none."""
+    # Finite, so that no NaN arises where nothing is in the mask.
+    lowest = torch.finfo(scores.dtype).min
+    return torch.where(mask, torch.softmax(torch.where(mask, scores, lowest), dim=0), 0.0)

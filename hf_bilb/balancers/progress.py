@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.distributed import GlobalBatch
-from hf_bilb.lower_level import MicroBatch, buffers_kept
-from hf_bilb.objective import Derivatives, ProgressObjective, Scalar
+from hf_bilb.normalization import Normalization
+from hf_bilb.objective import ProgressObjective, StepProgress, progress_gradients
 from hf_bilb.options import OptionError
+from hf_bilb.passes import MicroBatch, buffers_kept
+from hf_bilb.validity import Validity
 
 
 class Progress(nn.Module):
@@ -50,16 +52,18 @@ class Progress(nn.Module):
 
 
 class Follower:
-    """Steps the parameters of a `ProgressObjective` by dP/dtheta before the model's step minus dP/dtheta after it.
+    """Steps the parameters of a `ProgressObjective` by what a step of the model has done to the losses.
 
     Args:
         objective: the method.
         num_tasks: K.
-        differentiate: differentiates a scalar of the objective's at global losses, over the active tasks.
+        normalization: of the losses.
         optimizer: of the objective's parameters.
+        validity: says which losses the method can take.
+        known_losses: global losses `[K]` in which the last known ones stand for those of absent tasks.
 
     Attributes:
-        progress: the state of `next_batch`; None for `same_batch`.
+        progress: the state of `next_batch`; None for the others.
         model: what `same_batch` runs, where it is known: its buffers (BatchNorm) are then kept.
     """
 
@@ -67,12 +71,16 @@ class Follower:
         self,
         objective: ProgressObjective,
         num_tasks: int,
-        differentiate: Callable[[GlobalBatch, Tensor, Scalar], Derivatives],
+        normalization: Normalization,
         optimizer: OwnOptimizer,
+        validity: Validity,
+        known_losses: Callable[[GlobalBatch], Tensor],
     ) -> None:
         self._objective = objective
-        self._differentiate = differentiate
+        self._normalization = normalization
         self._optimizer = optimizer
+        self._validity = validity
+        self._known_losses = known_losses
         self.progress = Progress(num_tasks) if objective.reevaluate == "next_batch" else None
         self.model: nn.Module | None = None
 
@@ -80,8 +88,9 @@ class Follower:
         """Before F is evaluated: compare the last update with this one (of several micro-batches: the first)."""
         progress = self.progress
         if progress is not None and progress.due:
-            last = whole._replace(losses=progress.losses, present=progress.active)
-            self._step(last, whole, active & progress.active)
+            compared = active & progress.active
+            step = StepProgress(progress.losses, self._known_losses(whole), progress.active, compared)
+            self._step(step, whole.num_items)
             progress.due = False
 
     def end(
@@ -100,21 +109,39 @@ class Follower:
 
         Raises:
             OptionError: `same_batch` without `micro_batches`.
+            NonFiniteLossError: a loss after the step is none that the method can take.
         """
         self._optimizer.discard()  # dF/dtheta, which is zero
+        if self._objective.reevaluate == "look_ahead":
+            return
         if self.progress is not None:
             self.progress.remember(last_losses, active)
             return
         if micro_batches is None:
+            name_of = self._objective.name_of
             raise OptionError(
-                "reevaluate: 'same_batch' needs balancer.step(reevaluate=lambda: model(batch)), 'next_batch' does not"
+                f"{name_of('same_batch')} needs balancer.step(reevaluate=lambda: model(batch)), "
+                f"{name_of('next_batch')} does not"
             )
         with torch.no_grad(), nullcontext() if self.model is None else buffers_kept(self.model):
             again = distributed.reduce_losses([run() for run in micro_batches], False, group)
-        self._step(whole, again, active)
+        self.learn(whole, [again], active, " after the model's step")
 
-    def _step(self, before: GlobalBatch, after: GlobalBatch, active: Tensor) -> None:
-        slopes = [self._differentiate(losses, active, self._objective.progress) for losses in (before, after)]
-        first, second = (slope.parameter_gradients for slope in slopes)
-        self._optimizer.accumulate([b - a for b, a in zip(first, second, strict=True)], after.num_items)
+    def learn(self, before: GlobalBatch, after: Sequence[GlobalBatch], active: Tensor, where: str) -> None:
+        """Compare one batch's losses before a step and after it, or after two opposite ones.
+
+        Losses that are not finite teach nothing. One host read for each of `after`.
+
+        Raises:
+            NonFiniteLossError: a loss is finite, but none that the method can take; the message says `where`.
+        """
+        if not all(self._validity.check_after(losses, where) for losses in after):
+            return
+        first, *rest = (self._known_losses(losses) for losses in after)
+        step = StepProgress(self._known_losses(before), first, active, active, rest[0] if rest else None)
+        self._step(step, before.num_items)
+
+    def _step(self, step: StepProgress, num_items: Tensor) -> None:
+        gradients = progress_gradients(self._objective, self._normalization, step)
+        self._optimizer.accumulate(gradients, num_items)
         self._optimizer.step()

@@ -13,27 +13,52 @@ from hf_bilb.options import OptionError, parse_options, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:
-    from hf_bilb.balancers.base import AbsentTasks, LossBalancer
+    from hf_bilb.balancers.base import LossBalancer
+    from hf_bilb.balancers.driver import AbsentTasks
     from hf_bilb.balancers.options import BalancerOptions
 
 ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one update costs beside the model's optimizer step, for one choice of options.
+
+    Attributes:
+        forwards: passes of the model over the batch, a number or a formula (`"N + 2"`).
+        backwards: likewise.
+        memory: what is kept beside one step's graph and gradients; d is the number of trainable parameters.
+        when: the options that this is the cost with, as in a recipe; empty: always.
+    """
+
+    forwards: int | str
+    backwards: int | str
+    memory: str = "none"
+    when: str = ""
+
+    def __str__(self) -> str:
+        """`2F + 1B`, `(N + 2)F + (N + 1)B`."""
+        passes = (str(number) for number in (self.forwards, self.backwards))
+        forwards, backwards = (text if text.isalnum() else f"({text})" for text in passes)
+        return f"{forwards}F + {backwards}B"
+
+
+@dataclass(frozen=True)
 class BalancerSpec:
-    """A registered method: its name in recipes, its objective, its options and where it comes from."""
+    """A registered method: its name in recipes, its objective and options, where it comes from, what it costs."""
 
     name: str
     objective: type[Objective]
     options: type[BalancerOptions]
     paper: str
+    costs: tuple[Cost, ...]
 
 
 _REGISTRY: dict[str, BalancerSpec] = {}
 
 
 def register_balancer(
-    name: str, *, options: type[BalancerOptions], paper: str
+    name: str, *, options: type[BalancerOptions], paper: str, costs: Sequence[Cost] = (Cost(1, 1),)
 ) -> Callable[[ObjectiveClass], ObjectiveClass]:
     """Class decorator that makes an `Objective` available under `name`, in Python and in recipes.
 
@@ -41,6 +66,7 @@ def register_balancer(
         name: how recipes call it.
         options: a frozen, keyword-only dataclass that extends `BalancerOptions`; its fields are the recipe's keys.
         paper: the source, with the equation.
+        costs: of an update, one entry for each choice of options that changes them; the cheapest there is by default.
 
     Raises:
         ValueError: when `name` is taken.
@@ -50,7 +76,7 @@ def register_balancer(
         if name in _REGISTRY:
             taken = _REGISTRY[name].objective
             raise ValueError(f"balancer {name!r} is already registered, by {taken.__module__}.{taken.__qualname__}")
-        _REGISTRY[name] = BalancerSpec(name, objective, options, paper)
+        _REGISTRY[name] = BalancerSpec(name, objective, options, paper, tuple(costs))
         return objective
 
     return register
@@ -120,6 +146,7 @@ def build_balancer(
     resolved = resolve_options(name, {**given, **options})
     try:
         objective = spec.objective(len(names), resolved)
+        objective.set_task_names(names)
     except OptionError as error:
         raise OptionError(f"balancer.{error}") from None
     return LossBalancer(

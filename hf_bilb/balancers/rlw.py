@@ -14,14 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from hf_bilb.balancers.options import BalancerOptions, masked_sum
+from hf_bilb.balancers.draws import NormalDraws
+from hf_bilb.balancers.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.objective import HistoryObjective, ObjectiveValue
-
-_64_BITS = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,38 +40,13 @@ class RandomWeighting(HistoryObjective):
 
     def __init__(self, num_tasks: int, options: RandomOptions) -> None:
         super().__init__()
-        self._num_tasks = num_tasks
-        self._seed = options.seed
-        self._generator = torch.Generator()
-        self._updates = 0
+        self.draws = NormalDraws(num_tasks, options.seed)
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks, always with the same weights between two updates."""
-        self._generator.manual_seed(_mixed(self._seed, self._updates))
-        drawn = torch.randn(self._num_tasks, generator=self._generator, dtype=torch.float64)
-        # From ordinary memory a copy of this size is staged at once; a blocking one would wait for the device.
-        noise = drawn.to(losses.dtype).to(losses.device, non_blocking=True)
-        # Finite, so that no NaN arises where no task is active.
-        noise = torch.where(active, noise, torch.finfo(noise.dtype).min)
-        weights = torch.where(active, torch.softmax(noise, dim=0), 0.0)
+        weights = masked_softmax(self.draws(losses), active)
         return ObjectiveValue(masked_sum(weights * losses, active), weights=weights)
 
     def end_update(self) -> None:
         """The next update draws anew."""
-        self._updates += 1
-
-    def get_extra_state(self) -> Tensor:
-        """The number of updates, as a part of the state."""
-        return torch.tensor(self._updates)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the number of updates."""
-        self._updates = int(state)
-
-
-def _mixed(seed: int, count: int) -> int:
-    """A seed from two numbers (splitmix64): the generator takes neighbouring seeds to similar first draws."""
-    mixed = (seed * 0xD1342543DE82EF95 + (count + 1) * 0x9E3779B97F4A7C15) & _64_BITS
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64_BITS
-    return mixed ^ (mixed >> 31)
+        self.draws.end_update()

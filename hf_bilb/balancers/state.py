@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.balancers.inner_loop import InnerLoop
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.lower_level import LowerLevel
 from hf_bilb.task_losses import TaskLossError
@@ -19,13 +20,17 @@ class BalancerState:
     """Saving and restoring; `LossBalancer` is its only subclass.
 
     The subclass sets `_parts`, the modules whose parameters and buffers are state; `_optimizer`, whose moments are;
-    `_lower_level`, z of a double loop or None; `_epoch`.
+    `_inner`, whose `level` is z of a double loop or None; `_epoch`.
     """
 
     _parts: nn.ModuleDict
     _optimizer: OwnOptimizer
-    _lower_level: LowerLevel | None
+    _inner: InnerLoop | None
     _epoch: int
+
+    @property
+    def _lower_level(self) -> LowerLevel | None:
+        return None if self._inner is None else self._inner.level
 
     def snapshot(self) -> dict[str, Tensor]:
         """`state_dict()` without z, which only `step` changes: what an update that is dropped has to bring back."""

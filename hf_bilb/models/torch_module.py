@@ -15,19 +15,15 @@ set's (`TaskData.task_loss_func`).
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_bilb.options import OptionError, nearest
+from hf_bilb.references import check_reference, load_reference
 
 
 @dataclass(frozen=True)
@@ -46,11 +42,7 @@ class TorchModuleOptions:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        source, _, name = self.factory.rpartition(":")
-        if not source or not name.isidentifier():
-            raise OptionError(
-                f"factory: {self.factory!r} is not valid, expected path/to/file.py:function or package.module:function"
-            )
+        check_reference(self.factory, "factory")
 
 
 def build_torch_module(options: TorchModuleOptions, /, **dictated: Any) -> nn.Module:
@@ -67,7 +59,7 @@ def build_torch_module(options: TorchModuleOptions, /, **dictated: Any) -> nn.Mo
             else than a module was returned; later, from its forward, where that returns no `[B, K]`. What the file's
             own code raises when called comes through as it is.
     """
-    factory = _load(options.factory)
+    factory = load_reference(options.factory, "model.factory")
     arguments = _arguments(factory, options, dictated)
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
@@ -109,41 +101,6 @@ class _NamedLogits:
                 "a column for each task"
             )
         return {"logits": output}
-
-
-def _load(factory: str) -> Callable[..., Any]:
-    source, _, name = factory.rpartition(":")
-    try:
-        module = _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except OptionError:
-        raise
-    except Exception as error:
-        where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-        message = " ".join(str(error).split())
-        raise OptionError(
-            f"model.factory: {source} cannot be imported: {type(error).__name__}: {message}{where}"
-        ) from error
-    known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    found = getattr(module, name, None)
-    if found is None:
-        raise OptionError(f"model.factory: {source} has no {name!r}{nearest(name, known)}")
-    if not callable(found):
-        raise OptionError(
-            f"model.factory: {name!r} in {source} is {type(found).__name__}, expected a function or class"
-        )
-    return found
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        near = nearest(path.name, [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else [])
-        raise OptionError(f"model.factory: there is no file {str(path)!r}{near}, seen from {str(Path.cwd())!r}")
-    name = f"hf_bilb_factory_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # a file's, by its suffix .py
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def _arguments(factory: Callable[..., Any], options: TorchModuleOptions, dictated: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -117,6 +118,44 @@ def replay_penalty(case: dict[str, Any], balancer: LossBalancer) -> dict[str, np
             for name, value in zip(double[1:], (*levels, *gradients), strict=True):
                 record[name].append(value.numpy())
     record["params"].append(flat(model.parameters()))
+    return {key: np.stack(rows) for key, rows in record.items()}
+
+
+def replay_marigold(case: dict[str, Any], balancer: LossBalancer) -> dict[str, np.ndarray]:
+    """MARIGOLD with the recorded directions; u and v stand before each step and at the end."""
+    model = ProblemR(case)
+    cls = torch.optim.Adam if case["ll"] == "adam" else torch.optim.SGD
+    optimizer = cls(model.parameters(), lr=case["lr_ll"])
+    balancer.bind(model, optimizer)
+    names = ("losses", "losses_perturbed", "applied", "params", "u", "v")
+    record: dict[str, list[np.ndarray]] = {name: [] for name in names}
+
+    def snapshot() -> None:
+        state = balancer.state_dict()
+        record["params"].append(flat(model.parameters()))
+        record["u"].append(state["objective.logits"].numpy())
+        record["v"].append(state["objective.worst_logits"].numpy())
+
+    def run(t: int) -> Tensor:
+        losses = model(t)
+        seen.append(losses.detach().numpy().copy())
+        return losses
+
+    for t in range(case["T"]):
+        snapshot()
+        seen: list[np.ndarray] = []
+        direction = torch.from_numpy(case["u_dir"][t])
+        with mock.patch.object(balancer.objective.draws, "forward", lambda like, direction=direction: direction):
+            balancer.look_ahead(lambda t=t: run(t))
+            optimizer.zero_grad()
+            losses = model(t)
+            balancer.backward(losses)
+            optimizer.step()
+            balancer.step(reevaluate=lambda t=t: run(t))
+        record["losses"].append(losses.detach().numpy())
+        record["losses_perturbed"].append(seen[-1])
+        record["applied"].append(balancer.coefficients.numpy().copy())
+    snapshot()
     return {key: np.stack(rows) for key, rows in record.items()}
 
 

@@ -197,6 +197,29 @@ def test_a_loss_at_its_bound_is_named_with_what_to_set() -> None:
     )
 
 
+def test_a_loss_that_the_step_brings_to_its_bound_is_named_too() -> None:
+    balancer = build_balancer("famo", task_names=["seg", "depth"], min_losses=[0.1, 0.25], dtype=torch.float64)
+    balancer.backward(torch.tensor([0.2, 0.3], dtype=torch.float64, requires_grad=True))
+    with pytest.raises(NonFiniteLossError) as raised:
+        balancer.step(reevaluate=lambda: torch.tensor([0.2, 0.2], dtype=torch.float64))
+    assert str(raised.value) == (
+        "the loss of task 'depth' is 0.2 after the model's step, but balancer 'famo' takes the logarithm of its "
+        "distance to min_losses (0.25); set balancer.min_losses to a bound below every loss of the task"
+    )
+
+
+def test_losses_that_are_not_finite_after_the_step_teach_nothing() -> None:
+    # The next update's own losses will say so, as `nonfinite_loss` has it.
+    balancer = famo()
+    update(balancer, rows(1)[0], rows(1, seed=1)[0])
+    before = balancer.state_dict()
+    balancer.backward(rows(1)[0].clone().requires_grad_())
+    balancer.step(reevaluate=lambda: torch.tensor([1.0, torch.nan, 2.0], dtype=torch.float64))
+    after = balancer.state_dict()
+    kept = [key for key in before if key.startswith(("objective.", "optimizer."))]
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_bilb import build_balancer
-from tests.balancers.reference import FOLDER, load, replay, replay_features, replay_penalty
+from tests.balancers.reference import FOLDER, load, replay, replay_features, replay_marigold, replay_penalty
 
 TOLERANCE = 1e-9
 #: Of files whose reference works in float32 inside, relative to the largest number of a kind.
@@ -64,11 +64,13 @@ def options_of(name: str, case: dict, written_out: bool) -> tuple[str, dict, str
 FILES = sorted(path.stem for path in FOLDER.glob("*.npz"))
 FEATURES = [name for name in FILES if name.startswith(("ldc_city", "ldc_nyu"))]
 PENALTY = [name for name in FILES if name.startswith("ldc_penalty")]
-CASES = [name for name in FILES if name not in (*FEATURES, *PENALTY) and not name.startswith(("toy", "metrics"))]
+MARIGOLD = [name for name in FILES if name.startswith("marigold")]
+OTHERS = (*FEATURES, *PENALTY, *MARIGOLD)
+CASES = [name for name in FILES if name not in OTHERS and not name.startswith(("toy", "metrics"))]
 
 
 def test_all_reference_files_are_here() -> None:
-    assert (len(CASES), len(FEATURES), len(PENALTY)) == (31, 6, 3), FILES
+    assert (len(CASES), len(FEATURES), len(PENALTY), len(MARIGOLD)) == (31, 6, 3, 4), FILES
 
 
 # What the presets of the feature routers say, written out; `city_v1` is the first public version of Cityscapes.
@@ -129,6 +131,24 @@ def test_trajectory_of_the_penalty_form(name: str) -> None:
     compare(name, ours, {key: case[key] for key in ours})
     logits = balancer.state_dict()["objective.router.logits"].numpy()
     assert np.abs(logits - case["W_final"]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", MARIGOLD)
+def test_trajectory_of_marigold(name: str) -> None:
+    case = load(name)
+    own = {"beta": case["beta"], "perturbation": case["r"], "learning_rate": case["lr_ul"], "initial": 0.0}
+    mode = name.split("_")[1]
+    balancer = build_balancer("marigold", case["K"], dtype=torch.float64, mode=mode, **own)
+    ours = replay_marigold(case, balancer)
+    reference = {key: case[key] for key in ("losses", "losses_perturbed", "params")}
+    for key in ("u", "v"):
+        reference[key] = np.concatenate([case[key], case[f"{key}_final"][None]])
+    if mode == "commit":
+        reference["applied"] = case["lam"] + case["r"] * case["u_dir"]
+    else:
+        scores = np.exp(case["beta"] * reference["u"][1:] / case["losses"])
+        reference["applied"] = scores / scores.sum(axis=1, keepdims=True)
+    compare(name, ours, reference)
 
 
 def method_of(name: str) -> str:

@@ -76,7 +76,7 @@ def test_a_dropped_update_is_drawn_again() -> None:
     with pytest.raises(NonFiniteLossError):
         balancer.backward(ROW.where(ROW < 2, torch.nan).requires_grad_())
     balancer.step()
-    assert torch.equal(balancer.state_dict()["objective._extra_state"], before["objective._extra_state"])
+    assert torch.equal(balancer.state_dict()["objective.draws._extra_state"], before["objective.draws._extra_state"])
     # As the Trainer drops one: the decision is taken, then undone.
     balancer.decide([TaskLosses(ROW, torch.ones(3))])
     balancer.discard()

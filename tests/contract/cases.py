@@ -17,6 +17,12 @@ from hf_bilb.task_losses import TaskLosses
 FEATURES = {"router": "features", "num_features": 3, "initial_logits": None}
 DOUBLE_LOOP = {"inner_steps": 2, "inner_learning_rate": 0.05, "penalty_weight": 2.0}
 
+
+def largest_loss(losses: Tensor, known: Tensor) -> Tensor:
+    """An upper level of one's own."""
+    return torch.where(known, losses, -torch.inf).amax().clamp(min=0)
+
+
 #: Variants of a method's own options beside its defaults. A method without an entry is tested with its defaults.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "famo": {
@@ -40,6 +46,23 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "groups_2": {"num_groups": 2, "step_size": 0.1},
         "groups_3": {"num_groups": 3, "normalization": "initial"},
         "groups_of_one": {"num_groups": 7, "step_size": 0.1},
+    },
+    "marigold": {
+        "exact": {"mode": "exact", "learning_rate": 0.1, "beta": 0.3},
+        "exact_baseline": {"mode": "exact", "estimator": "one_point_baseline", "learning_rate": 0.1},
+        "exact_two_point": {"mode": "exact", "estimator": "two_point", "parametrization": "softmax", "beta": 2.0},
+        "lagged": {"mode": "lagged", "learning_rate": 0.1, "seed": 3},
+        "lagged_baseline": {"mode": "lagged", "estimator": "one_point_baseline", "optimizer": "sgd"},
+        "softmax": {"parametrization": "softmax", "initial": -0.5, "perturbation": 0.1, "learning_rate": 0.1},
+        "positive": {"parametrization": "positive", "initial": 0.5, "learning_rate": 0.1},
+        "auxiliary": {
+            "mode": "exact",
+            "parametrization": "identity",
+            "trainable_tasks": ["task_0"],
+            "upper_level": {"tasks": ["task_0"]},
+            "learning_rate": 0.1,
+        },
+        "function": {"upper_level": largest_loss, "parametrization": "identity", "estimator": "one_point_baseline"},
     },
     "uw": {"initial": {"initial_log_variance": -0.5}, "sgd": {"optimizer": "sgd", "learning_rate": 0.1}},
     "bilb": {
@@ -77,8 +100,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 #: Methods whose step over the present tasks is that of a balancer built for these tasks alone.
 SEPARABLE = {"ls", "si", "uw", "bilb", "famo", "gls", "imtl_l", "dwa", "stch", "go4align"}
 
-#: Methods that need losses > 0 without taking their logarithm.
-POSITIVE = {"dwa"}
+#: Methods that cannot take the negative numbers of `normalization: log` without taking a logarithm.
+POSITIVE = {"dwa", "marigold"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +126,11 @@ class Case:
     def depends_on_order(self) -> bool:
         """Whether F looks at the order of the tasks (adjacent pairs)."""
         return self.option("pairs") == "adjacent"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether an update begins with a trial step."""
+        return self.option("mode") == "exact"
 
     @property
     def is_double_loop(self) -> bool:
@@ -134,7 +162,7 @@ def random_losses(num_tasks: int, steps: int, seed: int = 0, dtype: torch.dtype 
 
 
 class Tilted(nn.Module):
-    """What a double loop is bound to: a model whose K losses are the given ones times exp(tilt), tilt [K] = 0 at x."""
+    """What a double loop or a look-ahead is bound to: its K losses are the given ones times exp(tilt), tilt [K] = 0."""
 
     def __init__(self, num_tasks: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -155,10 +183,12 @@ def features_for(balancer: LossBalancer) -> Tensor | None:
 
 
 def batch_for(balancer: LossBalancer, losses: Tensor, num_items: Tensor | None = None) -> TaskLosses:
-    """The `losses [K]` once more: at z, which a double loop asks for; unchanged, for methods that look at progress."""
+    """The `losses [K]` once more: of the bound model, at z or after a trial step; unchanged for other methods."""
     items = torch.ones_like(losses) if num_items is None else num_items
     # A loss that is not there must not reach the graph, not even times zero.
     there = torch.where(items > 0, losses, 0.0)
+    if balancer._look_ahead is not None:
+        return TaskLosses(balancer._look_ahead.model(there), items)
     if balancer._lower_level is None:
         return TaskLosses(there, items)
     return TaskLosses(balancer._lower_level.model(there), items, features_for(balancer))
@@ -167,6 +197,7 @@ def batch_for(balancer: LossBalancer, losses: Tensor, num_items: Tensor | None =
 def advance(balancer: LossBalancer, losses: Tensor, num_items: Tensor | None = None) -> Tensor:
     """One update with the `losses [K]`; returns the coefficients as they reach a model (the gradient of the losses)."""
     leaf = losses.detach().clone().requires_grad_()
+    balancer.look_ahead(lambda: batch_for(balancer, losses, num_items))
     balancer.backward(leaf, num_items=num_items, router_features=features_for(balancer))
     balancer.step(reevaluate=lambda: batch_for(balancer, losses, num_items))
     assert leaf.grad is not None

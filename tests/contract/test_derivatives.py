@@ -18,8 +18,8 @@ TOLERANCE = 2e-7
 def moved(case: Case, absent: int | None = None) -> tuple[LossBalancer, Tensor, Tensor]:
     """A balancer in mid-run (references taken, router moved), the next losses and which tasks are there."""
     balancer = case.build(K)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
-    balancer.bind(Tilted(K, torch.float64), optimizer)
+    model = Tilted(K, torch.float64)
+    balancer.bind(model, torch.optim.SGD(model.parameters(), lr=1e-2))
     losses = random_losses(K, 5)
     for t, row in enumerate(losses[:4]):
         balancer.on_epoch_begin(t)  # methods that count epochs get beyond their first ones
@@ -45,9 +45,9 @@ def test_coefficients(case: Case, absent: int | None) -> None:
         with torch.no_grad():
             return balancer.objective(balancer.normalization(point), active, features).value
 
-    # FAMO's scale and GO4Align's weights are constants in the gradient though the losses are in them; nobody else's
-    # detached parts hold losses.
-    function = Frozen(value) if case.name in ("famo", "go4align") else value
+    # FAMO's scale and the weights of GO4Align and MARIGOLD are constants in the gradient though the losses are in them;
+    # nobody else's detached parts hold losses.
+    function = Frozen(value) if case.name in ("famo", "go4align", "marigold") else value
     expected = central_differences(function, point, 1e-6)
     found = differentiate(balancer.objective, balancer.normalization, point, active, features).coefficients
     scale = expected.abs().max()

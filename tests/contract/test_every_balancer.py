@@ -31,13 +31,9 @@ from tests.contract.cases import (
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def model_optimizer() -> torch.optim.Optimizer:
-    """For `follow_model`."""
-    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-2)
-
-
 def build(case: Case, num_tasks: int, dtype: torch.dtype = torch.float64, **more: Any) -> LossBalancer:
-    balancer = case.build(num_tasks, dtype, **more).bind(Tilted(num_tasks, dtype), model_optimizer())
+    model = Tilted(num_tasks, dtype)
+    balancer = case.build(num_tasks, dtype, **more).bind(model, torch.optim.SGD(model.parameters(), lr=1e-2))
     balancer.on_epoch_begin(0)
     return balancer
 
@@ -61,6 +57,7 @@ def test_finite(case: Case, num_tasks: int, dtype: torch.dtype) -> None:
     assert balancer.coefficients is None
     for row in random_losses(num_tasks, 4, dtype=dtype):
         leaf = row.clone().requires_grad_()
+        balancer.look_ahead(lambda row=row: batch_for(balancer, row))
         value = balancer.backward(leaf, router_features=features_for(balancer))
         balancer.step(reevaluate=lambda row=row: batch_for(balancer, row))
         assert value.shape == () and value.dtype == dtype and value.isfinite()
@@ -90,6 +87,7 @@ def test_low_precision_losses(case: Case) -> None:
     leaf = random_losses(5, 1)[0].to(torch.bfloat16).requires_grad_()
     features = features_for(balancer)
     features = None if features is None else features.to(torch.bfloat16).requires_grad_()
+    balancer.look_ahead(lambda: batch_for(balancer, leaf.detach()))
     value = balancer.backward(leaf, torch.full((5,), 70_000), router_features=features)
     if features is not None and not case.option("detach_features"):
         assert features.grad.dtype == torch.bfloat16 and features.grad.isfinite().all() and features.grad.any()
@@ -109,11 +107,12 @@ def run(balancer: LossBalancer, parameters: Tensor, steps: range) -> Iterator[di
         items[t % parameters.numel()] = float(t % 3 > 0)
         parameters.grad = None
         losses = (parameters - noise).square() + 0.05
+        seen = losses.detach()
+        balancer.look_ahead(lambda seen=seen, items=items: batch_for(balancer, seen, items))
         value = balancer.backward(losses, items, router_features=features_for(balancer))
         with torch.no_grad():
             parameters -= 0.05 * parameters.grad.clamp(-2, 2)  # GO4Align's coefficients have no scale
-        row = losses.detach()
-        balancer.step(reevaluate=lambda row=row, items=items: batch_for(balancer, row, items))
+        balancer.step(reevaluate=lambda seen=seen, items=items: batch_for(balancer, seen, items))
         record = {"value": value, "parameters": parameters.detach().clone(), "coefficients": balancer.coefficients}
         if balancer.weights is not None:
             record["weights"] = balancer.weights
@@ -192,8 +191,12 @@ def test_skip_is_the_balancer_of_the_present_tasks(case: Case) -> None:
     assert whole.reference_losses[~there].isnan().all()
 
 
-# Under `mean_of` the reference has one observation less after a missed step; in a double loop z does not descend in it.
-@pytest.mark.parametrize("case", [c for c in CASES if c.label != "mean_of" and not c.is_double_loop], ids=str)
+# Under `mean_of` the reference has one observation less after a missed step; in a double loop z does not descend in it,
+# and a trial step leaves a held loss as it was.
+HOLD_ALONE = [c for c in CASES if c.label != "mean_of" and not c.is_double_loop and not c.looks_ahead]
+
+
+@pytest.mark.parametrize("case", HOLD_ALONE, ids=str)
 def test_hold_compares_with_the_last_known_loss(case: Case) -> None:
     # One balancer sees all tasks; the other misses task 1 in the third step, in which its loss would not have changed.
     held, full = build(case, 4, absent_tasks="hold"), build(case, 4, absent_tasks="hold")
@@ -248,6 +251,7 @@ def test_a_step_without_any_task(case: Case, absent_tasks: str) -> None:
 def test_the_first_step_without_any_task(case: Case) -> None:
     empty, fresh = build(case, 3), build(case, 3)
     row = random_losses(3, 1)[0]
+    empty.look_ahead(lambda: batch_for(empty, row, torch.zeros(3)))
     value = empty.backward(row.clone().requires_grad_(), torch.zeros(3), router_features=features_for(empty))
     assert value == 0
     empty.discard()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-import hf_bilb.balancers.base
+import hf_bilb.balancers.driver
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.decision import NonFiniteLossError
 from hf_bilb.micro_batches import MicroBatches
@@ -307,13 +307,13 @@ class BeforeEachUpdate(TrainerCallback):
 
 def test_f_is_evaluated_once_per_update_on_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    original = hf_bilb.balancers.base.differentiate
+    original = hf_bilb.balancers.driver.differentiate
 
     def spy(objective: Any, normalization: Any, losses: Tensor, *args: Any) -> Any:
         seen.append(losses.clone())
         return original(objective, normalization, losses, *args)
 
-    monkeypatch.setattr(hf_bilb.balancers.base, "differentiate", spy)
+    monkeypatch.setattr(hf_bilb.balancers.driver, "differentiate", spy)
     data = build_data(64, dtype=FLOAT, missing=0.4)
     before = BeforeEachUpdate(data)
     found = split(tmp_path, 4, data=data, trainer_arguments={"callbacks": [before]})
