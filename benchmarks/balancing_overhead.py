@@ -10,31 +10,27 @@ Times are CPU times of this process on one thread, whole steps from one `on_step
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from alternating import Block, Network, alternate, random_rows, training_block
+from torch import Tensor
 
 import hf_bilb
-from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.task_losses import masked_mse
 
-BATCH, FEATURES = 64, 64
+BATCH = 64
+WARM_UP = 5  # the first steps of a block warm caches up and do not count
 METHODS = ("plain", "ls", "bilb")
 
 
@@ -53,79 +49,20 @@ SIZES = (Size("small", 192, 3, steps=40, repeats=18), Size("wide", 1024, 4, step
 TASKS = (2, 40, 1000)
 
 
-class Network(nn.Module):
-    """An MLP with K regression heads as one layer; returns the losses as a vector, and their sum for `Trainer`."""
-
-    def __init__(self, size: Size, num_tasks: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        widths = [FEATURES] + [size.width] * size.depth
-        layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*layers, nn.Linear(size.width, num_tasks))
-        self.plain = False
-
-    def forward(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        losses, num_items = masked_mse(self.layers(features), labels)
-        return {"loss": losses.sum()} if self.plain else {"losses": losses, "num_items": num_items}
-
-
-class Stopwatch(TrainerCallback):
-    """CPU time per step of the last run; the first steps warm caches up and do not count."""
-
-    WARM_UP = 5
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.times = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.process_time())
-
-    def milliseconds(self) -> float:
-        counted = self.times[self.WARM_UP :]
-        return 1e3 * (counted[-1] - counted[0]) / (len(counted) - 1)
-
-
-def build(method: str, size: Size, num_tasks: int, folder: str) -> Callable[[], float]:
-    """A function that trains for one block of steps and returns the milliseconds of a step."""
-    steps = size.steps + Stopwatch.WARM_UP
-    settings: dict[str, Any] = {
-        "output_dir": folder,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 20,
-        "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
-        "dataloader_pin_memory": False,
-        "learning_rate": 1e-4,
-    }
-    generator = torch.Generator().manual_seed(0)
-    data = torch.utils.data.TensorDataset(
-        torch.randn(steps * BATCH, FEATURES, generator=generator),
-        torch.randn(steps * BATCH, num_tasks, generator=generator),
+def build(method: str, size: Size, num_tasks: int, folder: str) -> Block:
+    """A block of the method, `plain` for the plain Trainer on the sum of the losses."""
+    rows = (size.steps + WARM_UP) * BATCH
+    return training_block(
+        Network(size.width, size.depth, num_tasks, plain=method == "plain"),
+        torch.utils.data.TensorDataset(*random_rows(rows, num_tasks)),
+        collate,
+        folder=folder,
+        batch_size=BATCH,
+        steps=size.steps,
+        warm_up=WARM_UP,
+        balancer=None if method == "plain" else method,
+        num_tasks=num_tasks,
     )
-    watch, model = Stopwatch(), Network(size, num_tasks)
-    # One slice of a tensor per batch: the work of a collator is none of the Trainer's.
-    common: dict[str, Any] = {"model": model, "train_dataset": data, "data_collator": collate, "callbacks": [watch]}
-    if method == "plain":
-        model.plain = True
-        trainer = Trainer(args=TrainingArguments(**settings), **common)
-    else:
-        names = [f"task_{k}" for k in range(num_tasks)]
-        args = BilevelMTLTrainingArguments(**settings, balancer=method, task_names=names)
-        trainer = BilevelMTLTrainer(args=args, **common)
-    for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
-        trainer.remove_callback(callback)
-
-    def block() -> float:
-        trainer.train()
-        return watch.milliseconds()
-
-    return block
 
 
 def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -155,32 +92,24 @@ def measure(size: Size, num_tasks: int, folder: str) -> list[Result]:
     blocks = {method: build(method, size, num_tasks, folder) for method in METHODS}
     for block in blocks.values():
         block()
-    times: dict[str, list[float]] = {method: [] for method in METHODS}
-    for _ in range(size.repeats):
-        for method, block in blocks.items():
-            times[method].append(block())
-    times["plain"].append(blocks["plain"]())
-    around = [(a + b) / 2 for a, b in itertools.pairwise(times["plain"])]
+    pairs, plain = alternate(blocks, METHODS, size.repeats)
     results = []
-    for method in METHODS[1:]:
-        ratios = sorted(ours / plain for ours, plain in zip(times[method], around, strict=True))
-        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-        added = statistics.median(ours - plain for ours, plain in zip(times[method], around, strict=True))
-        fastest = min(times["plain"])
+    for method, pair in pairs.items():
+        ratio, low, high = pair.ratio()
         results.append(
             Result(
                 size=size.name,
                 num_tasks=num_tasks,
                 method=method,
-                plain_ms=statistics.median(around),
-                step_ms=statistics.median(times[method]),
-                added_ms=added,
-                fastest_plain_ms=fastest,
-                fastest_added_ms=min(times[method]) - fastest,
-                ratio=statistics.median(ratios),
+                plain_ms=statistics.median(pair.base),
+                step_ms=statistics.median(pair.own),
+                added_ms=pair.added,
+                fastest_plain_ms=min(plain),
+                fastest_added_ms=min(pair.own) - min(plain),
+                ratio=ratio,
                 ratio_low=low,
                 ratio_high=high,
-                pairs=len(ratios),
+                pairs=len(pair.own),
             )
         )
     return results
