@@ -1,9 +1,13 @@
-"""The command line: `hf-bilb train | show | report | compare`. What a user gets wrong is one line and exit code 2."""
+"""The command line: `hf-bilb train | show | report | compare | balancers`.
+
+What a user gets wrong is one line and exit code 2.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -11,11 +15,20 @@ from typing import IO, Any
 import click
 
 from hf_bilb.balancers.base import NonFiniteLossError
+from hf_bilb.catalogue import catalogue, describe
 from hf_bilb.checkpointing import CheckpointError
 from hf_bilb.data import MissingPackageError
 from hf_bilb.metrics.base import MetricError
 from hf_bilb.options import OptionError
-from hf_bilb.recipe import dump_recipe, one_line, read_recipe
+from hf_bilb.recipe import dump_recipe, import_sources, one_line, read_recipe
+from hf_bilb.reporting.balancer_table import (
+    render_one_json,
+    render_one_markdown,
+    render_one_text,
+    render_table_json,
+    render_table_markdown,
+    render_table_text,
+)
 from hf_bilb.reporting.results import labels, read_results, write_text
 from hf_bilb.reporting.tables import Comparison, render_csv, render_markdown, render_text
 from hf_bilb.reporting.tables import compare as compare_runs
@@ -171,3 +184,33 @@ def compare(
         names = ", ".join(cell.title for cell in failed)
         click.echo(f"hf-bilb: error: {len(failed)} of {len(comparison.cells)} cells failed: {names}", err=True)
         raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--format", "form", type=click.Choice(["text", "markdown", "json"]), default="text", show_default=True)
+@click.option(
+    "--import",
+    "sources",
+    multiple=True,
+    metavar="FILE",
+    help="A Python file, or a module, with methods of your own: as `imports` of a recipe.",
+)
+def balancers(name: str | None, form: str, sources: tuple[str, ...]) -> None:
+    """Print the table of all balancers: paper, cost, state, options; or one of them, NAME, in full."""
+    with _one_line_errors():
+        import_sources(sources, "--import")
+        known = catalogue()
+        if name is None:
+            tables = {"markdown": render_table_markdown, "json": render_table_json}
+            table = tables[form](known) if form in tables else render_table_text(known, _terminal_width())
+            click.echo(table, nl=False)
+            return
+        entry = describe(name)
+        pages = {"markdown": render_one_markdown, "json": render_one_json}
+        page = pages[form](entry, known) if form in pages else render_one_text(entry, known, _terminal_width())
+        click.echo(page, nl=False)
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size(fallback=(120, 24)).columns

@@ -8,6 +8,10 @@ A recipe has five sections:
     trainer:    {output_dir: runs/x, ...}   any field of BilevelMTLTrainingArguments
     evaluation: {split: test}               what the table at the end is measured on
 
+and, where methods of one's own shall have names in it,
+
+    imports:    [path/to/file.py, ...]      Python files, or modules, imported first for what they register
+
 Files and overrides are read as YAML 1.2: `1e-3` is a number, `no` and `off` are words, a key may stand only once.
 Nothing heavy is imported until the cheap checks are passed.
 """
@@ -26,8 +30,10 @@ from typing import Any, Literal
 import yaml
 
 from hf_bilb.options import OptionError, check_value, nearest, parse_options, unknown_name
+from hf_bilb.references import import_source
 
 SECTIONS = ("model", "data", "balancer", "trainer", "evaluation")
+IMPORTS = "imports"
 
 # Fields of the training arguments that something else decides; set here, they would be ignored or contradicted.
 _MANAGED_TRAINER_KEYS = {
@@ -68,6 +74,7 @@ class Recipe:
     balancer: dict[str, Any]
     trainer: dict[str, Any]
     evaluation: EvaluationOptions
+    imports: tuple[str, ...] = ()
 
     @property
     def output_dir(self) -> Path:
@@ -76,8 +83,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain values, in the order of `SECTIONS`; `parse_recipe` takes it back unchanged."""
+        imports = {IMPORTS: self.imports} if self.imports else {}
         sections = {section: getattr(self, section) for section in SECTIONS[:-1]}
-        return _plain({**sections, "evaluation": dataclasses.asdict(self.evaluation)})
+        return _plain({**imports, **sections, "evaluation": dataclasses.asdict(self.evaluation)})
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -98,11 +106,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
     """Check every section of `raw` and fill in the defaults; cheap sections first, the trainer's (10 s of import) last.
 
+    What `imports` names is imported on the way.
+
     Raises:
         OptionError: at the first thing that is wrong.
     """
     for key, value in raw.items():
-        if key not in SECTIONS:
+        if key not in (*SECTIONS, IMPORTS):
             raise OptionError(f"{key}: unknown section, value {_short(value)}{_nearest_path(str(key))}")
     for section in SECTIONS[:-1]:
         if raw.get(section) is None:
@@ -111,8 +121,10 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
     trainer = _mapping(raw["trainer"], "trainer")
     if "output_dir" not in trainer:
         raise OptionError("trainer.output_dir: is required, expected the folder of the run, such as runs/qm9_mlp_bilb")
+    imports = import_sources(raw.get(IMPORTS))  # before names are looked up
     return Recipe(
         name=name,
+        imports=imports,
         evaluation=evaluation,
         balancer=_resolve_balancer(raw["balancer"]),
         data=_resolve_data(raw["data"]),
@@ -140,6 +152,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
 
 
 # ---------------------------------------------------------------------------------------------------- sections
+
+
+def import_sources(given: Any, path: str = IMPORTS) -> tuple[str, ...]:
+    """Import each of a list of files and modules; returns their names.
+
+    Raises:
+        OptionError: something else than a list of names (null is an empty one), or one that cannot be imported.
+    """
+    sources = [] if given is None else given
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, str) and source for source in sources):
+        expected = "a list of files (path/to/file.py) or modules (package.module)"
+        raise OptionError(f"{path}: {_short(given)} is not valid, expected {expected}")
+    for i, source in enumerate(sources):
+        import_source(source, f"{path}[{i}]")
+    return tuple(sources)
 
 
 def _resolve_data(section: Any) -> dict[str, Any]:
@@ -224,7 +251,7 @@ def _nearest_path(key: str) -> str:
     """The nearest section, or the nearest `section.key`: `learning_rate=1e-3` was meant for the trainer."""
     paths = _known_paths()
     last = key.rpartition(".")[2].lower()
-    if last not in paths.values() and (near := nearest(key, SECTIONS)):
+    if last not in paths.values() and (near := nearest(key, (*SECTIONS, IMPORTS))):
         return near
     close = difflib.get_close_matches(last, sorted(set(paths.values())), n=1, cutoff=0.6)
     path = next((path for path, name in paths.items() if close and name == close[0]), None)
@@ -264,7 +291,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise OptionError(f"{override!r} is no override, expected KEY.PATH=VALUE, such as trainer.learning_rate=5e-4")
     value = load_yaml(text, f"override {path}")
-    if keys[0] not in SECTIONS:
+    if keys[0] not in (*SECTIONS, IMPORTS):
         raise OptionError(f"{path}: unknown section, value {_short(value)}{_nearest_path(path)}")
     target = raw
     for depth, key in enumerate(keys[:-1], 1):

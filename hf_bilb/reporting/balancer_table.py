@@ -1,0 +1,251 @@
+"""The registered balancers as a table, and one of them in full: text, Markdown, JSON. Plain values, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_HEADER = ("name", "paper", "cost", "extra memory", "state", "options")
+_WIDTHS = (9, 33, 28, 14, 28)  # of the columns in a terminal; options stand below them, with the whole width
+_NARROWEST = sum(_WIDTHS) + 2 * (len(_WIDTHS) - 1)
+_GAP = "  "
+
+LEGEND = (
+    "cost: passes of the model in an update of one batch, F forward and B backward. `balance_over: window` adds one F "
+    "for each micro-batch.",
+    "extra memory: beside one step's graph and gradients; d is the number of trainable parameters.",
+    "state: with the default options, K tasks; an optimizer keeps two more numbers for each trained one (Adam).",
+)
+
+
+@dataclass(frozen=True)
+class OptionEntry:
+    """An option: its default as in a recipe (`required` without one), what it accepts, what it means."""
+
+    name: str
+    default: str
+    accepts: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.default}"
+
+
+@dataclass(frozen=True)
+class CostEntry:
+    """What an update costs: `passes` such as `2F + 1B`, extra `memory`, `when` empty or the options it is for."""
+
+    passes: str
+    memory: str
+    when: str
+
+
+@dataclass(frozen=True)
+class BalancerEntry:
+    """A registered method.
+
+    Attributes:
+        name, paper: as registered.
+        costs: one for each choice of options that changes them.
+        state: `logits [K] (trained)`, ...; empty without any, None where the method cannot be built without options.
+        options: its own, and the common ones whose default it changes.
+        presets: name -> options.
+        equation: the docstring of its module.
+        summary: the docstring of its class.
+        source: the class, and the file that it is in.
+    """
+
+    name: str
+    paper: str
+    costs: tuple[CostEntry, ...]
+    state: tuple[str, ...] | None
+    options: tuple[OptionEntry, ...]
+    presets: Mapping[str, Mapping[str, Any]]
+    equation: str
+    summary: str
+    source: str
+
+    @property
+    def state_lines(self) -> tuple[str, ...]:
+        """`state`, in words where there is none."""
+        return ("depends on its options",) if self.state is None else self.state or ("none",)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All methods, and the options and the state that every one of them has."""
+
+    balancers: tuple[BalancerEntry, ...]
+    common_options: tuple[OptionEntry, ...]
+    common_state: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+
+
+def render_table_text(catalogue: Catalogue, width: int = _NARROWEST) -> str:
+    """The table for a terminal, the common options once at the end; narrower than 120 columns its lines are broken."""
+    width = max(width, _NARROWEST)
+    lines = [*_side_by_side([[title] for title in _HEADER[:-1]]), "-" * width]
+    for entry in catalogue.balancers:
+        costs: list[str] = []
+        memories: list[str] = []
+        for cost in entry.costs:
+            of_cost = _wrapped([cost.passes, *([f"  {cost.when}"] if cost.when else [])], _WIDTHS[2])
+            of_memory = _wrapped([cost.memory], _WIDTHS[3])
+            height = max(len(of_cost), len(of_memory))
+            costs += of_cost + [""] * (height - len(of_cost))
+            memories += of_memory + [""] * (height - len(of_memory))
+        lines += _side_by_side([[entry.name], [entry.paper], costs, memories, entry.state_lines])
+        options = ", ".join(f"{option.name}={option.default}" for option in entry.options) or "none of its own"
+        lines += [*_wrapped([f"{' ' * (_WIDTHS[0] + len(_GAP))}options: {options}"], width), ""]
+    lines += _wrapped(LEGEND, width)
+    lines += ["", "Options that every balancer has:", *_option_lines(catalogue.common_options, width)]
+    lines += ["", *_wrapped([f"State that every balancer has: {', '.join(catalogue.common_state)}."], width)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def render_table_markdown(catalogue: Catalogue) -> str:
+    """The same as two Markdown tables."""
+    lines = [_row(_HEADER), _row(["---"] * len(_HEADER))]
+    for entry in catalogue.balancers:
+        costs = [f"{cost.passes} with `{cost.when}`" if cost.when else cost.passes for cost in entry.costs]
+        cells = [
+            [f"`{entry.name}`"],
+            [entry.paper],
+            costs,
+            _once([cost.memory for cost in entry.costs]),
+            entry.state_lines,
+            [f"`{option}`" for option in entry.options] or ["none of its own"],
+        ]
+        lines.append(_row(["<br>".join(cell) for cell in cells]))
+    lines += ["", *(f"* {line}" for line in LEGEND)]
+    lines += [f"* State that every balancer has: {', '.join(catalogue.common_state)}.", ""]
+    lines += ["Options that every balancer has:", "", _row(["option", "default", "accepts", "meaning"])]
+    lines += [_row(["---"] * 4), *(_option_row(option) for option in catalogue.common_options)]
+    return "\n".join(lines) + "\n"
+
+
+def render_table_json(catalogue: Catalogue) -> str:
+    """Everything, as `Catalogue` has it."""
+    return json.dumps(dataclasses.asdict(catalogue), indent=2, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------- one in full
+
+
+def render_one_text(entry: BalancerEntry, catalogue: Catalogue, width: int = 120) -> str:
+    """One method in full for a terminal."""
+    costs = [
+        f"  {cost.passes}, extra memory: {cost.memory}{f', with {cost.when}' if cost.when else ''}"
+        for cost in entry.costs
+    ]
+    lines = [f"{entry.name}: {entry.paper}", "", entry.equation, "", f"{entry.source}:", "", entry.summary, ""]
+    lines += ["Cost of an update:", *costs, "", "State:", *(f"  {line}" for line in entry.state_lines), ""]
+    lines += ["Options:", *(_option_lines(entry.options, width) or ["  none of its own"]), ""]
+    if entry.presets:
+        lines += [
+            "Presets:",
+            *_wrapped([f"  {name}: {_inline(preset)}" for name, preset in entry.presets.items()], width),
+        ]
+        lines += [""]
+    lines += ["Options that every balancer has:", *_option_lines(_others(entry, catalogue), width), ""]
+    lines += _wrapped(LEGEND, width)
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def render_one_markdown(entry: BalancerEntry, catalogue: Catalogue) -> str:
+    """The same as Markdown."""
+    costs = [_row([cost.passes, cost.memory, f"`{cost.when}`" if cost.when else "always"]) for cost in entry.costs]
+    head, rule = _row(["option", "default", "accepts", "meaning"]), _row(["---"] * 4)
+    lines = [
+        f"# {entry.name}",
+        "",
+        f"{entry.paper}. {entry.source[0].upper()}{entry.source[1:]}.",
+        "",
+        "```text",
+        entry.equation,
+        "```",
+        "",
+    ]
+    lines += [entry.summary, "", _row(["cost", "extra memory", "when"]), _row(["---"] * 3), *costs, ""]
+    lines += [f"State: {', '.join(entry.state_lines)}.", ""]
+    if entry.options:
+        lines += [head, rule, *map(_option_row, entry.options), ""]
+    if entry.presets:
+        rows = [_row([f"`{name}`", f"`{_inline(preset)}`"]) for name, preset in entry.presets.items()]
+        lines += [_row(["preset", "options"]), _row(["---"] * 2), *rows, ""]
+    lines += ["Options that every balancer has:", "", head, rule, *map(_option_row, _others(entry, catalogue)), ""]
+    lines += [f"* {line}" for line in LEGEND]
+    return "\n".join(lines) + "\n"
+
+
+def render_one_json(entry: BalancerEntry, catalogue: Catalogue) -> str:
+    """One method as `BalancerEntry` has it, with the common options and state."""
+    return render_table_json(dataclasses.replace(catalogue, balancers=(entry,)))
+
+
+# ---------------------------------------------------------------------------------------------------- small things
+
+
+def flow(value: Any) -> str:
+    """A plain value as it stands in a recipe, on one line: `null`, `true`, `[0.2, 0.8]`, `{edge_fraction: 0.4}`."""
+    if isinstance(value, Mapping):
+        return f"{{{_inline(value)}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(flow, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _others(entry: BalancerEntry, catalogue: Catalogue) -> list[OptionEntry]:
+    """The common options whose default is not the method's own."""
+    own = {option.name for option in entry.options}
+    return [option for option in catalogue.common_options if option.name not in own]
+
+
+def _once(items: Sequence[str]) -> Sequence[str]:
+    """`items`, or one of them where all are the same."""
+    return items if len(set(items)) > 1 else items[:1]
+
+
+def _inline(mapping: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {flow(value)}" for key, value in mapping.items())
+
+
+def _wrapped(items: Sequence[str], width: int) -> list[str]:
+    """Each item on lines of its own, those after its first indented."""
+    lines = []
+    for item in items:
+        indent = " " * (len(item) - len(item.lstrip()) + 2)
+        lines += textwrap.wrap(item, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return lines
+
+
+def _side_by_side(cells: Sequence[Sequence[str]]) -> list[str]:
+    columns = [_wrapped(cell, width) for cell, width in zip(cells, _WIDTHS, strict=True)]
+    height = max(map(len, columns))
+    padded = [column + [""] * (height - len(column)) for column in columns]
+    rows = zip(*padded, strict=True)
+    return [_GAP.join(text.ljust(w) for text, w in zip(row, _WIDTHS, strict=True)) for row in rows]
+
+
+def _option_lines(options: Sequence[OptionEntry], width: int) -> list[str]:
+    lines = []
+    for option in options:
+        lines += _wrapped([f"  {option} ({option.accepts})"], width)
+        lines += textwrap.wrap(option.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def _option_row(option: OptionEntry) -> str:
+    return _row([f"`{option.name}`", f"`{option.default}`", option.accepts, option.meaning])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
