@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,14 +12,20 @@ import torch
 from click.testing import CliRunner
 
 from examples import toy
+from hf_bilb import build_balancer
 
-FILE = Path(__file__).parents[1] / "parity_data" / "toy_ls.npz"
+TITLES = ("LS  ", "BiLB  ", "FAMO  ", "MARIGOLD  ")
+FILES = Path(__file__).parents[1] / "parity_data"
+
+
+def recorded(method: str) -> dict[str, np.ndarray]:
+    with np.load(FILES / f"toy_{method}.npz", allow_pickle=False) as file:
+        return {key: file[key] for key in ("inits", "x", "losses", "x_first20", "famo_logits")}
 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, np.ndarray]:
-    with np.load(FILE, allow_pickle=False) as file:
-        return {key: file[key] for key in ("inits", "x", "losses", "x_first20")}
+    return recorded("ls")
 
 
 def balanced_point() -> tuple[float, float]:
@@ -49,10 +56,87 @@ def test_first_steps_of_ls_are_the_reference_s(reference):
     assert np.abs(ours.points[:20].swapaxes(0, 1) - reference["x_first20"]).max() <= 1e-9
 
 
-def test_each_start_goes_its_own_way():
-    together = toy.descend(toy.METHODS["bilb"], toy.STARTS, num_steps=60)
+def test_first_thousand_steps_of_famo_are_the_reference_s(monkeypatch):
+    built = []
+
+    def build(*args, **options):
+        built.append(build_balancer(*args, **options))
+        return built[-1]
+
+    reference = recorded("famo")
+    monkeypatch.setattr(toy, "build_balancer", build)
+    ours = toy.descend(toy.METHODS["famo"], toy.STARTS, num_steps=1001, record_every=1)
+    logits = np.stack([balancer.state_dict()["objective.logits"].numpy() for balancer in built])
+    # Row 1 of `famo_logits`: what step 1000 was taken with, its losses compared with those of step 999.
+    off = {
+        "x_first20": np.abs(ours.points[:20].swapaxes(0, 1) - reference["x_first20"]).max(axis=(1, 2)),
+        "x": np.abs(ours.points[1000] - reference["x"][:, 1]).max(axis=1),
+        "famo_logits": np.abs(logits - reference["famo_logits"][:, 1]).max(axis=1),
+    }
+    assert np.array_equal(toy.STARTS, reference["inits"]) and np.abs(logits).min() > 0.01
+    assert off["x_first20"].max() <= 1e-9
+    # From (0, 0) the losses change by 1e-6 at first, and Adam makes whole steps of what rounding leaves of that.
+    assert {key: np.delete(values, 1).max() <= 1e-9 for key, values in off.items()} == dict.fromkeys(off, True)
+    assert off["famo_logits"][1] <= 1e-6 and off["x"][1] <= 1e-8
+
+
+def marigold_by_hand(start, directions):
+    """MARIGOLD with the options of the example, equations 8-11 with softmax weights; the points that it visits."""
+    point = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    u, v = torch.zeros(2, 2, dtype=torch.float64)
+    model, own = torch.optim.Adam([point], lr=1e-3), torch.optim.Adam([u, v], lr=0.01)
+    visited, last, along = [], None, None
+    for direction in directions:
+        visited.append(point.detach().clone())
+        losses = toy.task_losses(point) / torch.tensor([0.1, 1.0], dtype=torch.float64)
+        if last is not None:
+            decrements, lam, rho = losses.detach() - last, torch.softmax(u, 0), torch.softmax(v, 0)
+            slope = 2 / 0.3 * torch.dot(rho, decrements) * along
+            u.grad = lam * (slope - torch.dot(lam, slope))
+            v.grad = -rho * (decrements - torch.dot(rho, decrements))
+            own.step()
+        last, along = losses.detach(), direction
+        model.zero_grad()
+        torch.dot(torch.softmax(u, 0) + 0.3 * direction, losses).backward()
+        model.step()
+    return torch.stack(visited).numpy()
+
+
+@pytest.mark.parametrize("start", toy.STARTS)
+def test_first_steps_of_marigold_are_those_of_a_plain_loop(start, monkeypatch):
+    directions = []
+
+    def build(*args, **options):
+        balancer = build_balancer(*args, **options)
+        backward = balancer.backward
+
+        def noted(*args, **settings):
+            value = backward(*args, **settings)
+            directions.append(balancer.objective.direction.clone())
+            return value
+
+        monkeypatch.setattr(balancer, "backward", noted)
+        return balancer
+
+    monkeypatch.setattr(toy, "build_balancer", build)
+    ours = toy.descend(toy.METHODS["marigold"], [start], num_steps=300, record_every=1)
+    drawn = torch.stack(directions)
+    assert torch.linalg.vector_norm(drawn, dim=1).sub(1).abs().max() < 1e-12 and len(drawn.unique(dim=0)) == 300
+    assert np.abs(ours.points[:300, 0] - marigold_by_hand(start, drawn)).max() <= 1e-9
+
+
+def test_lagged_marigold_is_commit_where_all_batches_are_one():
+    method = toy.METHODS["marigold"]
+    commit = dataclasses.replace(method, options={**method.options, "mode": "commit"})
+    lagged, again = (toy.descend(m, toy.STARTS, num_steps=100) for m in (method, commit))
+    assert np.abs(lagged.points - again.points).max() <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["bilb", "famo", "marigold"])
+def test_each_start_goes_its_own_way(name):
+    together = toy.descend(toy.METHODS[name], toy.STARTS, num_steps=60)
     for k, start in enumerate(toy.STARTS):
-        alone = toy.descend(toy.METHODS["bilb"], [start], num_steps=60)
+        alone = toy.descend(toy.METHODS[name], [start], num_steps=60)
         assert np.abs(alone.points[:, 0] - together.points[:, k]).max() < 1e-12
 
 
@@ -72,8 +156,8 @@ def test_the_command_prints_the_ends_and_draws_them(tmp_path):
     output = tmp_path / "toy.png"
     done = CliRunner().invoke(toy.main, ["--steps", "3", "--output", str(output)])
     assert done.exit_code == 0, done.output
-    rows = [line.split() for line in done.output.splitlines() if line.startswith(("LS  ", "BiLB  ")) and "(" in line]
-    assert [row[0] for row in rows] == ["LS"] * 5 + ["BiLB"] * 5
+    rows = [line.split() for line in done.output.splitlines() if line.startswith(TITLES) and "(" in line]
+    assert [row[0] for row in rows] == [title.strip() for title in TITLES for _ in range(5)]
     assert rows[0][1:5] == ["(-8.5,", "7.5)", "-8.497", "7.497"]
     assert output.read_bytes().startswith(b"\x89PNG")
 
@@ -81,7 +165,7 @@ def test_the_command_prints_the_ends_and_draws_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "bilbo"], "'bilbo' is not one of 'ls', 'bilb'"),
+        (["--method", "bilbo"], "'bilbo' is not one of 'ls', 'bilb', 'famo', 'marigold'"),
         (["--steps", "0"], "0 is not in the range x>=1"),
         (["--output", "nowhere/toy.png"], "nowhere/toy.png: there is no folder nowhere"),
     ],
