@@ -7,6 +7,7 @@ import itertools
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +41,27 @@ def test_python_runs_as_printed(block, tmp_path):
     assert "nan" not in done.stdout
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_is_valid(block, tmp_path):
-    from hf_bilb import BilevelMTLTrainingArguments
-    from hf_bilb.recipe import parse_recipe
+def assert_holds(found, given, path):
+    """Every value of the nested mapping `given` stands in `found`, a mapping or an object, under the same keys."""
+    for key, value in given.items():
+        there = found[key] if isinstance(found, Mapping) else getattr(found, key)
+        if isinstance(value, Mapping):
+            assert_holds(there, value, f"{path}.{key}")
+        else:
+            assert there == value, f"{path}.{key}"
 
-    given = yaml.safe_load(block)
-    sections = {"model": "qm9_mlp", "data": "qm9", "balancer": "bilb", **given}
-    parse_recipe({**sections, "trainer": {"output_dir": str(tmp_path), **given.get("trainer", {})}}, "page")
-    arguments = {"use_cpu": True, **given.get("trainer", {}), "output_dir": str(tmp_path)}
-    BilevelMTLTrainingArguments(**arguments, balancer=given.get("balancer", "bilb"))
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_arrives_in_the_recipe_and_in_the_training_arguments(block, tmp_path):
+    from hf_bilb.recipe import load_yaml, parse_recipe
+    from hf_bilb.run import training_arguments
+
+    printed = load_yaml(block, "page")
+    trainer = {**printed.get("trainer", {}), "output_dir": str(tmp_path), "use_cpu": True}
+    sections = {"model": {"name": "qm9_mlp"}, "data": {"name": "qm9"}, "balancer": {"name": "bilb"}, **printed}
+    recipe = parse_recipe({**sections, "trainer": trainer}, "page")
+    assert_holds(recipe.to_dict(), {**sections, "trainer": trainer}, "recipe")
+    assert_holds(training_arguments(recipe), {**trainer, "balancer": sections["balancer"]}, "arguments")
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -27,6 +27,7 @@ from hf_bilb.data.tabular import (
     Layout,
     binary_task_data,
     check_fraction,
+    check_seed,
     check_tasks,
     find_file,
     read_rows,
@@ -79,8 +80,7 @@ class AdultOptions:
     def __post_init__(self) -> None:
         check_tasks(self.tasks, TASKS)
         check_fraction("validation_fraction", self.validation_fraction)
-        if self.seed < 0:
-            raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
+        check_seed(self.seed)
 
 
 def load_adult(options: AdultOptions) -> TaskData:

@@ -21,16 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_bilb.data.base import TaskData
-from hf_bilb.data.tabular import (
-    BinaryTask,
-    Layout,
-    binary_task_data,
-    check_fractions,
-    check_tasks,
-    read_rows,
-    split_by_fractions,
-)
-from hf_bilb.options import OptionError
+from hf_bilb.data.tabular import BinaryTask, Layout, TableOptions, binary_task_data, read_rows
 
 LAYOUT = Layout(
     columns=(
@@ -78,31 +69,14 @@ TASKS = tuple(task.name for task in LAYOUT.tasks)
 
 
 @dataclass(frozen=True)
-class CensusOptions:
-    """What a recipe's `data:` section may set.
+class CensusOptions(TableOptions):
+    """`TableOptions`; all tasks are three.
 
-    Attributes:
-        file: of comma-separated values, with or without the columns' names in its first line; it may be packed
-            (`.xz`, `.gz`). `census-income.data` or `census-income.test` of the repository, or both joined.
-        tasks: which, in the order of the loss vector; null = all three. The features do not depend on it.
-        test_fraction, validation_fraction: shares of the rows.
-        seed: of the shuffling before the split.
-
-    Raises:
-        OptionError: an unknown task, shares that leave nothing, a seed below 0.
+    `file` is of comma-separated values, with or without the columns' names in its first line; it may be packed (`.xz`,
+    `.gz`): `census-income.data` or `census-income.test` of the repository, or both joined.
     """
 
-    file: str
-    tasks: tuple[str, ...] | None = None
-    test_fraction: float = 0.2
-    validation_fraction: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_tasks(self.tasks, TASKS)
-        check_fractions(self.validation_fraction, self.test_fraction)
-        if self.seed < 0:
-            raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
+    known_tasks = TASKS
 
 
 def load_census(options: CensusOptions) -> TaskData:
@@ -113,5 +87,4 @@ def load_census(options: CensusOptions) -> TaskData:
     """
     tasks = LAYOUT.chosen(options.tasks)
     rows = read_rows(Path(options.file), LAYOUT, tasks)
-    split = split_by_fractions(len(rows.labels), options.seed, options.validation_fraction, options.test_fraction)
-    return binary_task_data(rows, split, LAYOUT, tasks)
+    return binary_task_data(rows, options.split(len(rows.labels)), LAYOUT, tasks)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_bilb.data.base import MetricInfo, Standardizer, TaskData
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.data.tabular import check_fractions, check_tasks, split_by_fractions
+from hf_bilb.data.tabular import TableOptions
 from hf_bilb.metrics.regression import normalized_mean_squared_error
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import masked_mse
@@ -37,30 +37,13 @@ QUANTITIES = ("position", "velocity", "acceleration")
 
 
 @dataclass(frozen=True)
-class SarcosOptions:
-    """What a recipe's `data:` section may set.
+class SarcosOptions(TableOptions):
+    """`TableOptions`; all tasks are seven joints.
 
-    Attributes:
-        file: an `.npz` whose array `data [N, 28]` holds 21 inputs and 7 torques in every row.
-        tasks: which joints, in the order of the loss vector; null = all seven.
-        test_fraction, validation_fraction: shares of the rows.
-        seed: of the shuffling before the split.
-
-    Raises:
-        OptionError: an unknown task, shares that leave nothing, a seed below 0.
+    `file` is an `.npz` whose array `data [N, 28]` holds 21 inputs and 7 torques in every row.
     """
 
-    file: str
-    tasks: tuple[str, ...] | None = None
-    test_fraction: float = 0.2
-    validation_fraction: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_tasks(self.tasks, TASKS)
-        check_fractions(self.validation_fraction, self.test_fraction)
-        if self.seed < 0:
-            raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
+    known_tasks = TASKS
 
 
 def load_sarcos(options: SarcosOptions) -> TaskData:
@@ -74,7 +57,7 @@ def load_sarcos(options: SarcosOptions) -> TaskData:
     table = read_sarcos(path)
     names = TASKS if options.tasks is None else options.tasks
     targets = table[:, [NUM_FEATURES + TASKS.index(name) for name in names]]
-    split = split_by_fractions(len(table), options.seed, options.validation_fraction, options.test_fraction)
+    split = options.split(len(table))
     of_features = Standardizer.fit(table[split.train, :NUM_FEATURES])
     of_targets = Standardizer.fit(targets[split.train])
 

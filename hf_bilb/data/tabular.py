@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from lzma import LZMAError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -89,6 +89,12 @@ def check_fraction(key: str, value: float) -> None:
         raise OptionError(f"{key}: {value} is not valid, expected a share between 0 and 1")
 
 
+def check_seed(seed: int) -> None:
+    """Raise `OptionError` for a seed below 0."""
+    if seed < 0:
+        raise OptionError(f"seed: {seed} is not valid, expected 0 or more")
+
+
 def check_fractions(validation: float, test: float) -> None:
     """Raise `OptionError` unless both are shares and leave something for training."""
     check_fraction("validation_fraction", validation)
@@ -100,12 +106,40 @@ def check_fractions(validation: float, test: float) -> None:
         )
 
 
-def split_by_fractions(num_rows: int, seed: int, validation: float, test: float) -> Split:
-    """`split_rows` with the parts given as shares, one row at least; raises `OptionError` where a row is too few."""
-    counts = [max(1, round(num_rows * share)) for share in (validation, test)]
-    if sum(counts) >= num_rows:
-        raise OptionError(f"data: {num_rows} rows are too few to split")
-    return split_rows(num_rows, seed, None, *counts)
+@dataclass(frozen=True)
+class TableOptions:
+    """What a recipe's `data:` section may set of a table that is one file and is split at random.
+
+    Attributes:
+        file: where the table is; in which form, the data set says.
+        tasks: which, in the order of the loss vector; null = all. The features do not depend on it.
+        test_fraction, validation_fraction: shares of the rows.
+        seed: of the shuffling before the split.
+        known_tasks: every task that the data set has; no option.
+
+    Raises:
+        OptionError: an unknown task, shares that leave nothing, a seed below 0.
+    """
+
+    file: str
+    tasks: tuple[str, ...] | None = None
+    test_fraction: float = 0.2
+    validation_fraction: float = 0.1
+    seed: int = 0
+
+    known_tasks: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, self.known_tasks)
+        check_fractions(self.validation_fraction, self.test_fraction)
+        check_seed(self.seed)
+
+    def split(self, num_rows: int) -> Split:
+        """The rows of each part, one at least; raises `OptionError` where they are too few."""
+        counts = [max(1, round(num_rows * share)) for share in (self.validation_fraction, self.test_fraction)]
+        if sum(counts) >= num_rows:
+            raise OptionError(f"data: {num_rows} rows are too few to split")
+        return split_rows(num_rows, self.seed, None, *counts)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
