@@ -111,6 +111,7 @@ class TestOnRealFiles:
             ("sider/ls.yaml", 27),
             ("adult/bilb.yaml", 2),
             ("census/ls.yaml", 2),
+            ("census/auxiliary_marigold.yaml", 3),
             ("sarcos/bilb.yaml", 7),
         ],
     )
