@@ -11,10 +11,11 @@ dimension its optimum is a cut of the sorted numbers, found by dynamic programmi
 equal on all ranks. With one group (the default of the official command line) every task has the same weight, which
 depends on the losses; c is a constant to the gradient.
 
-The official code runs Lloyd's algorithm in float32 from M random tasks' numbers, which may stop short of the optimum,
-and divides by nothing in a group that has become empty; its M >= 2 needs an import that is commented out. The number of
-groups per data set is not in it. Absent tasks belong to no group; with `absent_tasks: hold` their last loss is added to
-the sum again, so that a task does not fall behind for coming often.
+The official code runs Lloyd's algorithm in float32 from M random tasks' numbers and stops when the centres move by
+less than 0.01 together, which may be short of the optimum (`assignment: lloyd`, here with draws of its own and in the
+losses' precision); a group that has become empty, where it divides by nothing, keeps its centre here. Its M >= 2 needs
+an import that is commented out. The number of groups per data set is not in it. Absent tasks belong to no group; with
+`absent_tasks: hold` their last loss is added to the sum again, so that a task does not fall behind for coming often.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_bilb.balancers.draws import NormalDraws
 from hf_bilb.balancers.options import BalancerOptions, masked_sum
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.options import OptionError
+
+#: Lloyd's algorithm: the square of the centres' shifts together below which it rests, and the most rounds it takes.
+_REST, _ROUNDS = 1e-4, 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +43,15 @@ class Go4AlignOptions(BalancerOptions):
     Attributes:
         num_groups: M, at most so many groups (no more than there are tasks).
         step_size: eta, how strongly a task's past losses lower its weight.
-        assignment: how the groups are found; `kmeans`: the exact optimum in one dimension.
+        assignment: how the groups are found: `kmeans`, the exact optimum in one dimension, or `lloyd`, the official
+            search from random centres.
+        seed: of the random centres.
     """
 
     num_groups: int = 1
     step_size: float = 1e-4
-    assignment: Literal["kmeans"] = "kmeans"
+    assignment: Literal["kmeans", "lloyd"] = "kmeans"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,8 +64,9 @@ class Go4AlignOptions(BalancerOptions):
 
 @register_balancer("go4align", options=Go4AlignOptions, paper="Shen et al., NeurIPS 2024 (arXiv 2404.06486)")
 class Go4Align(HistoryObjective):
-    """GO4Align. State: `loss_sums [K]`; q is the softmax of -eta times them. Cost: one forward and one backward of the
-    model; with M > 1 groups M passes over K x K numbers in an update."""
+    """GO4Align. State: `loss_sums [K]`; q is the softmax of -eta times them; with `lloyd` the number of updates. Cost:
+    one forward and one backward of the model; with M > 1 groups M passes over K x K numbers in an update, or with
+    `lloyd` 50 over M x K."""
 
     takes_logarithm = True
     loss_sums: Tensor
@@ -66,6 +75,9 @@ class Go4Align(HistoryObjective):
         super().__init__()
         self._num_groups = min(options.num_groups, num_tasks)
         self._step_size = options.step_size
+        # One group is one group, wherever it began.
+        searches = options.assignment == "lloyd" and self._num_groups > 1
+        self.starts = NormalDraws(num_tasks, options.seed) if searches else None
         self.register_buffer("loss_sums", torch.zeros(num_tasks, dtype=torch.float64))
 
     @torch.no_grad()
@@ -75,8 +87,19 @@ class Go4Align(HistoryObjective):
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks; the weights are constants to its gradient, and so its coefficients."""
-        weights = group_means(self._indicator(losses.detach(), active), active, self._num_groups)
+        indicator = self._indicator(losses.detach(), active)
+        if self.starts is None:
+            weights = group_means(indicator, active, self._num_groups)
+        else:
+            # Those with the smallest draws: M different ones, each as likely as any other.
+            order = torch.argsort(torch.where(active, self.starts(losses), torch.inf))
+            weights = lloyd_means(indicator, active, order[: self._num_groups])
         return ObjectiveValue(masked_sum(weights * losses, active))
+
+    def end_update(self) -> None:
+        """The next update begins its search anew."""
+        if self.starts is not None:
+            self.starts.end_update()
 
     def _indicator(self, losses: Tensor, active: Tensor) -> Tensor:
         """w `[K]`, zero where not active, by way of logarithms: q of a task may be as small as it likes."""
@@ -86,6 +109,31 @@ class Go4Align(HistoryObjective):
         logarithms = torch.where(active, losses, 1.0).log()
         total = torch.logsumexp(torch.where(active, logarithms, lowest), dim=0)
         return torch.where(active, torch.exp(total - logarithms + torch.log_softmax(logits, dim=0)), 0.0)
+
+
+def lloyd_means(values: Tensor, active: Tensor, start: Tensor) -> Tensor:
+    """Each value's centre `[K]`, zero where not active, when Lloyd's algorithm comes to rest; at most 50 rounds.
+
+    Args:
+        values: `[K]`.
+        active: bool `[K]`, which of them count.
+        start: `[M]`, whose values are the first centres; those not active stand for none.
+
+    No device synchronisation: rounds after it has come to rest change nothing.
+    """
+    counts = active.to(values.dtype)
+    centers = torch.where(active[start], values[start], torch.inf)
+    group = torch.zeros_like(active, dtype=torch.int64)
+    moving = torch.ones_like(active.any())
+    for _ in range(_ROUNDS):
+        nearest = (torch.where(active, values, 0.0)[:, None] - centers).abs().argmin(dim=1)
+        sizes = torch.zeros_like(centers).index_add(0, nearest, counts)
+        sums = torch.zeros_like(centers).index_add(0, nearest, torch.where(active, values, 0.0))
+        means = torch.where(sizes > 0, sums / sizes.clamp(min=1), centers)
+        shift = torch.where(sizes > 0, (means - centers).abs(), 0.0).sum()
+        group, centers = torch.where(moving, nearest, group), torch.where(moving, means, centers)
+        moving = moving & (shift.square() >= _REST)
+    return torch.where(active, centers[group], 0.0)
 
 
 def group_means(values: Tensor, active: Tensor, num_groups: int) -> Tensor:

@@ -159,6 +159,23 @@ def replay_marigold(case: dict[str, Any], balancer: LossBalancer) -> dict[str, n
     return {key: np.stack(rows) for key, rows in record.items()}
 
 
+class RecordedStarts(torch.nn.Module):
+    """Draws that make the search of GO4Align's groups begin where it did in the reference."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        super().__init__()
+        self.rows, self.num_tasks, self.update = case["init_idx"], case["K"], 0
+
+    def forward(self, like: Tensor) -> Tensor:
+        draws = torch.ones(self.num_tasks, dtype=like.dtype)
+        for rank, k in enumerate(self.rows[self.update]):
+            draws[k] = rank - len(self.rows[0])
+        return draws
+
+    def end_update(self) -> None:
+        self.update += 1
+
+
 def replay(case: dict[str, Any], balancer: LossBalancer, state_name: str | None) -> dict[str, np.ndarray]:
     """Train T steps and record what the reference recorded (losses, total, coefficients, parameters, state)."""
     parameters = [torch.from_numpy(case[k].copy()).requires_grad_() for k in ("W1_0", "b1_0", "V_0", "c_0")]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.balancers.go4align import group_means
+from hf_bilb.balancers.go4align import group_means, lloyd_means
 from hf_bilb.decision import NonFiniteLossError
 from hf_bilb.options import OptionError
 from tests.balancers.reference import load
@@ -115,6 +115,42 @@ def test_the_recorded_indicator_and_groups(name: str) -> None:
         np.testing.assert_allclose(torch.softmax(-case["robust_step_size"] * sums, 0), case["adv_probs"][t], rtol=1e-9)
         means = group_means(torch.from_numpy(case["raw_weight"][t]), everyone, num_groups)
         np.testing.assert_allclose(means, case["weights"][t], rtol=1e-5)
+
+
+def lloyd_by_hand(values: np.ndarray, start: list[int]) -> np.ndarray:
+    """The official search, in plain loops."""
+    centers = [float(values[i]) for i in start]
+    while True:
+        group = [min(range(len(centers)), key=lambda j, v=v, c=centers: abs(v - c[j])) for v in values]
+        means = [np.mean([v for v, g in zip(values, group, strict=True) if g == j]) for j in range(len(centers))]
+        shift = sum(abs(a - b) for a, b in zip(means, centers, strict=True))
+        centers = means
+        if shift**2 < 1e-4:
+            return np.array([centers[g] for g in group])
+
+
+@pytest.mark.parametrize("num_groups", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(6))
+def test_lloyd_s_search_from_given_centres(num_groups: int, seed: int) -> None:
+    values = 10 * random_losses(12, 1, seed=seed)[0]
+    start = torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:num_groups]
+    found = lloyd_means(values, torch.ones(12, dtype=torch.bool), start)
+    torch.testing.assert_close(found.numpy(), lloyd_by_hand(values.numpy(), start.tolist()), rtol=1e-12, atol=0)
+    some = torch.arange(14) < 12
+    padded = lloyd_means(torch.cat([values, torch.full((2,), torch.nan)]), some, start)
+    torch.testing.assert_close(padded[:12], found, rtol=1e-12, atol=0)
+    assert not padded[12:].any()
+
+
+def test_lloyd_s_search_can_stop_short_of_the_optimum_and_starts_differ() -> None:
+    balancer, exact = go4align(8, num_groups=3, assignment="lloyd"), go4align(8, num_groups=3)
+    worse, rows = 0, random_losses(8, 40, seed=1)
+    for row in rows:
+        found, best = advance(balancer, row), advance(exact, row)
+        indicator = (row.sum() / row * torch.softmax(-1e-4 * balancer.state_dict()["objective.loss_sums"], 0)).numpy()
+        assert distance(indicator, found.numpy()) >= distance(indicator, best.numpy()) - 1e-9
+        worse += distance(indicator, found.numpy()) > 1.01 * distance(indicator, best.numpy())
+    assert 0 < worse < 40
 
 
 def test_only_tasks_that_are_there_fall_behind() -> None:

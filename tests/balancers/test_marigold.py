@@ -158,6 +158,22 @@ def test_a_baseline_takes_spread_away_and_nothing_else() -> None:
     assert baseline.square().sum() < 0.05 * plain.square().sum()
 
 
+@pytest.mark.parametrize("estimator", ["one_point", "two_point"])
+def test_the_worst_decrement_ascends_what_the_trials_did(estimator: str) -> None:
+    # By hand on copies: rho is 1/3 each at v = 0; of two opposite trials the mean counts.
+    model, r = problem(3), 0.3
+    optimizer = optimizer_for(model, "adam")
+    balancer = build_balancer("marigold", 3, dtype=FLOAT, mode="exact", estimator=estimator, perturbation=r, beta=0.5)
+    balancer.bind(model, optimizer).look_ahead(lambda: model(4))
+    state, at_theta = balancer.state_dict(), model(4).detach()
+    weights = torch.softmax(0.5 / at_theta, dim=0)
+    signs = (1, -1) if estimator == "two_point" else (1,)
+    after = [after_a_step(model, optimizer, weights + sign * r * state["objective.direction"]) for sign in signs]
+    decrements = torch.stack(after).mean(dim=0) - at_theta
+    slope = 0.5 / at_theta / 3 * (decrements - decrements.mean())
+    torch.testing.assert_close(state["optimizer.worst_logits.exp_avg"], -0.1 * slope, rtol=1e-9, atol=1e-14)
+
+
 # --- trial steps leave no trace -----------------------------------------------------------------------------------
 
 
@@ -178,6 +194,16 @@ class Noisy(nn.Module):
         return (self.heads(self.trunk(inputs)) - 1).square().mean(dim=0)
 
 
+class CountsInItsGroup(torch.optim.SGD):
+    """Descends ever more slowly, and remembers how far it has come in its group, as schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = 0.1 / group["count"]
+        super().step(closure)
+
+
 OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -188,6 +214,7 @@ OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]]
     "tensor rate": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
+    "counts in its group": lambda p: CountsInItsGroup(p, lr=0.1),
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.05),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "adafactor": lambda p: Adafactor(p, lr=None, relative_step=True, warmup_init=True),
@@ -328,6 +355,23 @@ def test_auxiliary_losses_take_part_in_the_trial_step() -> None:
         balancer.look_ahead(run)
         moments.append(balancer.state_dict()["optimizer.logits.exp_avg"])
     assert not torch.allclose(*moments, rtol=1e-3)
+
+
+def test_a_reference_over_several_updates_counts_each_once() -> None:
+    model = problem(2)
+    optimizer = optimizer_for(model, "sgd")
+    balancer = look_ahead_balancer(normalization="initial", reference={"mean_of": 3}, learning_rate=0.1)
+    balancer.bind(model, optimizer)
+    seen = []
+    for t in range(4):
+        balancer.look_ahead(lambda t=t: model(t))
+        optimizer.zero_grad()
+        losses = model(t)
+        seen.append(losses.detach())
+        balancer.backward(losses)
+        optimizer.step()
+        balancer.step()
+    torch.testing.assert_close(balancer.reference_losses, torch.stack(seen[:3]).mean(dim=0), rtol=1e-12, atol=0)
 
 
 def test_a_dropped_update_takes_back_what_its_look_ahead_taught() -> None:

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from hf_bilb import build_balancer
-from tests.balancers.reference import FOLDER, load, replay, replay_features, replay_marigold, replay_penalty
+from tests.balancers.reference import (
+    FOLDER,
+    RecordedStarts,
+    load,
+    replay,
+    replay_features,
+    replay_marigold,
+    replay_penalty,
+)
 
 TOLERANCE = 1e-9
 #: Of files whose reference works in float32 inside, relative to the largest number of a kind.
@@ -55,7 +63,7 @@ def options_of(name: str, case: dict, written_out: bool) -> tuple[str, dict, str
         return "stch", {**own, "mu": 0.5, "preference": preference, "ideal_point": 0.01}, None
     if name.startswith("go4align_"):
         groups = {"num_groups": case["num_groups"], "step_size": case["robust_step_size"]}
-        return "go4align", {**own, **groups}, None
+        return "go4align", {**own, **groups, "assignment": "lloyd" if written_out else "kmeans"}, None
     if name.startswith("imtl_l_"):
         return "imtl_l", own, "objective.log_scale"
     return name.split("_")[0], own, None
@@ -173,7 +181,10 @@ def test_trajectory(name: str, written_out: bool) -> None:
     if method_of(name) in EPOCH_LENGTH:
         case["epoch_len"] = EPOCH_LENGTH[method_of(name)]
     balancer, options, state_name = options_of(name, case, written_out)
-    ours = replay(case, build_balancer(balancer, num_tasks=case["K"], dtype=torch.float64, **options), state_name)
+    built = build_balancer(balancer, num_tasks=case["K"], dtype=torch.float64, **options)
+    if options.get("assignment") == "lloyd" and "init_idx" in case:
+        built.objective.starts = RecordedStarts(case)
+    ours = replay(case, built, state_name)
     reference = {
         "losses": case["losses"],
         "total": case["total"],

@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "groups_2": {"num_groups": 2, "step_size": 0.1},
         "groups_3": {"num_groups": 3, "normalization": "initial"},
         "groups_of_one": {"num_groups": 7, "step_size": 0.1},
+        "lloyd": {"num_groups": 3, "step_size": 0.1, "assignment": "lloyd", "seed": 2},
     },
     "marigold": {
         "exact": {"mode": "exact", "learning_rate": 0.1, "beta": 0.3},
