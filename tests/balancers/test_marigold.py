@@ -521,9 +521,10 @@ def test_a_function_of_ones_own_need_not_be_differentiable(tmp_path: Path) -> No
     assert torch.equal(*found)
 
 
-def test_an_upper_task_that_is_absent_teaches_nothing() -> None:
+@pytest.mark.parametrize("tasks", [["a"], ["a", "b"]])
+def test_an_upper_task_that_is_absent_teaches_nothing(tasks: list[str]) -> None:
     balancer = build_balancer(
-        "marigold", task_names=["a", "b", "c"], dtype=FLOAT, upper_level={"tasks": ["a"]}, absent_tasks="skip"
+        "marigold", task_names=["a", "b", "c"], dtype=FLOAT, upper_level={"tasks": tasks}, absent_tasks="skip"
     )
     items = torch.tensor([0.0, 1.0, 1.0])
     losses = torch.tensor([torch.nan, 2.0, 3.0], dtype=FLOAT)

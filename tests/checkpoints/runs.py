@@ -69,6 +69,9 @@ BILB = {"name": "bilb", "learning_rate": 0.05}
 QM9 = {"name": "bilb", "preset": "qm9", "learning_rate": 0.05}
 DOUBLE = {**BILB, "lower_level": {"inner_steps": 2, "inner_learning_rate": 0.02}}
 FEATURES = {**BILB, "router": "features", "initial_logits": None, "num_features": 8}
+FAMO = {"name": "famo", "reevaluate": "next_batch", "learning_rate": 0.2}
+STCH = {"name": "stch", "mu": 0.3, "warmup_epochs": 1}
+MARIGOLD = {"name": "marigold", "mode": "exact", "learning_rate": 0.1, "perturbation": 0.1}
 #: Three micro-batches of four rows; 32 of them in an epoch: its last window holds two.
 WINDOW: dict[str, Any] = {"rows": 128, "batch": 4, "accumulation": 3, "dropout": 0.3}
 RUNS = {
@@ -116,6 +119,12 @@ RUNS = {
         13, 10, {"balancer": BILB, "diagnostics": {"every_n_steps": 3, "inner_steps": 2, "inner_learning_rate": 0.02}}
     ),
     "double_loop_two_ranks": Run(13, 10, {"balancer": DOUBLE}, batch=4, num_ranks=2, dropout=0.3),
+    # Of the other methods a few; `make campaign` kills all. The losses of the last update before the checkpoint:
+    "famo_next_batch": Run(13, 10, {"balancer": FAMO}),
+    # In the epoch whose losses are the nadir, on which the next one is built.
+    "stch_schedule": Run(18, 15, {"balancer": STCH}),
+    # A trial step and its undoing before every update, with dropout.
+    "marigold_exact": Run(13, 10, {"balancer": MARIGOLD, "balance_over": "window"}, **WINDOW),
 }
 
 

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.checkpoints.checks import assert_bit_identical, assert_went_on, load
 from tests.checkpoints.runs import KILLED_SAVE, LOGGING_STEPS, POINTS, RUNS, SAVE_STEPS
 
 NAMES = [pytest.param(name, marks=pytest.mark.distributed if run.num_ranks > 1 else ()) for name, run in RUNS.items()]
 
 
-def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    return torch.load(folder / "whole.pt"), torch.load(folder / "resumed.pt")
-
-
-def assert_bit_identical(whole: dict[str, Any], resumed: dict[str, Any]) -> None:
-    assert torch.equal(whole["parameters"], resumed["parameters"])
-    assert whole["balancer"].keys() == resumed["balancer"].keys()
-    for key, value in whole["balancer"].items():
-        assert torch.equal(value, resumed["balancer"][key]), f"balancer state {key} differs"
-    # As text, exact: the gradient norm of a dropped step is NaN, which equals nothing.
-    assert json.dumps(whole["logs"], sort_keys=True) == json.dumps(resumed["logs"], sort_keys=True)
-    assert whole["training_loss"] == resumed["training_loss"] == whole["logs"][-1]["train_loss"]
-    assert whole["vectors"] == resumed["vectors"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_run_goes_on_as_if_never_stopped(resumed_runs: Path, name: str) -> None:
-    run = RUNS[name]
-    assert run.kill_at % LOGGING_STEPS and run.kill_at % SAVE_STEPS and run.kill_at % 11
-    whole, resumed = load(resumed_runs / name)
-    assert whole["began_at"] == 0
-    assert resumed["began_at"] == run.resumes_from, "it has to go on, not to start over"
-    assert whole["steps"] == resumed["steps"] == 33
-    assert whole["world_size"] == resumed["world_size"] == run.num_ranks
-    assert_bit_identical(whole, resumed)
+    assert_went_on(resumed_runs / name, RUNS[name])
 
 
 def test_the_compared_state_holds_router_moments_and_references(resumed_runs: Path) -> None:
@@ -132,3 +110,15 @@ def test_a_kill_while_saving_leaves_no_half_checkpoint(resumed_runs: Path, point
     assert all(f"checkpoint-{KILLED_SAVE}" in text for text in passed_over)
     assert not (folder / "killed" / "_incomplete").exists(), "the next save is to clean up"
     assert_bit_identical(torch.load(resumed_runs / POINTS[0] / "whole.pt"), resumed)
+
+
+def test_the_records_of_other_methods_are_compared(resumed_runs: Path) -> None:
+    records = {
+        "famo_next_batch": ("progress.losses", "objective.logits"),
+        "stch_schedule": ("totals", "items", "passed"),
+        "marigold_exact": ("objective.logits", "objective.worst_logits", "objective.direction"),
+    }
+    for name, parts in records.items():
+        whole, _ = load(resumed_runs / name)
+        names = " ".join(whole["balancer"])
+        assert all(part in names for part in parts), names

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("distributed")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    # TMPDIR: hundreds of runs have a folder each, which go with this one.
+def environment_of(folder: Path) -> dict[str, str]:
+    """Of a launch. TMPDIR: hundreds of runs have a folder each, which go with `folder`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     # A launch variable of an outer launcher would make a rank of this process.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    return environment
+
+
+def launch(folder: Path, module: str, arguments: Sequence[str] = (), timeout: float = TIMEOUT) -> Runs:
+    """Run `module FOLDER SIZE *arguments` as one process and, at the same time, as two; load what they have saved."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     launches = {}
     for size, launcher in ((1, []), (2, torchrun)):
-        command = [sys.executable, *launcher, "-m", "tests.distributed.worker", str(folder), str(size)]
+        command = [sys.executable, *launcher, "-m", module, str(folder), str(size), *arguments]
         log = folder / f"world{size}.log"
         with log.open("w") as output:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment_of(folder), stdout=output, stderr=subprocess.STDOUT
+            )
         launches[size] = (process, log)
     try:
         for size, (process, log) in launches.items():
-            code = process.wait(timeout=TIMEOUT)
+            code = process.wait(timeout=timeout)
             assert code == 0, f"the launch of {size} process(es) ended with {code}:\n{log.read_text()[-6000:]}"
     finally:
         for process, _ in launches.values():
@@ -58,3 +64,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         torch.load(folder / f"{name}.pt") for name in ("world1-rank0", "world2-rank0", "world2-rank1")
     )
     return Runs(one, (first, second))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return launch(tmp_path_factory.mktemp("distributed"), "tests.distributed.worker")

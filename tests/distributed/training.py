@@ -173,8 +173,8 @@ def train_standalone(
         balancer_options, num_tasks=data.labels.shape[1], dtype=torch.float64, **balancer_settings
     )
     wrapped = DistributedDataParallel(model, process_group=group) if together else model
-    balancer.bind(wrapped)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    balancer.bind(wrapped, optimizer)
     bounds = [0, first_rank_rows, GLOBAL_BATCH] if together else [0, GLOBAL_BATCH]
     place = rank() if together else 0
     values = []
@@ -186,12 +186,13 @@ def train_standalone(
         start = step % STEPS_PER_EPOCH * GLOBAL_BATCH
         rows = slice(start + bounds[place], start + bounds[place + 1])
         batch = (data.features[rows], data.labels[rows])
+        again = wrapped if reevaluate_wrapped else model
+        rerun = partial(_rerun, again, batch, balancer.task_names)
+        balancer.look_ahead(rerun, process_group=group)
         found = losses_of(wrapped(*batch), balancer.task_names)
         optimizer.zero_grad()
         values.append(balancer.backward(found.losses, found.num_items, found.router_features, process_group=group))
         optimizer.step()
-        again = wrapped if reevaluate_wrapped else model
-        rerun = partial(_rerun, again, batch, balancer.task_names)
         balancer.step(reevaluate=rerun, process_group=group)
     return {
         "steps": steps,
