@@ -319,7 +319,8 @@ def test_several_micro_batches_are_one_batch() -> None:
         w1, b1, v, c = model.weights
         errors = (torch.tanh(inputs @ w1 + b1) @ v + c - labels).square()
         losses = torch.from_numpy(model.case["s"]) * errors.mean(0) + 0.05
-        return TaskLosses(losses, torch.full((3,), float(len(inputs)), dtype=FLOAT))
+        penalty = 3 * sum(weight.square().sum() for weight in model.weights)
+        return TaskLosses(losses, torch.full((3,), float(len(inputs)), dtype=FLOAT), auxiliary_loss=penalty)
 
     found = []
     for parts in ([slice(0, 16)], [slice(0, 5), slice(5, 16)]):
