@@ -153,6 +153,16 @@ def test_lloyd_s_search_can_stop_short_of_the_optimum_and_starts_differ() -> Non
     assert 0 < worse < 40
 
 
+def test_searches_begin_elsewhere_in_every_update_and_with_every_seed() -> None:
+    row = random_losses(8, 1, seed=1)[0]
+    found = []
+    for seed in (0, 0, 1):
+        balancer = go4align(8, num_groups=3, assignment="lloyd", seed=seed, step_size=0.0)
+        found.append(torch.stack([advance(balancer, row) for _ in range(20)]))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert len(found[0].unique(dim=0)) > 1
+
+
 def test_only_tasks_that_are_there_fall_behind() -> None:
     some = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     rows = random_losses(3, 2)
