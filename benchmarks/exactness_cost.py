@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
+from alternating import Stopwatch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, TrainerCallback
+from transformers import BertConfig, BertModel
 
 import hf_bilb
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
@@ -63,22 +63,6 @@ class Encoder(nn.Module):
         return {"losses": losses, "num_items": num_items}
 
 
-class Stopwatch(TrainerCallback):
-    """CPU time per update of the last run; the first one warms caches up and does not count."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.times = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(time.process_time())
-
-    def milliseconds(self) -> float:
-        return 1e3 * (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-
-
 def build(mode: str, steps: int, folder: str) -> Callable[[], float]:
     """A function that trains for one block of updates and returns the milliseconds of one."""
     rows = (steps + 1) * BATCH * MICRO_BATCHES
@@ -100,7 +84,7 @@ def build(mode: str, steps: int, folder: str) -> Callable[[], float]:
         "task_names": [f"task_{k}" for k in range(TASKS)],
         "balancer": "bilb",
     }
-    watch = Stopwatch()
+    watch = Stopwatch(warm_up=0)  # from the end of the first update on
     trainer = BilevelMTLTrainer(
         model=Encoder(),
         args=BilevelMTLTrainingArguments(**{**settings, **MODES[mode]}),
