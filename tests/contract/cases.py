@@ -63,7 +63,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "upper_level": {"tasks": ["task_0"]},
             "learning_rate": 0.1,
         },
-        "function": {"upper_level": largest_loss, "parametrization": "identity", "estimator": "one_point_baseline"},
+        "function": {
+            "upper_level": "tests.contract.cases:largest_loss",
+            "parametrization": "identity",
+            "estimator": "one_point_baseline",
+        },
     },
     "uw": {"initial": {"initial_log_variance": -0.5}, "sgd": {"optimizer": "sgd", "learning_rate": 0.1}},
     "bilb": {
