@@ -36,6 +36,8 @@ NOTES = """\
 * `window`: 2 x 4 and 4 x 2 against 1 x 8, in one process. Plain loop: `micro_batch` against a loop without the
   library's driver. Linear: `micro_batch` against 1 x 8, for methods whose coefficients do not depend on the update's
   own losses.
+* `bilb` with rescaled losses (`normalization_rescaled`, `nyuv2`) runs with `smoothing: 1e-4`: in the first update these
+  losses are all equal but for rounding, which gives each |d| a sign of its own, and the slope of 1 that goes with it.
 * MARIGOLD's `two_point` is allowed ten times as much: a step of an Adam that has not run yet is the gradient's sign,
   so that its first two trials end at the same losses but for rounding, and the first step of its own Adam magnifies
   what is left.
