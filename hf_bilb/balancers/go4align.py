@@ -97,8 +97,8 @@ class Go4Align(HistoryObjective):
         return ObjectiveValue(masked_sum(weights * losses, active))
 
     def end_update(self) -> None:
-        """The next update begins its search anew."""
-        if self.starts is not None:
+        """The next update begins its search anew; a frozen method always from the same tasks."""
+        if self.starts is not None and self.training:
             self.starts.end_update()
 
     def _indicator(self, losses: Tensor, active: Tensor) -> Tensor:

@@ -307,7 +307,7 @@ def test_a_z_that_diverges_is_one_line(tmp_path: Path) -> None:
     balancer = {**DOUBLE, "lower_level": {"inner_steps": 5, "inner_learning_rate": 1e200}}
     model = build_model(FLOAT)
     with pytest.raises(
-        NonFiniteLossError, match=r"^lower level: .*task '\w+' is .* at z.*inner_learning_rate"
+        NonFiniteLossError, match=r"^step 1: lower level: .*task '\w+' is .* at z.*inner_learning_rate"
     ) as caught:
         run(tmp_path, model, data(), balancer=balancer)
     assert "\n" not in str(caught.value) and flat_parameters(model).isfinite().all()
