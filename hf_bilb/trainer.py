@@ -23,6 +23,7 @@ from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
 from hf_bilb.decision import Decision, NonFiniteLossError, share_of_window
 from hf_bilb.diagnostics import LowerLevelDiagnostics
+from hf_bilb.epochs import EpochDataset
 from hf_bilb.micro_batches import MicroBatches
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.task_loss_trainer import TaskLossTrainer, tensors_in
@@ -112,7 +113,10 @@ class BilevelMTLTrainer(TaskLossTrainer):
         )
 
     def begin_epoch(self, epoch: int, dataloader: Any, resumed: bool) -> None:
-        """Tell the task sampler which epoch comes, and how far into it a run goes on that is `resumed`."""
+        """Tell data set and task sampler which epoch comes, and how far into it a run goes on that is `resumed`."""
+        if isinstance(self.train_dataset, EpochDataset):
+            # accelerate does it too, but not in the epoch that a run goes on in.
+            self.train_dataset.set_epoch(epoch)
         if self._task_sampling is None:
             return
         micro_batches = self.args.gradient_accumulation_steps
