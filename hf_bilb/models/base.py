@@ -32,7 +32,11 @@ class MultiTaskModel(PreTrainedModel):
         return loaded
 
     def _output(
-        self, logits: Tensor, losses: tuple[Tensor, Tensor] | None, features: Tensor, return_dict: bool | None
+        self,
+        logits: Tensor | tuple[Tensor, ...],
+        losses: tuple[Tensor, Tensor] | None,
+        features: Tensor,
+        return_dict: bool | None,
     ) -> MultiTaskOutput | tuple[Tensor, ...]:
         """What `forward` returns.
 

@@ -177,14 +177,14 @@ class MultiTaskImageModel(EncoderModel):
             `MultiTaskOutput`: `logits [B, K]` (positive: the attribute is there), and with labels the binary
             cross-entropies `losses [K]`, `num_items [K]` and `router_features [B, D]`, the pooled encoding.
         """
-        mean, std = (_by_colour(values, pixel_values) for values in (self.config.image_mean, self.config.image_std))
+        mean, std = (by_colour(values, pixel_values) for values in (self.config.image_mean, self.config.image_std))
         features = _pool(self.encoder(pixel_values=(pixel_values - mean) / std), self.config.pooling)
         logits = self.heads(self.dropout(features))
         losses = None if labels is None else masked_bce_with_logits(logits, labels)
         return self._output(logits, losses, features, return_dict)
 
 
-def _by_colour(values: Sequence[float], like: Tensor) -> Tensor:
+def by_colour(values: Sequence[float], like: Tensor) -> Tensor:
     """`[3, 1, 1]` on the device of `like`; filled there, since a copy from the host would wait for the device."""
     return torch.stack([like.new_full((1, 1), value) for value in values])
 

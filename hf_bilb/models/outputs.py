@@ -18,13 +18,13 @@ class MultiTaskOutput(ModelOutput):
     Attributes:
         losses: `[K]` in the order of the config's `task_names`, masked means; only with labels.
         num_items: `[K]` valid items behind each loss; only with labels.
-        logits: the predictions, `[B, K]` where every task predicts one number.
+        logits: the predictions, `[B, K]` where every task predicts one number, or one tensor for each task.
         router_features: `[B, D]`, the shared representation, for balancers that route by features; only with labels.
         auxiliary_loss: scalar that is added to the balanced loss as it is, or None.
     """
 
     losses: Tensor | None = None
     num_items: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Tensor | tuple[Tensor, ...] | None = None
     router_features: Tensor | None = None
     auxiliary_loss: Tensor | None = None
