@@ -14,6 +14,7 @@ from hf_bilb.accumulation import ItemCounter, batch_size
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
 from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
+from hf_bilb.metrics.perplexity import LossMetrics
 from hf_bilb.metrics.streaming import StreamingMetrics
 from hf_bilb.passes import buffers_kept
 from hf_bilb.random_state import RandomState
@@ -140,6 +141,9 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         if isinstance(self.compute_metrics, StreamingMetrics):
             # What an evaluation that died has left must not count in this one.
             self.compute_metrics.reset()
+        of_losses = self.compute_metrics if isinstance(self.compute_metrics, LossMetrics) else None
+        if of_losses is not None and description != "Prediction" and not args:
+            kwargs["prediction_loss_only"] = True  # a language model's predictions would not fit into memory
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if self._ordinary is False:
             prefix = kwargs.get("metric_key_prefix", "eval")
@@ -147,6 +151,10 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
             # Trainer's own is a mean of batch means, and zero where no task has a label.
             output.metrics.pop(f"{prefix}_loss", None)
             output.metrics.update(losses)
+            if of_losses is not None:
+                keys = {name: f"{prefix}_loss_{name}" for name in self.task_names}
+                found = of_losses.of_losses({name: losses[key] for name, key in keys.items() if key in losses})
+                output.metrics.update({f"{prefix}_{key}": value for key, value in found.items()})
             if not losses and description != "Prediction":
                 logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
         self._evaluation = None

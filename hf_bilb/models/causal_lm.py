@@ -1,0 +1,200 @@
+"""Any causal language model of `AutoModelForCausalLM`, unmodified, whole or with LoRA.
+
+The model returns logits alone: labels never reach its forward, and the K losses are made of the logits once, by
+`hf_bilb.token_losses`. Gradient checkpointing is the Trainer's (`trainer.gradient_checkpointing: true`). What is saved
+is an ordinary checkpoint: `AutoModelForCausalLM.from_pretrained(folder)` loads it, adapters included, with the base
+model that they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from hf_bilb.models.text_encoder import LoraOptions
+from hf_bilb.options import OptionError, nearest
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class CausalLmOptions:
+    """What a recipe's `model:` section may set. Exactly one of `model` and `config` is set.
+
+    Attributes:
+        model: a name on the hub (`Qwen/Qwen2.5-0.5B`), or a folder.
+        config: a fresh model with random weights: its `model_type` and whatever else its config has
+            (`{model_type: llama, hidden_size: 64, ...}`); the vocabulary is that of the tokenizer.
+        dtype: of the weights. Mixed precision is the Trainer's (`trainer.bf16: true` with float32 weights).
+        attention: `sdpa`, `eager`, `flash_attention_2`, or what else transformers takes; null = its choice.
+        lora: options of LoRA, with which only the adapters are trained; null = everything is.
+
+    Raises:
+        OptionError: both or none of `model` and `config`, or adapters on a fresh model.
+    """
+
+    model: str | None = None
+    config: dict[str, Any] | None = None
+    dtype: DType = "float32"
+    attention: str | None = None
+    lora: LoraOptions | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.config is None):
+            given = "neither is set" if self.model is None else f"both are set ({self.model!r}, {self.config!r})"
+            raise OptionError(f"model: one of model (a name) and config (of a fresh model) is needed, {given}")
+        if self.config is not None and "model_type" not in self.config:
+            raise OptionError("config.model_type: is required, expected an architecture such as llama")
+        if self.config is not None and self.lora is not None:
+            raise OptionError("lora: adapters need pretrained weights to stand on, expected null for a fresh model")
+
+
+def build_causal_lm(
+    options: CausalLmOptions,
+    *,
+    vocab_size: int,
+    max_length: int,
+    packed: bool,
+    special_tokens: Mapping[str, int | None],
+) -> PreTrainedModel | PeftModel:
+    """The model of a recipe.
+
+    Args:
+        options: the recipe's.
+        vocab_size: entries of the tokenizer that made the data; the model must have as many.
+        max_length: tokens of the data's longest example; the model must take as many.
+        packed: several examples share a row, see `hf_bilb.data.instruction_rows`; the model is tried for it.
+        special_tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer, for a fresh model's config.
+
+    Raises:
+        OptionError: a model that cannot be loaded, does not fit the data, or lets packed examples see each other;
+            layers for LoRA that it does not have.
+
+    Cost of the trial for `packed`: two forward passes of five tokens, where the model is.
+    """
+    dtype = getattr(torch, options.dtype)
+    if options.model is not None:
+        model = _pretrained(options.model, dtype, options.attention)
+        where = f"the model {options.model!r}"
+    else:
+        assert options.config is not None  # CausalLmOptions asks for one of the two
+        model = _fresh({"vocab_size": vocab_size, **options.config}, special_tokens, dtype, options.attention)
+        where = "the fresh model"
+    entries = model.get_input_embeddings().weight.shape[0]
+    if vocab_size > entries:
+        raise OptionError(f"data.tokenizer: has {vocab_size} entries, but the vocabulary of {where} has {entries}")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise OptionError(
+            f"data.max_length: {max_length} is not valid, expected at most {positions}, the positions of {where}"
+        )
+    if packed:
+        check_packing(model)
+    return model if options.lora is None else add_adapters(model, options.lora)
+
+
+def _pretrained(name: str, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise OptionError(f"model.model: {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise OptionError(f"model.model: {name!r} is no causal language model: its files lack {missing}")
+    return model
+
+
+def _fresh(
+    given: Mapping[str, Any], special_tokens: Mapping[str, int | None], dtype: torch.dtype, attention: str | None
+) -> PreTrainedModel:
+    kind = given["model_type"]
+    try:
+        known = AutoConfig.for_model(kind)
+    except ValueError:
+        raise OptionError(f"model.config.model_type: {kind!r} is no architecture that transformers knows") from None
+    names = {*known.to_dict(), *known.attribute_map}
+    for key in given:
+        if key not in names:  # the config would keep it, and nothing would read it
+            raise OptionError(f"model.config.{key}: is no option of {kind!r}{nearest(key, names)}")
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(**{**special_tokens, **given})
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (ValueError, TypeError, ImportError, StrictDataclassError) as error:
+        raise OptionError(f"model.config: {' '.join(str(error).split())}") from None
+    return model
+
+
+# --- packed rows --------------------------------------------------------------------------------------------------
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Raise `OptionError` where examples that follow each other in a row see each other.
+
+    `transformers` finds the examples by position ids that start again (as for its `DataCollatorWithFlattening`):
+    FlashAttention as separate sequences, the others by a block-diagonal mask. An architecture that does neither trains
+    on a mixture of unrelated texts and says nothing. FlashAttention itself, which needs a GPU, is not tried.
+    """
+    attention = getattr(model.config, "_attn_implementation", None)
+    if "flash" in str(attention):
+        return
+    first, other = (_second_example(model, token) for token in (1, 2))
+    # What is masked has weight exactly 0, whatever stands there.
+    if not torch.equal(first, other):
+        raise OptionError(
+            f"data.packed: {model.config.model_type!r} with attention {attention!r} lets packed examples see each "
+            "other, expected packed: false"
+        )
+
+
+def _second_example(model: PreTrainedModel, token: int) -> Tensor:
+    """Logits of an example of two tokens that stands behind one of three times `token`."""
+    device = model.get_input_embeddings().weight.device
+    training = model.training
+    with torch.no_grad():
+        outputs = model.eval()(
+            input_ids=torch.tensor([[token, token, token, 3, 4]], device=device),
+            position_ids=torch.tensor([[0, 1, 2, 0, 1]], device=device),
+            use_cache=False,
+        )
+    model.train(training)
+    return outputs.logits[0, 3:]
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+def add_adapters(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
+    """Freeze the model and add adapters to its linear layers.
+
+    Raises:
+        OptionError: it has no layer of such a name, or peft knows none for it.
+    """
+    kind = model.config.model_type
+    targets = options.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    names = [name for name, _ in model.named_modules()]
+    layers = {name.rpartition(".")[2] for name in names if name}
+    if targets is None:
+        raise OptionError(f"model.lora.target_modules: peft has no choice for {kind!r}, expected names of its layers")
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise OptionError(f"model.lora.target_modules: {target!r} is no layer of {kind!r}{nearest(target, layers)}")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(targets),
+    )
+    # Reentrant gradient checkpointing drops the gradients of layers whose inputs need none.
+    model.enable_input_require_grads()
+    return get_peft_model(model, config)
