@@ -62,6 +62,8 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/mpnn.py
 	$(BIN)/python benchmarks/molecule_preparation.py
 	$(BIN)/python benchmarks/image_loading.py
+	$(BIN)/python benchmarks/dense_loading.py
+	$(BIN)/python benchmarks/dense_models.py
 
 campaign: $(VENV)/installed-dev
 	$(BIN)/python -m pytest campaigns -q --durations=5

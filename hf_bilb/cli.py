@@ -1,4 +1,4 @@
-"""The command line: `hf-bilb train | show | report | compare | balancers`.
+"""The command line: `hf-bilb train | show | report | compare | balancers | prepare`.
 
 What a user gets wrong is one line and exit code 2.
 """
@@ -210,6 +210,34 @@ def balancers(name: str | None, form: str, sources: tuple[str, ...]) -> None:
         pages = {"markdown": render_one_markdown, "json": render_one_json}
         page = pages[form](entry, known) if form in pages else render_one_text(entry, known, _terminal_width())
         click.echo(page, nl=False)
+
+
+@main.group()
+def prepare() -> None:
+    """Write a data set's files in the layout that its loader reads."""
+
+
+@prepare.command("nyuv2")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
+@click.option(
+    "--size", nargs=2, type=click.IntRange(8, 640), default=(288, 384), show_default=True, help="Height and width."
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes.  [default: one for each core]")
+def prepare_nyuv2_command(file: Path, output: Path, size: tuple[int, int], workers: int | None) -> None:
+    """NYU Depth V2 in MTAN's layout, from FILE, the official nyu_depth_v2_labeled.mat.
+
+    \b
+        hf-bilb prepare nyuv2 nyu_depth_v2_labeled.mat --output data/nyuv2
+
+    The official split, 13 classes, depth in metres, normals computed from it. An interrupted command goes on where it
+    stood.
+    """
+    with _one_line_errors():
+        from hf_bilb.data.prepare import prepare_nyuv2
+
+        train, test = prepare_nyuv2(file, output, size, workers)
+        click.echo(f"{output}: {train} training and {test} test images")
 
 
 def _terminal_width() -> int:

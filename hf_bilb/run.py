@@ -21,10 +21,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
+from hf_bilb.gallery import gallery_rows
 from hf_bilb.models import MODELS, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns
 from hf_bilb.options import OptionError, nearest, parse_options
 from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
+from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run
 from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finite, write_results, write_text
 from hf_bilb.reporting.tables import compare, render_markdown, render_text
@@ -43,7 +45,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     """Train as `recipe` says, measure once on `evaluation.split`, and write everything into `trainer.output_dir`.
 
     Written, by the main process: `recipe.yaml` (before training), checkpoints, the model, `trainer_state.json`,
-    `results.json`, `table.md`, `losses.png`, `weights.png`. Under several processes every rank calls this.
+    `results.json`, `table.md`, `losses.png`, `weights.png`, of pixel-wise tasks `gallery.png`. Under several processes
+    every rank calls this.
 
     Args:
         recipe: from `read_recipe`.
@@ -80,7 +83,9 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     )
     training = _train(trainer, checkpoint)
     _save(trainer)
-    measured = trainer.evaluate(getattr(data, recipe.evaluation.split), metric_key_prefix=recipe.evaluation.split)
+    part = getattr(data, recipe.evaluation.split)
+    measured = trainer.evaluate(part, metric_key_prefix=recipe.evaluation.split)
+    drawn = gallery_rows(trainer, part, data) if recipe.evaluation.plots else []
     facts = {
         **_training_facts(trainer, training, checkpoint),
         **clock.facts(),
@@ -89,6 +94,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     results = collect_results(recipe, data, measured, facts)
     if state.is_main_process:
         _write_folder(recipe, results, trainer.state.log_history, data.task_names)
+        _write_gallery(recipe, data, drawn)
     state.wait_for_everyone()
     return results
 
@@ -115,8 +121,11 @@ def _save(trainer: BilevelMTLTrainer) -> None:
     trainer.save_model()
     trainer.save_state()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel) and trainer.args.should_save:
-        # peft saves adapters alone; the config says what they belong on top of.
+    if not isinstance(model, PeftModel) or not trainer.args.should_save:
+        return
+    if not model.active_peft_config.base_model_name_or_path:
+        # peft saves adapters alone; where it knows no base model by name, the config says what they belong on top of.
+        # Beside a name it would be in the way: from_pretrained would look for the whole model in this folder.
         model.get_base_model().config.save_pretrained(trainer.args.output_dir)
 
 
@@ -179,6 +188,11 @@ def build_model(recipe: Recipe, data: TaskData) -> nn.Module:
     """The recipe's model with fresh or pretrained weights; what the data dictate (sizes, task names) goes into it."""
     spec = MODELS[recipe.model["name"]]
     options = _without_name(recipe.model)
+    if spec.build is not None:
+        try:
+            inspect.signature(spec.build).bind(spec.options, **data.model_arguments)
+        except TypeError as error:
+            raise OptionError(f"model.name: {recipe.model['name']!r} is no model for these data ({error})") from None
     if isinstance(spec, PlainModelSpec):
         model = spec.build(parse_options(spec.options, options, "model"), **data.model_arguments)
         rows = [data.train[0]]
@@ -186,10 +200,6 @@ def build_model(recipe: Recipe, data: TaskData) -> nn.Module:
         check_columns(model, batch, data.label_names)
         return model
     if spec.build is not None:
-        try:
-            inspect.signature(spec.build).bind(spec.options, **data.model_arguments)
-        except TypeError as error:
-            raise OptionError(f"model.name: {recipe.model['name']!r} is no model for these data ({error})") from None
         return spec.build(parse_options(spec.options, options, "model"), **data.model_arguments)
     known = inspect.signature(spec.config_class).parameters  # what it does not name, PretrainedConfig would swallow
     if odd := next((key for key in data.model_arguments if key not in known), None):
@@ -277,6 +287,13 @@ def _write_folder(recipe: Recipe, results: RunResults, history: list[dict[str, A
     what = "results" if any(metric.higher_is_better for metric in results.metrics) else "errors"
     click.echo(f"\n{results.split} {what} of {recipe.name} ({results.balancer}):\n\n{render_text(table)}")
     click.echo(f"{results.training['steps']} steps in {results.training['seconds']:.0f} s; all files are in {folder}")
+
+
+def _write_gallery(recipe: Recipe, data: TaskData, rows: list[GalleryRow]) -> None:
+    if rows and data.gallery is not None:
+        title = f"{recipe.name} ({recipe.balancer['name']}): {recipe.evaluation.split} images"
+        tasks = list(rows[0].prediction)
+        write_gallery(rows, tasks, Path(recipe.output_dir), title, data.gallery.class_names, data.gallery.depth_unit)
 
 
 # ---------------------------------------------------------------------------------------------------- results

@@ -68,6 +68,7 @@ ENGINE = {
         "references",
         "router",
         "task_losses",
+        "token_losses",
         "validity",
     )
 }

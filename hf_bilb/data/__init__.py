@@ -10,8 +10,11 @@ from hf_bilb.data.adult import AdultOptions, load_adult
 from hf_bilb.data.base import DataSetSpec, MetricInfo, MissingPackageError, TaskData
 from hf_bilb.data.celeba import CelebaOptions, load_celeba
 from hf_bilb.data.census import CensusOptions, load_census
+from hf_bilb.data.cityscapes import CityscapesOptions, load_cityscapes
 from hf_bilb.data.glue import GlueOptions, load_glue
+from hf_bilb.data.instructions import InstructionOptions, load_instructions
 from hf_bilb.data.molecule_net import MoleculeNetOptions, load_sider, load_tox21
+from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.data.qm9 import Qm9Options, load_qm9
 from hf_bilb.data.qm9_graphs import Qm9GraphsOptions, load_qm9_graphs
 from hf_bilb.data.sarcos import SarcosOptions, load_sarcos
@@ -20,7 +23,10 @@ DATA_SETS: dict[str, DataSetSpec] = {
     "adult": DataSetSpec(options=AdultOptions, load=load_adult),
     "celeba": DataSetSpec(options=CelebaOptions, load=load_celeba),
     "census_income": DataSetSpec(options=CensusOptions, load=load_census),
+    "cityscapes": DataSetSpec(options=CityscapesOptions, load=load_cityscapes),
     "glue": DataSetSpec(options=GlueOptions, load=load_glue, from_model={"tokenizer": "encoder"}),
+    "instructions": DataSetSpec(options=InstructionOptions, load=load_instructions, from_model={"tokenizer": "model"}),
+    "nyuv2": DataSetSpec(options=Nyuv2Options, load=load_nyuv2),
     "qm9": DataSetSpec(options=Qm9Options, load=load_qm9),
     "qm9_graphs": DataSetSpec(options=Qm9GraphsOptions, load=load_qm9_graphs),
     "sarcos": DataSetSpec(options=SarcosOptions, load=load_sarcos),

@@ -47,6 +47,19 @@ class MetricInfo:
 
 
 @dataclass(frozen=True)
+class GalleryInfo:
+    """What a gallery of pixel-wise tasks says about them.
+
+    Attributes:
+        class_names: of the segmentation's classes.
+        depth_unit: `"m"`; empty when it has none.
+    """
+
+    class_names: tuple[str, ...] = ()
+    depth_unit: str = ""
+
+
+@dataclass(frozen=True)
 class TaskData:
     """A data set, ready for the Trainer.
 
@@ -67,6 +80,7 @@ class TaskData:
         single_task_base: metric key -> the value of a model trained on its task alone, the base of Delta_m.
         single_task_source: where that base is from, for a reader.
         task_groups: task -> group of nearly equivalent tasks, which count once in the grouped Delta_m.
+        gallery: for a run that shall draw some images with the predictions of its pixel-wise tasks; None: it does not.
     """
 
     train: Part
@@ -87,6 +101,7 @@ class TaskData:
     single_task_base: Mapping[str, float] = field(default_factory=dict)
     single_task_source: str = ""
     task_groups: Mapping[str, str] = field(default_factory=dict)
+    gallery: GalleryInfo | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,14 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from hf_bilb.models.causal_lm import CausalLmOptions, build_causal_lm
 from hf_bilb.models.celeba_cnn import CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions
+from hf_bilb.models.dense_backbone import (
+    DenseBackboneConfig,
+    DenseBackboneModel,
+    DenseBackboneOptions,
+    build_dense_backbone,
+)
 from hf_bilb.models.image_encoder import (
     MultiTaskImageConfig,
     MultiTaskImageModel,
@@ -17,8 +24,10 @@ from hf_bilb.models.image_encoder import (
     build_multi_task_image,
 )
 from hf_bilb.models.mpnn import MpnnConfig, MpnnModel, MpnnOptions
+from hf_bilb.models.mtan import MtanConfig, MtanModel
 from hf_bilb.models.outputs import MultiTaskOutput
 from hf_bilb.models.qm9_mlp import Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
+from hf_bilb.models.segnet import SegNetConfig, SegNetModel, SegNetOptions
 from hf_bilb.models.text_encoder import (
     MultiTaskTextConfig,
     MultiTaskTextModel,
@@ -60,15 +69,21 @@ class PlainModelSpec:
 
 
 MODELS: dict[str, ModelSpec | PlainModelSpec] = {
+    "causal_lm": PlainModelSpec(CausalLmOptions, build_causal_lm),
     "celeba_cnn": ModelSpec(CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions),
+    "dense_backbone": ModelSpec(
+        DenseBackboneConfig, DenseBackboneModel, DenseBackboneOptions, build=build_dense_backbone
+    ),
     "image_encoder": ModelSpec(
         MultiTaskImageConfig, MultiTaskImageModel, MultiTaskImageOptions, build=build_multi_task_image
     ),
     "mpnn": ModelSpec(MpnnConfig, MpnnModel, MpnnOptions),
+    "mtan": ModelSpec(MtanConfig, MtanModel, SegNetOptions),
     "multi_task_text": ModelSpec(
         MultiTaskTextConfig, MultiTaskTextModel, MultiTaskTextOptions, build=build_multi_task_text
     ),
     "qm9_mlp": ModelSpec(Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions),
+    "segnet": ModelSpec(SegNetConfig, SegNetModel, SegNetOptions),
     "torch_module": PlainModelSpec(TorchModuleOptions, build_torch_module),
 }
 
@@ -82,10 +97,15 @@ __all__ = [
     "CelebaCnnConfig",
     "CelebaCnnModel",
     "CelebaCnnOptions",
+    "DenseBackboneConfig",
+    "DenseBackboneModel",
+    "DenseBackboneOptions",
     "ModelSpec",
     "MpnnConfig",
     "MpnnModel",
     "MpnnOptions",
+    "MtanConfig",
+    "MtanModel",
     "MultiTaskImageConfig",
     "MultiTaskImageModel",
     "MultiTaskImageOptions",
@@ -97,5 +117,8 @@ __all__ = [
     "Qm9MlpConfig",
     "Qm9MlpModel",
     "Qm9MlpOptions",
+    "SegNetConfig",
+    "SegNetModel",
+    "SegNetOptions",
     "TorchModuleOptions",
 ]
