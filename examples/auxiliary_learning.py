@@ -1,7 +1,7 @@
 """Auxiliary learning on real data: do two more tasks help the one that counts, and does MARIGOLD weigh them better?
 
     python examples/auxiliary_learning.py                     # five minutes on a CPU core; finished runs are kept
-    python examples/auxiliary_learning.py --seeds 0,1 trainer.num_train_epochs=3 --output /tmp/short
+    python examples/auxiliary_learning.py --seeds 0,1 trainer.num_train_epochs=3 --output runs/short
 
 Census income (UCI, the Current Population Surveys of 1994 and 1995): income above 50,000 dollars is the main task,
 never married and some college are the helpers. What is compared is the main task's normalised entropy (NE, He et al.
