@@ -13,7 +13,6 @@ this process on one thread, whole updates.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -27,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from alternating import Stopwatch
+from alternating import Stopwatch, alternate
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -122,17 +121,11 @@ PASSES = {
 
 def measure(steps: int, repeats: int, folder: str) -> list[Result]:
     blocks = {mode: build(mode, steps, folder) for mode in MODES}
-    times: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for _ in range(repeats):
-        for mode, block in blocks.items():
-            times[mode].append(block())
-    times["micro_batch"].append(blocks["micro_batch"]())
-    around = [(a + b) / 2 for a, b in itertools.pairwise(times["micro_batch"])]
+    pairs, base = alternate(blocks, list(MODES), repeats)
     results = []
     for mode in MODES:
-        ratios = sorted(t / base for t, base in zip(times[mode], around, strict=False))
-        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-        results.append(Result(mode, statistics.median(times[mode]), statistics.median(ratios), low, high, PASSES[mode]))
+        times, ratio = (pairs[mode].own, pairs[mode].ratio()) if mode in pairs else (base, (1.0, 1.0, 1.0))
+        results.append(Result(mode, statistics.median(times), *ratio, PASSES[mode]))
     return results
 
 

@@ -200,14 +200,15 @@ class LossBalancer(BalancerDriver):
         Args:
             reevaluate: runs the model on the same batch and returns its losses, attached to the graph: as `backward`
                 takes them, or with counts or router features a `TaskLosses`; one, or one for each micro-batch of the
-                update. Called only by methods that need it (`needs_reevaluation`): the double loop of `bilb`; `famo`,
-                without gradients.
+                update. Called only by methods that need it (`needs_reevaluation`): the double loop of `bilb`; `famo`
+                and `marigold`, without gradients.
             process_group: the ranks that share the batch.
 
         Raises:
             RuntimeError: before the first `backward`. Without one since the last step it does nothing.
-            OptionError: a double loop without `reevaluate` or without `bind(model)`; `famo` without `reevaluate`.
-            NonFiniteLossError: a double loop whose z has diverged.
+            OptionError: a method that needs `reevaluate` without it, a double loop without `bind(model)`.
+            NonFiniteLossError: a double loop whose z has diverged; a loss after the model's step that is finite, but
+                none that the method can take.
         """
         if self._last is None:
             raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
@@ -255,20 +256,23 @@ class LossBalancer(BalancerDriver):
             raise OptionError("mode: 'exact' needs balancer.bind(model, optimizer)")
         before = self._before_trials = self.snapshot()
         runs = self._as_micro_batches(reevaluate)
-        with trial_steps.undone():
-            parts = trial_steps.first_pass(runs)
-            whole = self._reduce(parts, process_group)
-            valid = self._validity.valid(whole, whole.auxiliary_loss, self.phase)
-            if not bool(valid):
-                return
-            active = self._observe(whole, valid)
-            derivatives = [self._differentiate(whole, active, trial) for trial in self._trials.trials]
-            decisions = [self._decision(whole, active, valid, result)[0] for result in derivatives]
-            after = trial_steps.try_steps(parts, runs, decisions, before_step, loss_scale, process_group)
-            follower.learn(whole, after, active, " after a trial step")
-        learned = {name: x for name, x in self.snapshot().items() if name.startswith(("objective.", "optimizer."))}
-        # The losses are observed in the pass that counts.
-        self.rollback({**before, **learned})
+        learned: dict[str, Tensor] = {}
+        try:
+            with trial_steps.undone():
+                parts = trial_steps.first_pass(runs)
+                whole = self._reduce(parts, process_group)
+                valid = self._validity.valid(whole, whole.auxiliary_loss, self.phase)
+                if not bool(valid):
+                    return
+                active = self._observe(whole, valid)
+                derivatives = [self._differentiate(whole, active, trial) for trial in self._trials.trials]
+                decisions = [self._decision(whole, active, valid, result)[0] for result in derivatives]
+                after = trial_steps.try_steps(parts, runs, decisions, before_step, loss_scale, process_group)
+                follower.learn(whole, after, active, " after a trial step")
+            learned = {name: x for name, x in self.snapshot().items() if name.startswith(("objective.", "optimizer."))}
+        finally:
+            # The losses are observed in the pass that counts; an error leaves no trace.
+            self.rollback({**before, **learned})
 
     def diagnose_lower_level(
         self,

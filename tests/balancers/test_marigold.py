@@ -599,6 +599,22 @@ def test_losses_that_cannot_be_taken_are_refused_and_leave_no_trace(bad: float) 
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_an_error_in_a_look_ahead_leaves_no_trace() -> None:
+    model = problem(2)
+    optimizer = optimizer_for(model, "adam")
+    balancer = look_ahead_balancer(normalization="initial", learning_rate=0.1).bind(model, optimizer)
+    before, everything_before = balancer.state_dict(), everything(model, optimizer)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        balancer.look_ahead(lambda: model(4), before_step=stop)
+    after = balancer.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_equal(everything_before, everything(model, optimizer))
+
+
 def test_a_trial_that_ends_in_infinity_teaches_nothing() -> None:
     model = problem(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e200)

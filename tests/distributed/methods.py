@@ -88,7 +88,13 @@ def by_hand(case: Case) -> dict[str, Any]:
     if case.build(len(NAMES)).objective.num_features:
         options["num_features"] = model_for_all().config.num_router_features
     return train_standalone(
-        options, model_for_all(), uneven_data(torch.float64), STEPS_BY_HAND, first_rank_rows=5, absent_tasks="hold"
+        options,
+        model_for_all(),
+        uneven_data(torch.float64),
+        STEPS_BY_HAND,
+        first_rank_rows=5,
+        reevaluate_wrapped=case.looks_ahead,  # a pass through the wrapper that no backward pass follows
+        absent_tasks="hold",
     )
 
 

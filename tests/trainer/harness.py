@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
 from hf_bilb.balancers import LossBalancer
+from hf_bilb.task_losses import TaskLosses
 from tests.synthetic import TASK_NAMES, build_data, build_model, flat_parameters
 
 BATCH = 4
@@ -137,20 +138,49 @@ def by_hand(
     return values
 
 
-def with_balancer(model: nn.Module, data: Any, balancer: LossBalancer, rate: float = 0.05) -> list[Tensor]:
-    """The same loop with a balancer of one's own; returns the coefficients of each step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    balancer.bind(optimizer=optimizer)
-    balancer.on_epoch_begin(0)
+def with_balancer(
+    model: nn.Module,
+    data: Any,
+    balancer: LossBalancer,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    epochs: int = 1,
+    before_step: Callable[[], object] = lambda: None,
+) -> list[Tensor]:
+    """The same loop with a balancer of one's own, whatever it needs; returns the coefficients of each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05) if optimizer is None else optimizer
+    balancer.bind(model, optimizer)
     coefficients = []
-    for batch in batches(data):
-        optimizer.zero_grad()
-        outputs = model(**batch)
-        balancer.backward(outputs.losses, outputs.num_items)
-        optimizer.step()
-        balancer.step()
-        coefficients.append(balancer.coefficients.clone())
+    for epoch in range(epochs):
+        balancer.on_epoch_begin(epoch)
+        for batch in batches(data):
+
+            def losses(batch: dict[str, Tensor] = batch) -> TaskLosses:
+                outputs = model(**batch)
+                return TaskLosses(outputs.losses, outputs.num_items)
+
+            balancer.look_ahead(losses, before_step=before_step)
+            optimizer.zero_grad()
+            found = losses()
+            balancer.backward(found.losses, found.num_items)
+            before_step()
+            optimizer.step()
+            balancer.step(reevaluate=losses)
+            coefficients.append(balancer.coefficients.clone())
     return coefficients
+
+
+def assert_goes_on(folder: Path, data: Any, at: int, **settings: Any) -> None:
+    """Train, and again from the checkpoint of step `at`: model and balancer end the same to the last bit."""
+    whole = run(folder, data=data, save_strategy="steps", save_steps=at, **settings)
+    resumed = run(folder / "nothing", data=data, max_steps=1, **settings).trainer
+    resumed.args.max_steps = -1
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{at}"))
+    assert resumed.state.global_step == whole.trainer.state.global_step > at
+    assert torch.equal(flat_parameters(resumed.model), whole.parameters)
+    ours, theirs = resumed.balancer.state_dict(), whole.trainer.balancer.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,6 +199,7 @@ __all__ = [
     "Recorder",
     "Run",
     "arguments",
+    "assert_goes_on",
     "batches",
     "build_data",
     "build_model",

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hf_bilb import build_balancer
 from hf_bilb.options import OptionError
-from hf_bilb.task_losses import TaskLosses, masked_mse
+from hf_bilb.task_losses import masked_mse
 from tests.trainer.harness import (
     BATCH,
     FLOAT,
     TASK_NAMES,
-    batches,
+    assert_goes_on,
     build_data,
     build_model,
     close,
@@ -52,15 +52,7 @@ def test_a_window_is_one_batch(tmp_path: Path) -> None:
 
 def test_a_resumed_run_compares_with_the_last_update_before_it(tmp_path: Path) -> None:
     data = build_data(8 * BATCH, dtype=FLOAT, missing=0.2)
-    settings = {"balancer": FAMO, "save_strategy": "steps", "save_steps": 5}
-    whole = run(tmp_path, data=data, **settings)
-    resumed = run(tmp_path / "nothing", data=data, max_steps=1, balancer=FAMO).trainer
-    resumed.args.max_steps = -1
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert resumed.state.global_step == 8
-    assert torch.equal(flat_parameters(resumed.model), whole.parameters)
-    ours, theirs = resumed.balancer.state_dict(), whole.trainer.balancer.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_goes_on(tmp_path, data, 5, balancer=FAMO)
 
 
 SAME: dict[str, Any] = {"name": "famo", "learning_rate": 0.2}
@@ -71,16 +63,7 @@ def test_the_same_batch_once_more_as_in_a_loop_of_ones_own(tmp_path: Path) -> No
     found = run(tmp_path, data=data, balancer=SAME)
     model = build_model(FLOAT)
     balancer = build_balancer(SAME, task_names=TASK_NAMES, dtype=FLOAT)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    coefficients = []
-    for batch in batches(data):
-        optimizer.zero_grad()
-        outputs = model(**batch)
-        balancer.backward(outputs.losses, outputs.num_items)
-        optimizer.step()
-        again = model(**batch)
-        balancer.step(reevaluate=lambda again=again: TaskLosses(again.losses, again.num_items))
-        coefficients.append(balancer.coefficients.clone())
+    coefficients = with_balancer(model, data, balancer)
     assert torch.equal(torch.stack(found.record.coefficients), torch.stack(coefficients))
     assert torch.equal(found.parameters, flat_parameters(model))
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from hf_bilb import build_balancer, list_balancers
-from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, batches, build_data, build_model, flat_parameters, run
+from tests.trainer.harness import (
+    BATCH,
+    FLOAT,
+    TASK_NAMES,
+    assert_goes_on,
+    build_data,
+    build_model,
+    flat_parameters,
+    run,
+    with_balancer,
+)
 
 METHODS: dict[str, dict[str, Any]] = {
     "rlw": {"name": "rlw", "seed": 5},
@@ -37,17 +47,7 @@ def test_as_a_loop_of_ones_own(balancer: dict[str, Any], tmp_path: Path) -> None
     data = build_data(4 * BATCH, dtype=FLOAT, missing=0.3)
     found = run(tmp_path, data=data, balancer=balancer, num_train_epochs=EPOCHS)
     model, own = build_model(FLOAT), build_balancer(balancer, task_names=TASK_NAMES, dtype=FLOAT)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    coefficients = []
-    for epoch in range(EPOCHS):
-        own.on_epoch_begin(epoch)
-        for batch in batches(data):
-            optimizer.zero_grad()
-            outputs = model(**batch)
-            own.backward(outputs.losses, outputs.num_items)
-            optimizer.step()
-            own.step()
-            coefficients.append(own.coefficients.clone())
+    coefficients = with_balancer(model, data, own, epochs=EPOCHS)
     assert torch.equal(torch.stack(found.record.coefficients), torch.stack(coefficients))
     assert torch.equal(found.parameters, flat_parameters(model))
     assert not torch.allclose(coefficients[0], coefficients[-1], rtol=0.01)
@@ -56,16 +56,8 @@ def test_as_a_loop_of_ones_own(balancer: dict[str, Any], tmp_path: Path) -> None
 @pytest.mark.parametrize("balancer", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_keeps_its_record(balancer: dict[str, Any], tmp_path: Path) -> None:
     data = build_data(4 * BATCH, dtype=FLOAT, missing=0.3)
-    settings = {"balancer": balancer, "num_train_epochs": EPOCHS}
-    whole = run(tmp_path, data=data, save_strategy="steps", save_steps=11, **settings)  # in the middle of an epoch
-    resumed = run(tmp_path / "nothing", data=data, max_steps=1, balancer=balancer).trainer
-    resumed.args.max_steps, resumed.args.num_train_epochs = -1, EPOCHS
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-11"))
-    assert resumed.state.global_step == 4 * EPOCHS
-    assert torch.equal(flat_parameters(resumed.model), whole.parameters)
-    ours, theirs = resumed.balancer.state_dict(), whole.trainer.balancer.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # In the middle of an epoch.
+    assert_goes_on(tmp_path, data, 11, balancer=balancer, num_train_epochs=EPOCHS)
 
 
 def counted(folder: Path, balancer: dict[str, Any], balance_over: str, missing: float = 0.0) -> dict[str, Any]:

@@ -12,9 +12,18 @@ from torch import nn
 from hf_bilb import build_balancer
 from hf_bilb.decision import NonFiniteLossError
 from hf_bilb.options import OptionError
-from hf_bilb.task_losses import TaskLosses, masked_mse
+from hf_bilb.task_losses import masked_mse
 from tests.synthetic import build_data, build_model, flat_parameters
-from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, arguments, batches, close, run
+from tests.trainer.harness import (
+    BATCH,
+    FLOAT,
+    TASK_NAMES,
+    arguments,
+    assert_goes_on,
+    close,
+    run,
+    with_balancer,
+)
 from tests.trainer.test_double_loop import with_plugin
 from tests.trainer.test_famo import Noisy
 from tests.trainer.test_grad_scaler import Overflow, Router, WithScaler
@@ -45,27 +54,12 @@ def test_as_a_loop_of_ones_own(balancer: dict[str, Any], max_grad_norm: float, t
     found = run(tmp_path, data=data, balancer=balancer, **settings)
     model, own = build_model(FLOAT), build_balancer(balancer, task_names=TASK_NAMES, dtype=FLOAT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.0)
-    own.bind(model, optimizer)
 
     def clip() -> None:
         if max_grad_norm:
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
 
-    coefficients = []
-    for batch in batches(data):
-
-        def losses(batch: dict[str, Any] = batch) -> TaskLosses:
-            outputs = model(**batch)
-            return TaskLosses(outputs.losses, outputs.num_items)
-
-        own.look_ahead(losses, before_step=clip)
-        optimizer.zero_grad()
-        once = losses()
-        own.backward(once.losses, once.num_items)
-        clip()
-        optimizer.step()
-        own.step(reevaluate=losses)
-        coefficients.append(own.coefficients.clone())
+    coefficients = with_balancer(model, data, own, optimizer=optimizer, before_step=clip)
     assert torch.equal(torch.stack(found.record.coefficients), torch.stack(coefficients))
     assert torch.equal(found.parameters, flat_parameters(model))
     assert not torch.allclose(coefficients[0], coefficients[-1], rtol=0.01)
@@ -87,15 +81,7 @@ def test_a_window_is_one_batch(mode: str, tmp_path: Path) -> None:
 @every_mode
 def test_a_resumed_run_goes_on_as_it_would_have(balancer: dict[str, Any], tmp_path: Path) -> None:
     data = build_data(8 * BATCH, dtype=FLOAT, missing=0.2)
-    settings = {"balancer": balancer, "optim": "adamw_torch", "learning_rate": 0.02}
-    whole = run(tmp_path, data=data, save_strategy="steps", save_steps=5, **settings)
-    resumed = run(tmp_path / "nothing", data=data, max_steps=1, **settings).trainer
-    resumed.args.max_steps = -1
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert resumed.state.global_step == 8
-    assert torch.equal(flat_parameters(resumed.model), whole.parameters)
-    ours, theirs = resumed.balancer.state_dict(), whole.trainer.balancer.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_goes_on(tmp_path, data, 5, balancer=balancer, optim="adamw_torch", learning_rate=0.02)
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("exact", 3), ("two_point", 4), ("commit", 2), ("lagged", 1)])
