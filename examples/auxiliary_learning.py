@@ -69,11 +69,14 @@ def train(method: Method, seed: int, run: Path, overrides: Sequence[str]) -> Run
     return read_results(run)
 
 
-def normalized_entropy(results: RunResults) -> float:
-    """NE of the main task on the test part."""
-    found = {metric.key: metric.value for metric in results.metrics}[f"{MAIN}_normalized_entropy"]
-    if found is None:
-        raise OptionError(f"{MAIN}: its normalised entropy is no number; the test part holds one class alone")
+def normalized_entropies(results: RunResults) -> dict[str, float]:
+    """Task -> its NE on the test part."""
+    found = {}
+    for metric in results.metrics:
+        if metric.key.endswith("_normalized_entropy"):
+            if metric.value is None:
+                raise OptionError(f"{metric.task}: its NE is no number; the test part holds one class alone")
+            found[metric.task] = metric.value
     return found
 
 
@@ -85,18 +88,30 @@ def helper_weights(folder: Path) -> Mapping[str, float]:
     return {key.removeprefix(prefix): last[key] for key in last if key.startswith(prefix) and MAIN not in key}
 
 
-def table(entropies: Mapping[str, Sequence[float]], weights: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """NE and its gain over the plain sum, seed by seed and in the mean; and what the helpers' weights came to."""
-    lines = [f"{'method':22}{'NE of ' + MAIN:>20}{'gain %':>18}   weights of the helpers at the end (mean)"]
-    for title, values in entropies.items():
-        gains = [100 * (base - value) / base for base, value in zip(entropies[SUM], values, strict=True)]
-        gain = "" if title == SUM else f"{statistics.mean(gains):+.2f} ± {_deviation(gains):.2f}"
+def table(
+    entropies: Mapping[str, Sequence[Mapping[str, float]]], weights: Mapping[str, Sequence[Mapping[str, float]]]
+) -> str:
+    """The main task's NE, every task's gain over the plain sum, seed by seed, and the helpers' last weights."""
+    tasks = list(entropies[SUM][0])
+    head = "".join(f"{'gain % ' + task:>24}" for task in tasks)
+    lines = [f"{'method':22}{'NE of ' + MAIN:>20}{head}   weights of the helpers at the end (mean)"]
+    for title, runs in entropies.items():
+        values = [run[MAIN] for run in runs]
+        gains = ""
+        for task in tasks:
+            shown = "" if title == SUM or task not in runs[0] else _gain(task, entropies[SUM], runs)
+            gains += f"{shown:>24}"
         names = weights[title][0]
         learned = ", ".join(f"{name} {statistics.mean(run[name] for run in weights[title]):.2f}" for name in names)
         lines.append(
-            f"{title:22}{statistics.mean(values):11.4f} ± {_deviation(values):.4f}{gain:>18}   {learned}".rstrip()
+            f"{title:22}{statistics.mean(values):11.4f} ± {_deviation(values):.4f}{gains}   {learned}".rstrip()
         )
     return "\n".join(lines)
+
+
+def _gain(task: str, base: Sequence[Mapping[str, float]], runs: Sequence[Mapping[str, float]]) -> str:
+    gains = [100 * (one[task] - other[task]) / one[task] for one, other in zip(base, runs, strict=True)]
+    return f"{statistics.mean(gains):+.2f} ± {_deviation(gains):.2f}"
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -117,14 +132,14 @@ def main(overrides: tuple[str, ...], seeds: str, output: Path) -> None:
         raise click.BadParameter(
             f"{seeds!r} is not valid, expected numbers such as 0,1,2", param_hint="--seeds"
         ) from None
-    entropies: dict[str, list[float]] = {}
+    entropies: dict[str, list[Mapping[str, float]]] = {}
     weights: dict[str, list[Mapping[str, float]]] = {}
     try:
         for seed in chosen:  # seed by seed: the table is fair whenever it is looked at
             for method in METHODS:
                 run = run_folder(output, method, seed)
                 results = train(method, seed, run, overrides)
-                entropies.setdefault(method.title, []).append(normalized_entropy(results))
+                entropies.setdefault(method.title, []).append(normalized_entropies(results))
                 weights.setdefault(method.title, []).append(helper_weights(run))
     except OptionError as error:
         raise click.ClickException(one_line(error)) from None

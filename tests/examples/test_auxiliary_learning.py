@@ -33,15 +33,18 @@ def test_the_table_says_what_the_runs_measured(file: Path, tmp_path: Path, monke
     rows = {line[:22].strip(): line[22:] for line in (tmp_path / "runs" / "table.txt").read_text("utf-8").splitlines()}
     assert list(rows)[1:] == ["plain sum", "no helpers", "MARIGOLD", "MARIGOLD, two-point"]
 
-    def measured(name: str) -> list[float]:
+    def measured(name: str, task: str = "income") -> list[float]:
         files = [tmp_path / "runs" / name / f"seed-{seed}" / "results.json" for seed in (0, 1)]
         metrics = [json.loads(path.read_text("utf-8"))["metrics"] for path in files]
-        return [next(m["value"] for m in each if m["key"] == "income_normalized_entropy") for each in metrics]
+        return [next(m["value"] for m in each if m["key"] == f"{task}_normalized_entropy") for each in metrics]
 
     base, ours = measured("plain_sum"), measured("MARIGOLD")
     assert float(rows["MARIGOLD"].split()[0]) == pytest.approx(statistics.mean(ours), abs=1e-4)
     gain = statistics.mean(100 * (b - o) / b for b, o in zip(base, ours, strict=True))
     assert float(rows["MARIGOLD"].split()[3]) == pytest.approx(gain, abs=0.01)
+    pairs = zip(measured("plain_sum", "college"), measured("MARIGOLD", "college"), strict=True)
+    of_helper = statistics.mean(100 * (b - o) / b for b, o in pairs)
+    assert float(rows["MARIGOLD"].split()[9]) == pytest.approx(of_helper, abs=0.01)
     assert "never_married" not in rows["plain sum"] and "never_married 0." in rows["MARIGOLD, two-point"]
     # The weights have moved, each its own way; the main task's is the one that stays.
     folder = tmp_path / "runs" / "MARIGOLD" / "seed-0"
