@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hf_bilb.models.text_encoder import LoraOptions
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.models.lora import LoraOptions, lora_config
+from hf_bilb.options import OptionError, check_one_of, nearest
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -48,9 +47,7 @@ class CausalLmOptions:
     lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.config is None):
-            given = "neither is set" if self.model is None else f"both are set ({self.model!r}, {self.config!r})"
-            raise OptionError(f"model: one of model (a name) and config (of a fresh model) is needed, {given}")
+        check_one_of("model (a name) and config (of a fresh model)", model=self.model, config=self.config)
         if self.config is not None and "model_type" not in self.config:
             raise OptionError("config.model_type: is required, expected an architecture such as llama")
         if self.config is not None and self.lora is not None:
@@ -179,22 +176,7 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     Raises:
         OptionError: it has no layer of such a name, or peft knows none for it.
     """
-    kind = model.config.model_type
-    targets = options.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    names = [name for name, _ in model.named_modules()]
-    layers = {name.rpartition(".")[2] for name in names if name}
-    if targets is None:
-        raise OptionError(f"model.lora.target_modules: peft has no choice for {kind!r}, expected names of its layers")
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise OptionError(f"model.lora.target_modules: {target!r} is no layer of {kind!r}{nearest(target, layers)}")
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=list(targets),
-    )
+    config = lora_config(options, model, model.config.model_type, task_type="CAUSAL_LM")
     # Reentrant gradient checkpointing drops the gradients of layers whose inputs need none.
     model.enable_input_require_grads()
     return get_peft_model(model, config)

@@ -27,16 +27,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoBackbone, AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging as transformers_logging
+from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 
 from hf_bilb.dense_losses import DENSE_TASKS, IMAGE_LABELS, check_dense_task, labels_by_task
 from hf_bilb.models.base import check_size
 from hf_bilb.models.dense_layers import DenseModel, TaskConv2d, TaskOutputs, finished, output_sizes
-from hf_bilb.models.image_encoder import by_colour
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
-from hf_bilb.models.pretrained import EncoderModel, as_encoder_config, read_encoder_config
+from hf_bilb.models.pretrained import (
+    EncoderModel,
+    as_encoder_config,
+    check_normalization,
+    load_pretrained,
+    normalization_of,
+    normalized,
+    read_encoder_config,
+    read_image_processor,
+)
 from hf_bilb.options import OptionError, unknown_name
 from hf_bilb.task_losses import check_task_names
 
@@ -106,11 +112,7 @@ class DenseBackboneConfig(PretrainedConfig):
     ) -> None:
         check_size("num_classes", num_classes)
         check_size("decoder_size", decoder_size)
-        for key, values in (("image_mean", image_mean), ("image_std", image_std)):
-            if len(values) != 3:
-                raise OptionError(f"{key}: {list(values)} is not valid, expected a number for each of 3 colours")
-        if not min(image_std) > 0:
-            raise OptionError(f"image_std: {list(image_std)} is not valid, expected numbers above 0")
+        check_normalization(image_mean, image_std)
         self.task_names = list(check_task_names(task_names))
         given = dict(image_tasks or {})
         _check_tasks(self.task_names, given)
@@ -212,11 +214,13 @@ class DenseBackboneModel(EncoderModel, DenseModel):
             MissingPackageError: its package is not installed.
         """
         folder, encoder_config = read_encoder_config(encoder, path)
-        facts: dict[str, Any] = {**_normalization(folder), **arguments}
+        facts: dict[str, Any] = {**normalization_of(read_image_processor(folder)), **arguments}
         config = DenseBackboneConfig(encoder_config, encoder_name=encoder, **facts)
         model = cls(config)
-        model.encoder.load_state_dict(_load_backbone(encoder, folder, config.encoder_config, path).state_dict())
-        config.encoder_config.name_or_path = encoder  # no path of this machine in what is saved
+        # Not by `AutoBackbone.from_pretrained`, which takes every folder for a model of timm.
+        backbone_class = AutoBackbone._model_mapping[type(config.encoder_config)]
+        pretrained = load_pretrained(backbone_class, encoder, folder, config.encoder_config, path, _NEW_LAYERS)
+        model.encoder.load_state_dict(pretrained.state_dict())
         return model
 
     def forward(
@@ -247,7 +251,7 @@ class DenseBackboneModel(EncoderModel, DenseModel):
             TaskLossError: labels of a task that the model does not have, or of the wrong shape.
         """
         config, columns = self.config, (segmentation, depth, normals, image_labels)
-        maps = self.encoder(pixel_values=self._normalized(pixel_values)).feature_maps
+        maps = self.encoder(pixel_values=normalized(pixel_values, config.image_mean, config.image_std)).feature_maps
         dense = self._dense_features(maps, pixel_values.shape[-2:])
         predictions = {
             name: finished(name, functional.interpolate(out, size=pixel_values.shape[-2:], mode="bilinear"))
@@ -262,10 +266,6 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         labels = labels_by_task(dict(zip((*DENSE_TASKS, IMAGE_LABELS), columns, strict=True)), list(config.image_tasks))
         features = torch.cat([pooled[name] for name in config.task_names], dim=1)
         return self._dense_output(predictions, labels, features, return_dict, list(config.image_tasks))
-
-    def _normalized(self, pixel_values: Tensor) -> Tensor:
-        mean, std = (by_colour(values, pixel_values) for values in (self.config.image_mean, self.config.image_std))
-        return (pixel_values - mean) / std
 
     def _dense_features(self, maps: Sequence[Tensor], frame: Sequence[int]) -> Tensor:
         """What the dense heads read, the tasks side by side: `[B, K D, H / 4, W / 4]`."""
@@ -316,40 +316,3 @@ def build_dense_backbone(
         return DenseBackboneModel(DenseBackboneConfig(options.encoder, **arguments))
     except OptionError as error:
         raise OptionError(f"model.{error}") from None
-
-
-def _load_backbone(encoder: str, folder: str, config: PretrainedConfig, path: str) -> PreTrainedModel:
-    """The backbone with its pretrained weights.
-
-    Not by `AutoBackbone.from_pretrained`, which takes every folder for a model of timm.
-
-    Raises:
-        OptionError: one line, when it cannot be loaded or some weights are missing, and would be random.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it lists the heads that the encoder was pretrained with
-    try:
-        backbone_class = AutoBackbone._model_mapping[type(config)]
-        loaded: PreTrainedModel
-        loaded, info = backbone_class.from_pretrained(
-            folder, config=config, dtype=config.dtype, output_loading_info=True
-        )
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith(_NEW_LAYERS))
-        if missing:
-            raise ValueError(f"its files lack {', '.join(missing[:3])}")
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path}: {encoder!r} cannot be loaded: {' '.join(str(error).split())}") from None
-    finally:
-        transformers_logging.set_verbosity(level)
-    return loaded
-
-
-def _normalization(folder: str) -> dict[str, list[float]]:
-    """The config's `image_mean` and `image_std`, from the encoder's image processor where there is one."""
-    try:
-        processor, _ = BaseImageProcessor.get_image_processor_dict(folder)
-    except OSError:
-        return {}
-    if not processor.get("do_normalize", False):
-        return {}
-    return {key: [float(value) for value in processor[key]] for key in ("image_mean", "image_std")}

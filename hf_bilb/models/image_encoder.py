@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput
 
 from hf_bilb.models.base import check_dropout
@@ -26,9 +25,13 @@ from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
     as_encoder_config,
+    check_normalization,
     load_encoder,
+    normalization_of,
+    normalized,
     pooler_argument,
     read_encoder_config,
+    read_image_processor,
 )
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
@@ -96,11 +99,7 @@ class MultiTaskImageConfig(PretrainedConfig):
         if pooling not in get_args(Pooling):
             raise OptionError(f"pooling: {pooling!r} is not valid, expected one of {', '.join(get_args(Pooling))}")
         check_dropout(dropout)
-        for key, values in (("image_mean", image_mean), ("image_std", image_std)):
-            if len(values) != 3:
-                raise OptionError(f"{key}: {list(values)} is not valid, expected a number for each of 3 colours")
-        if not min(image_std) > 0:
-            raise OptionError(f"image_std: {list(image_std)} is not valid, expected numbers above 0")
+        check_normalization(image_mean, image_std)
         self.encoder_config = as_encoder_config(encoder_config, "vit")
         self.num_features = self.num_router_features = num_features
         self.task_names = list(check_task_names(task_names))
@@ -177,16 +176,11 @@ class MultiTaskImageModel(EncoderModel):
             `MultiTaskOutput`: `logits [B, K]` (positive: the attribute is there), and with labels the binary
             cross-entropies `losses [K]`, `num_items [K]` and `router_features [B, D]`, the pooled encoding.
         """
-        mean, std = (by_colour(values, pixel_values) for values in (self.config.image_mean, self.config.image_std))
-        features = _pool(self.encoder(pixel_values=(pixel_values - mean) / std), self.config.pooling)
+        normal = normalized(pixel_values, self.config.image_mean, self.config.image_std)
+        features = _pool(self.encoder(pixel_values=normal), self.config.pooling)
         logits = self.heads(self.dropout(features))
         losses = None if labels is None else masked_bce_with_logits(logits, labels)
         return self._output(logits, losses, features, return_dict)
-
-
-def by_colour(values: Sequence[float], like: Tensor) -> Tensor:
-    """`[3, 1, 1]` on the device of `like`; filled there, since a copy from the host would wait for the device."""
-    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 def _pool(output: ModelOutput, pooling: Pooling) -> Tensor:
@@ -248,15 +242,12 @@ def _expected_size(encoder: PreTrainedModel) -> str:
 
 def _normalization(folder: str, name: str, image_size: int) -> dict[str, Any]:
     """The config's `image_mean` and `image_std`, from the encoder's image processor; says so when sizes differ."""
-    try:
-        processor, _ = BaseImageProcessor.get_image_processor_dict(folder)
-    except OSError:
+    processor = read_image_processor(folder)
+    if processor is None:
         logger.warning("model.encoder: %r has no image processor: its pixels stay in [0, 1]", name)
         return {}
     size = processor.get("size")
     sizes = set(size.values()) if isinstance(size, Mapping) else {size}
     if size is not None and sizes != {image_size}:
         logger.warning("model.encoder: %r was made for images of %s, data.image_size is %d", name, size, image_size)
-    if not processor.get("do_normalize", False):
-        return {}
-    return {key: [float(value) for value in processor[key]] for key in ("image_mean", "image_std")}
+    return normalization_of(processor)

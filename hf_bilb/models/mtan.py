@@ -14,7 +14,7 @@ side: attention and heads are grouped convolutions, what the tasks share runs on
 [p, t_k] is a sum of two convolutions, so that p is read once for all tasks. Predictions and gradients are the same, to
 rounding.
 
-Of `router_features` see `MtanModel.forward`; batch normalisation as in `hf_bilb.models.segnet`.
+Of `router_features` see `TrunkModel.forward`; batch normalisation as in `hf_bilb.models.segnet`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ from torch.nn import functional
 from hf_bilb.dense_losses import DENSE_TASKS
 from hf_bilb.models.dense_layers import (
     DenseHeads,
-    DenseModel,
     SharedBatchNorm,
     TaskConv2d,
-    finished,
     for_each_task,
     output_sizes,
     side_by_side,
 )
-from hf_bilb.models.outputs import MultiTaskOutput
-from hf_bilb.models.segnet import SegNetConfig, SegNetOptions, SegNetTrunk, TrunkMaps, trunk_sizes
+from hf_bilb.models.segnet import SegNetConfig, SegNetOptions, SegNetTrunk, TrunkMaps, TrunkModel, trunk_sizes
 
 
 class MtanConfig(SegNetConfig):
@@ -105,7 +102,7 @@ class SharedBlock(nn.Module):
         return functional.relu(self.norm(side_by_side(convolved, self.num_tasks)), inplace=True)
 
 
-class MtanModel(DenseModel):
+class MtanModel(TrunkModel):
     """Predicts dense tasks, each from maps of its own choice; 44 million parameters with three tasks at width 64.
 
     Cost: one forward and one backward of the trunk, and for each task about as much time again (on a CPU; maps of the
@@ -138,39 +135,22 @@ class MtanModel(DenseModel):
             nn.SyncBatchNorm.convert_sync_batchnorm(self)
         self.post_init()
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        segmentation: Tensor | None = None,
-        depth: Tensor | None = None,
-        normals: Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> MultiTaskOutput | tuple[Tensor, ...]:
-        """Predictions, and with labels of any task the losses; arguments, results and errors as in `SegNetModel`, but
-        `router_features [B, K W]`: the global means of every task's last maps, concatenated (LDC-MTL's router input).
-        """
-        maps = self._task_maps(self.trunk(pixel_values))
-        names = self.config.task_names
-        predictions = {name: finished(name, out) for name, out in zip(names, self.heads(maps), strict=True)}
-        labels = {"segmentation": segmentation, "depth": depth, "normals": normals}
-        return self._dense_output(predictions, labels, maps.mean(dim=(2, 3)), return_dict)
-
-    def _task_maps(self, trunk: TrunkMaps) -> Tensor:
+    def _head_maps(self, maps: TrunkMaps) -> Tensor:
         """Every task's last maps, side by side: `[B, K W, H, W]`."""
-        maps: Tensor | None = None
+        own: Tensor | None = None
         for (begun, ended), attention, shared in zip(
-            trunk.encoder, self.encoder_attention, self.encoder_shared, strict=True
+            maps.encoder, self.encoder_attention, self.encoder_shared, strict=True
         ):
-            maps = functional.max_pool2d(shared(attention(begun, maps, ended)), 2)
-        assert maps is not None
+            own = functional.max_pool2d(shared(attention(begun, own, ended)), 2)
+        assert own is not None
         decoder = zip(
-            trunk.unpooled,
-            trunk.decoder,
+            maps.unpooled,
+            maps.decoder,
             reversed(self.decoder_shared),
             reversed(self.decoder_attention),
             strict=True,
         )
         for unpooled, given, shared, attention in decoder:
-            larger = functional.interpolate(maps, size=unpooled.shape[-2:], mode="bilinear", align_corners=True)
-            maps = attention(unpooled, shared(larger), given)
-        return maps
+            larger = functional.interpolate(own, size=unpooled.shape[-2:], mode="bilinear", align_corners=True)
+            own = attention(unpooled, shared(larger), given)
+        return own

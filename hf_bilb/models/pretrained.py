@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from hf_bilb.data.text import pretrained_path
@@ -55,7 +57,28 @@ def read_encoder_config(encoder: str, path: str) -> tuple[str, PretrainedConfig]
 
 
 def load_encoder(encoder: str, folder: str, config: PretrainedConfig, path: str, with_pooler: bool) -> PreTrainedModel:
-    """The encoder with its pretrained weights; `config` names it by `encoder` afterwards, not by a path.
+    """The encoder with its pretrained weights; see `load_pretrained`."""
+    arguments: dict[str, Any] = pooler_argument(config, with_pooler)
+    return load_pretrained(AutoModel, encoder, folder, config, path, **arguments)
+
+
+def load_pretrained(
+    model_class: Any,
+    encoder: str,
+    folder: str,
+    config: PretrainedConfig,
+    path: str,
+    new_layers: str | None = None,
+    **arguments: bool,
+) -> PreTrainedModel:
+    """A model with its pretrained weights; `config` names it by `encoder` afterwards, not by a path.
+
+    Args:
+        model_class: with `from_pretrained`, which takes the `arguments`.
+        encoder: a name on the hub, a folder, or `package:<module>`.
+        folder, config: what `read_encoder_config` has returned.
+        path: the option it stands in, for messages.
+        new_layers: beginning of the names of weights that no file has; None: every one has to be there.
 
     Raises:
         OptionError: one line, when it cannot be loaded or some weights are missing, and would be random.
@@ -63,11 +86,12 @@ def load_encoder(encoder: str, folder: str, config: PretrainedConfig, path: str,
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it lists the heads that the encoder was pretrained with
     try:
-        loaded, info = AutoModel.from_pretrained(
-            folder, config=config, dtype=config.dtype, output_loading_info=True, **pooler_argument(config, with_pooler)
+        loaded: PreTrainedModel
+        loaded, info = model_class.from_pretrained(
+            folder, config=config, dtype=config.dtype, output_loading_info=True, **arguments
         )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
+        missing = sorted(key for key in info["missing_keys"] if new_layers is None or not key.startswith(new_layers))
+        if missing:
             advice = "; with pooling: mean it needs no pooler" if all("pooler" in key for key in missing) else ""
             raise ValueError(f"its files lack {', '.join(missing[:3])}{advice}")
     except (OSError, ValueError) as error:
@@ -83,6 +107,43 @@ def pooler_argument(config: PretrainedConfig, with_pooler: bool) -> dict[str, bo
     encoder_class = AutoModel._model_mapping[type(config)]
     takes_it = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
     return {"add_pooling_layer": with_pooler} if takes_it else {}
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def check_normalization(image_mean: Sequence[float], image_std: Sequence[float]) -> None:
+    """Raise `OptionError` unless both are of three colours, and the standard deviations above 0."""
+    for key, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if len(values) != 3:
+            raise OptionError(f"{key}: {list(values)} is not valid, expected a number for each of 3 colours")
+    if not min(image_std) > 0:
+        raise OptionError(f"image_std: {list(image_std)} is not valid, expected numbers above 0")
+
+
+def read_image_processor(folder: str) -> dict[str, Any] | None:
+    """The settings of the encoder's image processor; None when it has none."""
+    try:
+        return BaseImageProcessor.get_image_processor_dict(folder)[0]
+    except OSError:
+        return None
+
+
+def normalization_of(processor: Mapping[str, Any] | None) -> dict[str, list[float]]:
+    """`image_mean` and `image_std` of an image processor; empty when it leaves pixels in [0, 1]."""
+    if processor is None or not processor.get("do_normalize", False):
+        return {}
+    return {key: [float(value) for value in processor[key]] for key in ("image_mean", "image_std")}
+
+
+def normalized(pixel_values: Tensor, image_mean: Sequence[float], image_std: Sequence[float]) -> Tensor:
+    """`[B, 3, H, W]` in [0, 1] -> each colour less its mean, over its standard deviation."""
+    return (pixel_values - _by_colour(image_mean, pixel_values)) / _by_colour(image_std, pixel_values)
+
+
+def _by_colour(values: Sequence[float], like: Tensor) -> Tensor:
+    """`[3, 1, 1]` on the device of `like`; filled there, since a copy from the host would wait for the device."""
+    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 def _not_loaded(encoder: str, path: str, error: Exception) -> OptionError:

@@ -14,6 +14,7 @@ Batch normalisation sees the images of its own process only; `sync_batch_norm: t
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -142,23 +143,15 @@ def _rest(level: int, size: int) -> nn.Sequential:
     return nn.Sequential(*(convolution_block(size, size) for _ in range(1 if level < 2 else 2)))
 
 
-class SegNetModel(DenseModel):
-    """Predicts dense tasks from common maps; 25 million parameters at width 64.
+class TrunkModel(DenseModel):
+    """A model of dense tasks on `SegNetTrunk`, with `heads` that read `_head_maps` of it."""
 
-    Cost: one forward and one backward of the trunk whatever K is; the heads are two convolutions.
-    """
+    trunk: SegNetTrunk
+    heads: DenseHeads
 
-    config_class = SegNetConfig
-    base_model_prefix = "segnet"
-
-    def __init__(self, config: SegNetConfig) -> None:
-        super().__init__(config)
-        self.trunk = SegNetTrunk(config.width)
-        sizes = output_sizes(config.task_names, config.num_classes)
-        self.heads = DenseHeads(config.width, sizes, shared_input=True)
-        if config.sync_batch_norm:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self)
-        self.post_init()
+    @abstractmethod
+    def _head_maps(self, maps: TrunkMaps) -> Tensor:
+        """What the heads read, `[B, C, H, W]`."""
 
     def forward(
         self,
@@ -180,14 +173,37 @@ class SegNetModel(DenseModel):
         Returns:
             `MultiTaskOutput`: `logits`, a tuple in the order of the tasks (`[B, C, H, W]` logits of the classes, depth
             `[B, H, W]`, normals `[B, 3, H, W]` of length 1), and with labels `losses [K]`, `num_items [K]` (pixels) and
-            `router_features [B, W]`, the pooled maps that the heads read. A task without labels is absent.
+            `router_features`, the global means of the maps that the heads read (SegNet `[B, W]`; MTAN `[B, K W]`, every
+            task's one after the other: LDC-MTL's router input). A task without labels is absent.
 
         Raises:
             OptionError: a frame that is too small.
             TaskLossError: labels of a task that the model does not have, or of the wrong shape.
         """
-        maps = self.trunk(pixel_values).decoder[-1]
+        maps = self._head_maps(self.trunk(pixel_values))
         names = self.config.task_names
         predictions = {name: finished(name, out) for name, out in zip(names, self.heads(maps), strict=True)}
         labels = {"segmentation": segmentation, "depth": depth, "normals": normals}
         return self._dense_output(predictions, labels, maps.mean(dim=(2, 3)), return_dict)
+
+
+class SegNetModel(TrunkModel):
+    """Predicts dense tasks from common maps; 25 million parameters at width 64.
+
+    Cost: one forward and one backward of the trunk whatever K is; the heads are two convolutions.
+    """
+
+    config_class = SegNetConfig
+    base_model_prefix = "segnet"
+
+    def __init__(self, config: SegNetConfig) -> None:
+        super().__init__(config)
+        self.trunk = SegNetTrunk(config.width)
+        sizes = output_sizes(config.task_names, config.num_classes)
+        self.heads = DenseHeads(config.width, sizes, shared_input=True)
+        if config.sync_batch_norm:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self)
+        self.post_init()
+
+    def _head_maps(self, maps: TrunkMaps) -> Tensor:
+        return maps.decoder[-1]

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hf_bilb.models.base import check_dropout
+from hf_bilb.models.lora import LoraOptions, lora_config
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
@@ -32,37 +32,10 @@ from hf_bilb.models.pretrained import (
     pooler_argument,
     read_encoder_config,
 )
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, masked_task_means
 
 Pooling = Literal["mean", "cls"]
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Low-rank adaptation (Hu et al., ICLR 2022, arXiv 2106.09685), by peft: W + alpha / r B A with W frozen.
-
-    Attributes:
-        r: rank.
-        alpha: scale.
-        dropout: before A, in [0, 1).
-        target_modules: ends of the names of the linear layers of the encoder that are adapted; null = peft's choice for
-            the encoder's architecture (query and value of the attention, mostly).
-    """
-
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise OptionError(f"r: {self.r} is not valid, expected 1 or more")
-        if not self.alpha > 0:
-            raise OptionError(f"alpha: {self.alpha} is not valid, expected a number > 0")
-        check_dropout(self.dropout)
-        if self.target_modules == ():
-            raise OptionError("target_modules: is empty, expected names of layers, or null for peft's choice")
 
 
 @dataclass(frozen=True)
@@ -328,27 +301,8 @@ def add_lora(model: MultiTaskTextModel, options: LoraOptions) -> PeftModel:
         OptionError: the encoder has no layer of such a name, or peft knows none for it.
     """
     kind = model.config.encoder_config.model_type
-    targets = options.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-    layers = {name.rpartition(".")[2] for name, part in model.encoder.named_modules() if isinstance(part, nn.Linear)}
-    if targets is None:
-        raise OptionError(
-            f"model.lora.target_modules: peft has no choice for {kind!r}, expected some of {', '.join(sorted(layers))}"
-        )
-    names = [name for name, _ in model.encoder.named_modules()]
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            raise OptionError(
-                f"model.lora.target_modules: {target!r} is no layer of {kind!r}{nearest(target, layers)}; "
-                f"it has {', '.join(sorted(layers))}"
-            )
-    config = LoraConfig(
-        r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=list(targets),
-        modules_to_save=[head_name(task) for task in model.config.task_names],
-    )
-    return get_peft_model(model, config)
+    heads = [head_name(task) for task in model.config.task_names]
+    return get_peft_model(model, lora_config(options, model.encoder, kind, modules_to_save=heads))
 
 
 def load_multi_task_text(folder: str | Path) -> MultiTaskTextModel | PeftModel:

@@ -220,7 +220,10 @@ def test_lora_freezes_the_model_and_chooses_layers(pretrained: str) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name for name in trained)
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in trained} == {"q_proj", "v_proj"}
-    with pytest.raises(OptionError, match=r"target_modules: 'q_prj' is no layer of 'llama' \(did you mean \"q_proj\""):
+    wrong = (
+        r"target_modules: 'q_prj' is no layer of 'llama' \(did you mean \"q_proj\"\?\); it has down_proj, gate_proj, k"
+    )
+    with pytest.raises(OptionError, match=wrong):
         build_causal_lm(CausalLmOptions(model=pretrained, lora=parse_lora(target_modules=["q_prj"])), **dictated)
 
 

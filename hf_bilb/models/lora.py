@@ -1,0 +1,82 @@
+"""Low-rank adapters, by peft: their options in a recipe, and which layers of a model they go into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_bilb.models.base import check_dropout
+from hf_bilb.options import OptionError, nearest
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adaptation (Hu et al., ICLR 2022, arXiv 2106.09685), by peft: W + alpha / r B A with W frozen.
+
+    Attributes:
+        r: rank.
+        alpha: scale.
+        dropout: before A, in [0, 1).
+        target_modules: ends of the names of the linear layers that are adapted; null = peft's choice for the
+            architecture (query and value of the attention, mostly).
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise OptionError(f"r: {self.r} is not valid, expected 1 or more")
+        if not self.alpha > 0:
+            raise OptionError(f"alpha: {self.alpha} is not valid, expected a number > 0")
+        check_dropout(self.dropout)
+        if self.target_modules == ():
+            raise OptionError("target_modules: is empty, expected names of layers, or null for peft's choice")
+
+
+def lora_config(
+    options: LoraOptions,
+    adapted: nn.Module,
+    kind: str,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> LoraConfig:
+    """What `peft.get_peft_model` takes.
+
+    Args:
+        options: the recipe's.
+        adapted: the part of the model that adapters go into.
+        kind: its `model_type`, by which peft chooses layers.
+        task_type: peft's name for what the model is for; None = no model of its own for it.
+        modules_to_save: what is trained and saved beside the adapters.
+
+    Raises:
+        OptionError: `adapted` has no layer of such a name, or peft knows none for it.
+    """
+    targets = options.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    names = [name for name, _ in adapted.named_modules()]
+    linear = {
+        name.rpartition(".")[2] for name, part in adapted.named_modules() if isinstance(part, (nn.Linear, Conv1D))
+    }
+    listed = ", ".join(sorted(linear))
+    if targets is None:
+        raise OptionError(f"model.lora.target_modules: peft has no choice for {kind!r}, expected some of {listed}")
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            near = nearest(target, linear)
+            raise OptionError(f"model.lora.target_modules: {target!r} is no layer of {kind!r}{near}; it has {listed}")
+    return LoraConfig(
+        task_type=task_type,
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(targets),
+        modules_to_save=None if modules_to_save is None else list(modules_to_save),
+    )
