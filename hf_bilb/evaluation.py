@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb import distributed
+from hf_bilb.metrics.perplexity import LossMetrics
 from hf_bilb.task_losses import TaskLosses
 
 
@@ -28,8 +29,10 @@ class EvaluationLosses:
         )
         self._sums += torch.stack([sums.to(self._sums.dtype), batch.num_items.to(self._sums.dtype)])
 
-    def metrics(self, task_names: tuple[str, ...], prefix: str) -> dict[str, float]:
-        """`<prefix>_loss` (unweighted mean of the tasks that have labels) and `<prefix>_loss_<task>`.
+    def metrics(
+        self, task_names: tuple[str, ...], prefix: str, of_losses: LossMetrics | None = None
+    ) -> dict[str, float]:
+        """`<prefix>_loss` (unweighted mean of the tasks that have labels), `<prefix>_loss_<task>`, and `of_losses`'.
 
         Cost: one all-reduce of 2 K numbers and one host read. Tasks without a label get no entry.
         """
@@ -37,8 +40,10 @@ class EvaluationLosses:
         losses = {name: s / n for name, s, n in zip(task_names, sums, counts, strict=True) if n > 0}
         if not losses:
             return {}
-        mean = sum(losses.values()) / len(losses)
-        return {f"{prefix}_loss": mean, **{f"{prefix}_loss_{name}": loss for name, loss in losses.items()}}
+        found = {"loss": sum(losses.values()) / len(losses), **{f"loss_{name}": loss for name, loss in losses.items()}}
+        if of_losses is not None:
+            found.update(of_losses.of_losses(losses))
+        return {f"{prefix}_{key}": value for key, value in found.items()}
 
 
 def own_part(

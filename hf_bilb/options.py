@@ -35,6 +35,14 @@ def unknown_name(kind: str, name: object, candidates: Iterable[str]) -> OptionEr
     return OptionError(f"{kind}: {name!r} is not known{nearest(str(name), known)}{listed}")
 
 
+def check_one_of(asked: str, **values: object) -> None:
+    """Raise `OptionError` unless exactly one of two options is set; `asked` says what each of them is."""
+    given = [repr(value) for value in values.values() if value is not None]
+    if len(given) != 1:
+        said = f"both are set ({', '.join(given)})" if given else "neither is set"
+        raise OptionError(f"{next(iter(values))}: one of {asked} is needed, {said}")
+
+
 def parse_options(cls: type[T], values: Mapping[str, Any], path: str) -> T:
     """Build the dataclass `cls` from `values`.
 

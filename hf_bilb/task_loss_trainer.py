@@ -135,26 +135,28 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`."""
         self._evaluation = EvaluationLosses(len(self.task_names), self.args.device)
         if isinstance(self.compute_metrics, StreamingMetrics):
             # What an evaluation that died has left must not count in this one.
             self.compute_metrics.reset()
         of_losses = self.compute_metrics if isinstance(self.compute_metrics, LossMetrics) else None
-        if of_losses is not None and description != "Prediction" and not args:
-            kwargs["prediction_loss_only"] = True  # a language model's predictions would not fit into memory
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if of_losses is not None and description != "Prediction":
+            prediction_loss_only = True  # a language model's predictions would not fit into memory
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._ordinary is False:
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            losses = self._evaluation.metrics(self.task_names, prefix)
+            losses = self._evaluation.metrics(self.task_names, metric_key_prefix, of_losses)
             # Trainer's own is a mean of batch means, and zero where no task has a label.
-            output.metrics.pop(f"{prefix}_loss", None)
+            output.metrics.pop(f"{metric_key_prefix}_loss", None)
             output.metrics.update(losses)
-            if of_losses is not None:
-                keys = {name: f"{prefix}_loss_{name}" for name in self.task_names}
-                found = of_losses.of_losses({name: losses[key] for name, key in keys.items() if key in losses})
-                output.metrics.update({f"{prefix}_{key}": value for key, value in found.items()})
             if not losses and description != "Prediction":
                 logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
         self._evaluation = None

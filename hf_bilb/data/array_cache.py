@@ -165,24 +165,36 @@ def _compute_missing(preparation: Preparation, chunks: Sequence[Any], files: lis
         desc=preparation.description,
         unit=f" {preparation.unit}",
     ) as bar:
-        jobs = (
+        jobs = [
             (preparation.compute, chunks[number], files[number], preparation.size(chunks[number])) for number in todo
-        )
-        for size in _run(jobs, min(num_workers, len(todo))):
+        ]
+        for size in run_jobs(_work, jobs, num_workers):
             bar.update(size)
 
 
-def _run(jobs: Iterator[tuple[Any, ...]], num_workers: int) -> Iterator[int]:
-    if num_workers <= 1:
-        yield from map(_work, jobs)
+def run_jobs(work: Callable[[Any], int], jobs: Sequence[Any], num_workers: int) -> Iterator[int]:
+    """What `work` returns for each job, in the order in which they end.
+
+    An interrupt, or an error of a job, ends it: the jobs under way are finished, the others are dropped.
+
+    Args:
+        work: a function of a module; jobs are pickled.
+        jobs: what there is to do.
+        num_workers: processes at most; 1 (or a single job): in this process.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: a worker was killed (no memory left).
+    """
+    if min(num_workers, len(jobs)) <= 1:
+        yield from map(work, jobs)
         return
     # Not multiprocessing.Pool, which waits for ever for a worker that died.
-    executor = ProcessPoolExecutor(num_workers, initializer=_start_worker)
+    executor = ProcessPoolExecutor(min(num_workers, len(jobs)), initializer=_start_worker)
     try:
-        for future in as_completed([executor.submit(_work, job) for job in jobs]):
+        for future in as_completed([executor.submit(work, job) for job in jobs]):
             yield future.result()
     finally:
-        executor.shutdown(cancel_futures=True)  # the chunks under way are finished, and kept
+        executor.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:

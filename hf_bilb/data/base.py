@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_bilb.metrics.info import DELTA_M_INFO as DELTA_M_INFO
+from hf_bilb.metrics.info import MetricInfo as MetricInfo
 from hf_bilb.options import OptionError
 from hf_bilb.task_losses import masked_bce_with_logits
 
@@ -22,28 +24,6 @@ if TYPE_CHECKING:  # both take seconds to import, and only their names are neede
 
 class MissingPackageError(ImportError):
     """A data set's own package is not installed. The message is one line and says what to install."""
-
-
-@dataclass(frozen=True)
-class MetricInfo:
-    """One number that `compute_metrics` returns.
-
-    Attributes:
-        key: its name in the returned dict and in the logs (after `eval_`), `"mae_homo"`.
-        task: the task it belongs to, `"homo"`; empty for a figure over all tasks.
-        name: the metric, as a table's heading: `"MAE"`.
-        unit: of its value, empty when it has none: `"meV"`.
-        higher_is_better: which way is up.
-        ideal: the value of a perfect prediction, where higher is better and there is one (1 for an accuracy): the
-            errors that tables relate to each other are then `ideal - value`.
-    """
-
-    key: str
-    task: str
-    name: str
-    unit: str
-    higher_is_better: bool
-    ideal: float | None = None
 
 
 @dataclass(frozen=True)

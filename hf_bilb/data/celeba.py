@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.base import MetricInfo, TaskData, binary_losses
+from hf_bilb.data.base import DELTA_M_INFO, MetricInfo, TaskData, binary_losses
 from hf_bilb.data.images import (
     ImageFiles,
     ImageRows,
@@ -30,8 +30,8 @@ from hf_bilb.data.images import (
     list_files,
     prepare_images,
 )
-from hf_bilb.metrics.multi_label import DELTA_M, MEANS, MultiLabelMetrics, trivial_metrics
-from hf_bilb.options import OptionError, unknown_name
+from hf_bilb.metrics.multi_label import MEANS, MultiLabelMetrics, trivial_metrics
+from hf_bilb.options import OptionError, check_one_of, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:
@@ -119,9 +119,7 @@ class CelebaOptions:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.folder is None) == (self.hub is None):
-            given = "neither is set" if self.folder is None else f"both are set ({self.folder!r}, {self.hub!r})"
-            raise OptionError(f"folder: one of folder (the original files) and hub (a name) is needed, {given}")
+        check_one_of("folder (the original files) and hub (a name)", folder=self.folder, hub=self.hub)
         for name in check_task_names(self.task_names, "tasks"):
             if name not in ATTRIBUTES:
                 raise unknown_name("tasks", name, ATTRIBUTES)
@@ -216,7 +214,7 @@ def _metric_infos(names: Sequence[str]) -> tuple[MetricInfo, ...]:
     return (
         *(MetricInfo(f"{name}_f1", name, "F1", "", higher_is_better=True, ideal=1.0) for name in names),
         *(MetricInfo(key, "", title, "", higher_is_better=True, ideal=1.0) for key, title in titles.items()),
-        MetricInfo(DELTA_M, "", "Delta_m", "%", higher_is_better=False),
+        DELTA_M_INFO,
     )
 
 

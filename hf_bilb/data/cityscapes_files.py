@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.data.base import MissingPackageError
-from hf_bilb.data.dense_files import IMAGE, Column, fingerprint, resize_image, resize_nearest
+from hf_bilb.data.dense_files import IMAGE, Column, check_labels, fingerprint, resize_image, resize_nearest
 from hf_bilb.options import OptionError
 
 IMAGES = "leftImg8bit"
@@ -67,12 +67,9 @@ def official_columns(
     columns = []
     for kind in (IMAGE, *tasks):
         files = images if kind == IMAGE else _list(folder, kind, part)
-        missing = [name for name in images if name not in files]
-        if missing and not allow_missing:
-            raise OptionError(
-                f"{folder / _FILES[kind][0] / part}: {len(missing)} of the {len(images)} images have no label of task "
-                f"{kind}, first {missing[0]}_{_FILES[kind][1]}; data.allow_missing=true takes them without"
-            )
+        if not allow_missing:
+            top, ending = _FILES[kind]
+            check_labels(kind, folder / top / part, f"_{ending}", images, files)
         found = [files.get(name) for name in images]
         items = tuple(None if item is None else item[:2] for item in found)
         key = fingerprint([found, num_classes if kind == "segmentation" else 0, depth_scale if kind == "depth" else 0])

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from hf_bilb.data.array_cache import Preparation, default_root, prepare_arrays
 from hf_bilb.data.augmentation import View, draw_view
-from hf_bilb.data.base import GalleryInfo, MetricInfo, TaskData
+from hf_bilb.data.base import GalleryInfo, TaskData
 from hf_bilb.data.dense_files import IMAGE, Column, fingerprint, prepare_column
 from hf_bilb.data.images import collate_images
+from hf_bilb.data.rows import BatchedRows
 from hf_bilb.dense_losses import dense_item_counts
 from hf_bilb.epochs import EpochDataset
 from hf_bilb.options import OptionError, nearest
@@ -92,7 +92,7 @@ class DenseOptions:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-class DenseRows(Dataset[dict[str, Tensor]], EpochDataset):
+class DenseRows(BatchedRows, EpochDataset):
     """A map-style data set of images and pixelwise labels in memory-mapped files.
 
     `rows[i]` is a dict of the columns above without B. A DataLoader asks for a batch at once (`__getitems__`): one copy
@@ -145,17 +145,6 @@ class DenseRows(Dataset[dict[str, Tensor]], EpochDataset):
     def set_epoch(self, epoch: int) -> None:
         """Rows that are asked for from now on, in whichever process, are those of this epoch."""
         self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = range(len(self))[index]  # negative numbers, and IndexError beyond the end
-        return {name: column[0] for name, column in self._batch([row]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        # A list of ONE batch: the Trainer's RemoveColumnsCollator passes over each element of what comes from here.
-        return [self._batch(indices)]
 
     def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = self.rows[np.asarray(indices)]
@@ -265,10 +254,7 @@ def dense_task_data(options: DenseOptions, facts: DenseFacts, train: DensePart, 
         label_names=names,
         data_collator=collate_images,
         compute_metrics=computed,
-        metrics=tuple(
-            MetricInfo(fact.key, fact.task, fact.name, fact.unit, fact.higher_is_better, fact.ideal)
-            for fact in computed.facts
-        ),
+        metrics=computed.facts,
         trivial_metrics=_trivial_metrics(options, facts, training, testing, metrics),
         model_arguments={"task_names": list(names), "num_classes": facts.num_classes},
         task_item_counts=partial(dense_item_counts, task_names=names),

@@ -7,8 +7,7 @@ float32 (zero vector: not known). Nothing is rounded.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.data.array_cache import Arrays, Preparation, prepare_arrays
-from hf_bilb.data.images import list_files
+from hf_bilb.data.images import list_files, short_hash
 from hf_bilb.options import OptionError
 
 # Part of the name of the cache: raise it when what is cached changes.
@@ -103,7 +102,17 @@ def _blank(kind: str, size: tuple[int, int]) -> NDArray[Any]:
 
 def fingerprint(parts: Sequence[object]) -> str:
     """16 hexadecimal digits that change with any of the parts."""
-    return hashlib.blake2b("\n".join(map(repr, parts)).encode(), digest_size=8).hexdigest()
+    return short_hash("\n".join(map(repr, parts)))
+
+
+def check_labels(task: str, folder: Path, ending: str, images: Collection[object], labels: Collection[object]) -> None:
+    """Raise `OptionError` unless every image has a label; both are known by what their files' names begin with."""
+    missing = [name for name in images if name not in labels]
+    if missing:
+        raise OptionError(
+            f"{folder}: {len(missing)} of the {len(images)} images have no label of task {task}, first "
+            f"{missing[0]}{ending}; data.allow_missing=true takes them without"
+        )
 
 
 # --- the MTAN layout ----------------------------------------------------------------------------------------------
@@ -146,12 +155,8 @@ def mtan_columns(
     columns = [_mtan_column(IMAGE, folder / IMAGE, images, images, readers[IMAGE], num_classes)]
     for task, name in label_folders.items():
         labels = _numbered_files(folder / name)
-        missing = [number for number in images if number not in labels]
-        if missing and not allow_missing:
-            raise OptionError(
-                f"{folder / name}: {len(missing)} of the {len(images)} images have no label of task {task}, first "
-                f"{missing[0]}.npy; data.allow_missing=true takes them without"
-            )
+        if not allow_missing:
+            check_labels(task, folder / name, ".npy", images, labels)
         columns.append(_mtan_column(task, folder / name, images, labels, readers[task], num_classes))
     return columns, size
 

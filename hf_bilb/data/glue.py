@@ -40,7 +40,7 @@ from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
 from hf_bilb.metrics.streaming import TaskMetrics
-from hf_bilb.options import OptionError, unknown_name
+from hf_bilb.options import OptionError, check_one_of, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ class GlueOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.folder is None) == (self.hub is None):
-            given = "neither is set" if self.folder is None else f"both are set ({self.folder!r}, {self.hub!r})"
-            raise OptionError(f"folder: one of folder (with TSV files) and hub (a name) is needed, {given}")
+        check_one_of("folder (with TSV files) and hub (a name)", folder=self.folder, hub=self.hub)
         check_task_names(self.tasks, "tasks")
         for name in self.tasks:
             if name not in TASKS:

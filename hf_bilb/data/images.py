@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from hf_bilb.data.rows import BatchedRows
 from hf_bilb.options import OptionError
 
 if TYPE_CHECKING:
@@ -73,14 +73,14 @@ class ImageFiles:
         self.folder = folder
         self.names = list(names)
         self._files = files
-        self.key = _hash("\n".join(self.names))
+        self.key = short_hash("\n".join(self.names))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def fingerprint(self, rows: range) -> str:
         """From names, sizes and times of change."""
-        return _hash("\n".join(f"{name} {self._files[name]}" for name in self.names[rows.start : rows.stop]))
+        return short_hash("\n".join(f"{name} {self._files[name]}" for name in self.names[rows.start : rows.stop]))
 
     def read(self, row: int) -> bytes:
         """The file's bytes."""
@@ -121,7 +121,7 @@ class TableImages:
         self.table = datasets.concatenate_datasets(images).cast_column(column, datasets.Image(decode=False))
         self.column = column
         self.name = name
-        self.key = _hash(" ".join([column, *(table._fingerprint for table in tables.values())]))
+        self.key = short_hash(" ".join([column, *(table._fingerprint for table in tables.values())]))
         self._places = [(part, row) for part, table in tables.items() for row in range(len(table))]
 
     def __len__(self) -> int:
@@ -149,7 +149,8 @@ class TableImages:
         return f"{self.name}, {part}, row {place}"
 
 
-def _hash(text: str) -> str:
+def short_hash(text: str) -> str:
+    """16 hexadecimal digits that change with the text."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -293,7 +294,7 @@ def decode(data: bytes, image_size: int, where: str) -> NDArray[np.uint8]:
 # --- rows and batches ---------------------------------------------------------------------------------------------
 
 
-class ImageRows(Dataset[dict[str, Tensor]]):
+class ImageRows(BatchedRows):
     """A map-style data set of images in a memory-mapped file, and their labels in memory.
 
     `rows[i]` is a dict of `pixel_values [3, H, W]` and `labels [K]`. A DataLoader asks for a batch at once
@@ -319,17 +320,6 @@ class ImageRows(Dataset[dict[str, Tensor]]):
 
     def __reduce__(self) -> tuple[type[ImageRows], tuple[Path, NDArray[np.int64], NDArray[np.float32]]]:
         return ImageRows, (self.file, self.rows, self.labels)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = range(len(self))[index]  # negative numbers, and IndexError beyond the end
-        return {name: column[0] for name, column in self._batch([row]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        # A list of ONE batch: the Trainer's RemoveColumnsCollator passes over each element of what comes from here.
-        return [self._batch(indices)]
 
     def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         chosen = np.asarray(indices)

@@ -24,7 +24,7 @@ from hf_bilb.data.glue_prompts import instruction
 from hf_bilb.data.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
 from hf_bilb.data.text import load_tokenizer
 from hf_bilb.metrics.perplexity import Perplexity, perplexity
-from hf_bilb.options import OptionError, nearest, unknown_name
+from hf_bilb.options import OptionError, check_one_of, nearest, unknown_name
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.token_losses import TOKEN_LABELS, TokenLosses
 
@@ -61,9 +61,7 @@ class GlueFiles:
     hub: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.folder is None) == (self.hub is None):
-            given = "neither is set" if self.folder is None else f"both are set ({self.folder!r}, {self.hub!r})"
-            raise OptionError(f"folder: one of folder (with TSV files) and hub (a name) is needed, {given}")
+        check_one_of("folder (with TSV files) and hub (a name)", folder=self.folder, hub=self.hub)
 
 
 @dataclass(frozen=True)

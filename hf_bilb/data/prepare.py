@@ -8,12 +8,8 @@ turned around: `images [1449, 3, 640, 480]` uint8, `depths [1449, 640, 480]` flo
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.array_cache import available_cores
+from hf_bilb.data.array_cache import available_cores, run_jobs
 from hf_bilb.data.base import MissingPackageError
 from hf_bilb.data.dense_files import measured, resize_image, resize_nearest
 from hf_bilb.data.nyuv2_labels import NUM_IMAGES, NUM_RAW_CLASSES, classes_13, official_split
@@ -149,29 +145,8 @@ def _run(jobs: list[_Job], num_workers: int) -> None:
     from tqdm import tqdm
 
     with tqdm(total=sum(len(job.rows) for job in jobs), desc="preparing nyuv2", unit=" images") as bar:
-        if num_workers == 1 or len(jobs) <= 1:
-            for job in jobs:
-                bar.update(_write(job))
-            return
-        executor = ProcessPoolExecutor(min(num_workers, len(jobs)), initializer=_start_worker)
-        try:
-            for future in as_completed([executor.submit(_write, job) for job in jobs]):
-                bar.update(future.result())
-        finally:
-            executor.shutdown(cancel_futures=True)  # what is under way is finished, and kept
-
-
-def _start_worker() -> None:
-    # An interrupt is the parent's to handle; a worker whose parent is killed has nobody left to work for.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        for count in run_jobs(_write, jobs, num_workers):
+            bar.update(count)
 
 
 def _write(job: _Job) -> int:

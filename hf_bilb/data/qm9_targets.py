@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.data.base import MetricInfo, Standardizer
-from hf_bilb.metrics.multi_task import delta_m
+from hf_bilb.data.base import DELTA_M_INFO, MetricInfo, Standardizer
+from hf_bilb.metrics.multi_task import DELTA_M, delta_m
 from hf_bilb.metrics.regression import mean_absolute_error
 from hf_bilb.options import unknown_name
 from hf_bilb.task_losses import check_task_names
@@ -75,7 +75,6 @@ TARGETS = (
     ),
     Target("Cv", "cal/(mol K)", "Heatcapacity_Cv_cal_mol_K", 0.07212),
 )  # fmt: skip
-DELTA_M = MetricInfo("delta_m", "", "Delta_m", "%", higher_is_better=False)
 
 
 def check_targets(tasks: Sequence[str] | None) -> None:
@@ -118,7 +117,7 @@ class Tasks:
         values = mean_absolute_error(predictions, labels) * self.scale.stds
         found = {target.metric.key: float(value) for target, value in zip(self.targets, values, strict=True)}
         base = [target.base for target in self.targets]
-        return {**found, DELTA_M.key: delta_m(values.tolist(), base, [False] * len(base))}
+        return {**found, DELTA_M: delta_m(values.tolist(), base, [False] * len(base))}
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """For the Trainer."""
@@ -131,7 +130,7 @@ class Tasks:
             "task_names": tuple(target.name for target in self.targets),
             "label_names": ("labels",),
             "compute_metrics": self.compute_metrics,
-            "metrics": (*(target.metric for target in self.targets), DELTA_M),
+            "metrics": (*(target.metric for target in self.targets), DELTA_M_INFO),
             # the training mean is 0 after standardising
             "trivial_metrics": self.errors(np.zeros_like(labels), labels),
             "single_task_base": {target.metric.key: target.base for target in self.targets},

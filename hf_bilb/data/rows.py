@@ -1,10 +1,13 @@
-"""Rows of vectors, served to a DataLoader a batch at a time."""
+"""Rows, served to a DataLoader a batch at a time."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -41,6 +44,31 @@ class VectorRows(Dataset[dict[str, Tensor]]):
         # A list of ONE batch: the Trainer's RemoveColumnsCollator passes over each element of what comes from here.
         rows = torch.as_tensor(indices)
         return [{name: column.index_select(0, rows) for name, column in self.columns.items()}]
+
+
+class BatchedRows(Dataset[dict[str, Tensor]], ABC):
+    """A map-style data set whose rows are made a batch at a time, by `_batch`; a single one is a batch of one.
+
+    Attributes:
+        rows: `[N]`, which rows of what lies behind it, in the order of this set.
+    """
+
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = range(len(self))[index]  # negative numbers, and IndexError beyond the end
+        return {name: column[0] for name, column in self._batch([row]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        # A list of one batch: see `VectorRows`.
+        return [self._batch(indices)]
+
+    @abstractmethod
+    def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The rows at these places, `[B, ...]` each column."""
 
 
 def collate_vectors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

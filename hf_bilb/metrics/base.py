@@ -13,27 +13,17 @@ from torch import Tensor
 from hf_bilb.metrics.errors import MetricError
 
 
-class Accumulator(ABC):
-    """Metrics of one task, batch by batch, from sufficient statistics.
+class Statistics(ABC):
+    """Sufficient statistics of one task's metrics.
 
-    State: tensors that exist from the beginning, and follow the predictions to their device. `update` does not
-    synchronise with the device: what only the values show (a label that is no class) is reported by `compute`.
+    State: tensors that exist from the beginning, and follow what is added to its device. Adding does not synchronise
+    with the device: what only the values show (a label that is no class) is reported by `compute`.
 
     Attributes:
         metric_names: the keys that `compute` returns, in order.
-        higher_is_better: which way is up, the same for all of them.
     """
 
     metric_names: tuple[str, ...]
-    higher_is_better: ClassVar[bool]
-
-    @abstractmethod
-    def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add a batch: model outputs `[B]` or `[B, C]` and labels `[B]`, NaN where missing.
-
-        Raises:
-            MetricError: the shapes do not fit.
-        """
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -59,6 +49,24 @@ class Accumulator(ABC):
         """Raise `MetricError` unless `other` is of the same class."""
         if type(other) is not type(self):
             raise MetricError(f"merge: got {type(other).__name__}, expected {type(self).__name__}")
+
+
+class Accumulator(Statistics):
+    """Metrics of one task, batch by batch, from sufficient statistics.
+
+    Attributes:
+        higher_is_better: which way is up, the same for all of them.
+    """
+
+    higher_is_better: ClassVar[bool]
+
+    @abstractmethod
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Add a batch: model outputs `[B]` or `[B, C]` and labels `[B]`, NaN where missing.
+
+        Raises:
+            MetricError: the shapes do not fit.
+        """
 
 
 def wide(values: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ Segmentation is accumulated over the whole set in the papers too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
@@ -22,9 +20,10 @@ from torch import Tensor
 from hf_bilb.dense_losses import check_dense_task
 from hf_bilb.metrics.dense_accumulators import DenseAccumulator, Depth, Normals, Segmentation
 from hf_bilb.metrics.errors import MetricError
-from hf_bilb.metrics.multi_task import delta_m, grouped_delta_m
-from hf_bilb.metrics.streaming import DELTA_M, StreamingMetrics, as_tensor
-from hf_bilb.options import OptionError, nearest, unknown_name
+from hf_bilb.metrics.info import DELTA_M_INFO, MetricInfo
+from hf_bilb.metrics.multi_task import DELTA_M, delta_m, grouped_delta_m
+from hf_bilb.metrics.streaming import StreamingMetrics, as_tensor, check_base, of_task
+from hf_bilb.options import OptionError, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
@@ -85,18 +84,6 @@ def published_base(data: str, task_names: Sequence[str]) -> dict[str, float]:
 
 def _task_of(key: str) -> str:
     return key.split("_", 1)[0]
-
-
-@dataclass(frozen=True)
-class MetricFacts:
-    """What a table says about one metric; the fields are those of `hf_bilb.data.MetricInfo`."""
-
-    key: str
-    task: str
-    name: str
-    unit: str
-    higher_is_better: bool
-    ideal: float | None = None
 
 
 class ImageStatistics(dict[str, Tensor]):
@@ -189,10 +176,8 @@ class DenseMetrics(StreamingMetrics):
         found, expected = self._by_task("predictions", predictions), self._by_task("labels", labels)
         rows = ImageStatistics()
         for name, accumulator in self.accumulators.items():
-            try:
+            with of_task(name):
                 rows[name] = accumulator.per_image(found[name].detach(), expected[name])
-            except MetricError as error:
-                raise MetricError(f"task {name!r}: {error}") from None
         return rows
 
     def reset(self) -> None:
@@ -219,18 +204,14 @@ class DenseMetrics(StreamingMetrics):
                 raise MetricError(f"label_ids: got None, expected labels of {', '.join(self.task_names)}")
             rows = self.per_image(rows, prediction.label_ids)
         for name, accumulator in self.accumulators.items():
-            try:
+            with of_task(name):
                 accumulator.add(as_tensor("predictions", rows[name]))
-            except MetricError as error:
-                raise MetricError(f"task {name!r}: {error}") from None
 
     def _compute(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, accumulator in self.accumulators.items():
-            try:
+            with of_task(name):
                 values = accumulator.compute()
-            except MetricError as error:
-                raise MetricError(f"task {name!r}: {error}") from None
             found.update({f"{name}_{metric}": value for metric, value in values.items()})
         base = self.delta_m_base
         if base and base.keys() <= found.keys():
@@ -254,7 +235,7 @@ class DenseMetrics(StreamingMetrics):
             raise MetricError(f"{what}: got {len(entries)} entries, expected one for each of {', '.join(names)}")
         return {name: as_tensor(f"{what} of task {name!r}", x) for name, x in zip(names, entries, strict=True)}
 
-    def _metric_facts(self, depth_unit: str) -> list[MetricFacts]:
+    def _metric_facts(self, depth_unit: str) -> list[MetricInfo]:
         facts = []
         for name, accumulator in self.accumulators.items():
             for suffix in ("", BATCH_MEAN) if accumulator.averaged else ("",):
@@ -263,7 +244,7 @@ class DenseMetrics(StreamingMetrics):
                     title += ", mean of batches" if suffix else ""
                     unit = depth_unit if metric == "abs_error" else unit
                     facts.append(
-                        MetricFacts(f"{name}_{metric}{suffix}", name, title, unit, higher, 1.0 if higher else None)
+                        MetricInfo(f"{name}_{metric}{suffix}", name, title, unit, higher, 1.0 if higher else None)
                     )
         return facts
 
@@ -272,15 +253,9 @@ class DenseMetrics(StreamingMetrics):
     ) -> dict[str, float]:
         if given is None:
             return {}
-        if not given:
-            raise OptionError("delta_m_base: is empty, expected a metric's single-task result or null")
+        check_base(given, [key for key in keys if not key.endswith(BATCH_MEAN)])
         base = {}
         for key, value in given.items():
-            if key not in keys or key.endswith(BATCH_MEAN):
-                plain = [known for known in keys if not known.endswith(BATCH_MEAN)]
-                raise OptionError(f"delta_m_base: {key!r} is no metric{nearest(key, plain)}")
-            if not (math.isfinite(value) and value > 0):
-                raise OptionError(f"delta_m_base.{key}: {value!r} is not valid, expected a finite number above 0")
             averaged = average == "batch_mean" and key + BATCH_MEAN in keys
             base[key + BATCH_MEAN if averaged else key] = float(value)
         return base
@@ -293,6 +268,6 @@ def _accumulator(name: str, num_classes: int, batch_size: int) -> DenseAccumulat
 
 
 _DELTA_FACTS = (
-    MetricFacts(DELTA_M, "", "Delta_m", "%", higher_is_better=False),
-    MetricFacts(DELTA_M_BY_TASK, "", "Delta_m by task", "%", higher_is_better=False),
+    DELTA_M_INFO,
+    MetricInfo(DELTA_M_BY_TASK, "", "Delta_m by task", "%", higher_is_better=False),
 )

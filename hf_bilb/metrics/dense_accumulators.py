@@ -8,7 +8,7 @@ have a label is what the losses take for it (`hf_bilb.dense_losses.known_pixels`
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.dense_losses import known_pixels
-from hf_bilb.metrics.base import wide
+from hf_bilb.metrics.base import Statistics, wide
 from hf_bilb.metrics.errors import MetricError
 
 #: The papers' limits, in degrees.
@@ -65,17 +65,14 @@ def angles_between(predictions: Tensor, labels: Tensor) -> Tensor:
     return torch.rad2deg(torch.atan2(sine, cosine)).masked_fill(undirected, 90.0)
 
 
-class DenseAccumulator(ABC):
-    """Metrics of one pixel-wise task.
-
-    State: tensors on the device of the rows; nothing synchronises with it but `compute`.
+class DenseAccumulator(Statistics):
+    """Metrics of one pixel-wise task. Of two that are merged an unfinished batch counts as a batch.
 
     Attributes:
         metric_names: of what `compute` returns over all pixels.
         averaged: whether `compute` also returns the mean over batches, `<name>_batch_mean` for each.
     """
 
-    metric_names: ClassVar[tuple[str, ...]]
     averaged: ClassVar[bool]
 
     @abstractmethod
@@ -89,22 +86,6 @@ class DenseAccumulator(ABC):
     @abstractmethod
     def add(self, rows: Tensor) -> None:
         """Take in rows of `per_image`, in the order of the set."""
-
-    @abstractmethod
-    def compute(self) -> dict[str, float]:
-        """The metrics of what was added since `reset`; empty when no pixel has a label. One host read.
-
-        Raises:
-            MetricError: some label is none of this task.
-        """
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Forget everything."""
-
-    @abstractmethod
-    def merge(self, other: Any) -> None:
-        """Add what `other`, built in the same way, has seen; an unfinished batch of either counts as a batch."""
 
 
 class Segmentation(DenseAccumulator):
@@ -120,7 +101,7 @@ class Segmentation(DenseAccumulator):
     State: C (C + 1) + 2 counts.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy")
+    metric_names = ("miou", "pixel_accuracy")
     averaged: ClassVar[bool] = False
     _counts: Tensor
 
@@ -191,7 +172,7 @@ class Depth(DenseAccumulator):
     State: four sums, and those of the batches.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = ("abs_error", "rel_error")
+    metric_names = ("abs_error", "rel_error")
     averaged: ClassVar[bool] = True
     _sums: Tensor
 
@@ -259,7 +240,7 @@ class Normals(DenseAccumulator):
     State: the histogram, six sums, and of fewer than `batch_size` images the angles.
     """
 
-    metric_names: ClassVar[tuple[str, ...]] = (
+    metric_names = (
         "mean_angle", "median_angle", "within_11_25", "within_22_5", "within_30",
     )  # fmt: skip
     averaged: ClassVar[bool] = True

@@ -15,6 +15,9 @@ from hf_bilb.metrics.errors import MetricError
 
 Floats: TypeAlias = NDArray[np.float64]
 
+#: Key of Delta_m among the metrics of a run: the one that is itself a relation to other models.
+DELTA_M = "delta_m"
+
 
 @overload
 def delta_m(values: Sequence[float], base: ArrayLike, higher_is_better: ArrayLike) -> float: ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +13,12 @@ import torch
 from torch import Tensor
 
 from hf_bilb.metrics.base import Accumulator, MetricError, wide
-from hf_bilb.metrics.multi_task import delta_m
+from hf_bilb.metrics.multi_task import DELTA_M, delta_m
 from hf_bilb.options import OptionError, nearest, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction
-
-#: Key of the mean relative change against single-task results.
-DELTA_M = "delta_m"
 
 
 class StreamingMetrics(ABC):
@@ -160,10 +158,8 @@ class TaskMetrics(StreamingMetrics):
             self._update(name, predictions[:, index], labels[:, index])
 
     def _update(self, name: str, predictions: Tensor, labels: Tensor) -> None:
-        try:
+        with of_task(name):
             self.accumulators[name].update(predictions, labels)
-        except MetricError as error:
-            raise MetricError(f"task {name!r}: {error}") from None
 
     def _compute(self) -> dict[str, float]:
         lowest, highest = self._extreme_ids.tolist()
@@ -173,10 +169,8 @@ class TaskMetrics(StreamingMetrics):
         found: dict[str, float] = {}
         scores = []
         for name, accumulator in self.accumulators.items():
-            try:
+            with of_task(name):
                 values = accumulator.compute()
-            except MetricError as error:
-                raise MetricError(f"task {name!r}: {error}") from None
             found.update({f"{name}_{metric}": value for metric, value in values.items()})
             scored = [value for metric, value in values.items() if self.mean_of in (None, metric)]
             if scored:
@@ -228,16 +222,30 @@ class TaskMetrics(StreamingMetrics):
         """The key of Delta_m, where there is a base."""
         if self.delta_m_base is None:
             return ()
-        if not self.delta_m_base:
-            raise OptionError("delta_m_base: is empty, expected a metric's single-task result or null")
-        for key, value in self.delta_m_base.items():
-            if key not in self._owners:
-                raise OptionError(f"delta_m_base: {key!r} is no metric{nearest(key, self._owners)}")
-            if not (math.isfinite(value) and value > 0):
-                raise OptionError(f"delta_m_base.{key}: {value!r} is not valid, expected a finite number above 0")
+        check_base(self.delta_m_base, self._owners)
         if DELTA_M in self._owners or self.mean_name == DELTA_M:
             raise OptionError(f"delta_m_base: {DELTA_M!r} is the key of a metric or of the mean already")
         return (DELTA_M,)
+
+
+def check_base(base: Mapping[str, float], keys: Collection[str]) -> None:
+    """Raise `OptionError` unless the base of Delta_m has a finite number above 0 for some of `keys`, and no other."""
+    if not base:
+        raise OptionError("delta_m_base: is empty, expected a metric's single-task result or null")
+    for key, value in base.items():
+        if key not in keys:
+            raise OptionError(f"delta_m_base: {key!r} is no metric{nearest(key, keys)}")
+        if not (math.isfinite(value) and value > 0):
+            raise OptionError(f"delta_m_base.{key}: {value!r} is not valid, expected a finite number above 0")
+
+
+@contextlib.contextmanager
+def of_task(name: str) -> Iterator[None]:
+    """A `MetricError` from inside names the task."""
+    try:
+        yield
+    except MetricError as error:
+        raise MetricError(f"task {name!r}: {error}") from None
 
 
 def _check_tasks(accumulators: Mapping[str, Accumulator], task_names: tuple[str, ...]) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_bilb.reporting.tables import markdown_row
+
 _HEADER = ("name", "paper", "cost", "extra memory", "state", "options")
 _WIDTHS = (9, 33, 28, 14, 28)  # of the columns in a terminal; options stand below them, with the whole width
 _NARROWEST = sum(_WIDTHS) + 2 * (len(_WIDTHS) - 1)
@@ -111,7 +113,7 @@ def render_table_text(catalogue: Catalogue, width: int = _NARROWEST) -> str:
 
 def render_table_markdown(catalogue: Catalogue) -> str:
     """The same as two Markdown tables."""
-    lines = [_row(_HEADER), _row(["---"] * len(_HEADER))]
+    lines = [markdown_row(_HEADER), markdown_row(["---"] * len(_HEADER))]
     for entry in catalogue.balancers:
         costs = [f"{cost.passes} with `{cost.when}`" if cost.when else cost.passes for cost in entry.costs]
         cells = [
@@ -122,11 +124,11 @@ def render_table_markdown(catalogue: Catalogue) -> str:
             entry.state_lines,
             [f"`{option}`" for option in entry.options] or ["none of its own"],
         ]
-        lines.append(_row(["<br>".join(cell) for cell in cells]))
+        lines.append(markdown_row(["<br>".join(cell) for cell in cells]))
     lines += ["", *(f"* {line}" for line in LEGEND)]
     lines += [f"* State that every balancer has: {', '.join(catalogue.common_state)}.", ""]
-    lines += ["Options that every balancer has:", "", _row(["option", "default", "accepts", "meaning"])]
-    lines += [_row(["---"] * 4), *(_option_row(option) for option in catalogue.common_options)]
+    lines += ["Options that every balancer has:", "", markdown_row(["option", "default", "accepts", "meaning"])]
+    lines += [markdown_row(["---"] * 4), *(_option_row(option) for option in catalogue.common_options)]
     return "\n".join(lines) + "\n"
 
 
@@ -160,8 +162,10 @@ def render_one_text(entry: BalancerEntry, catalogue: Catalogue, width: int = 120
 
 def render_one_markdown(entry: BalancerEntry, catalogue: Catalogue) -> str:
     """The same as Markdown."""
-    costs = [_row([cost.passes, cost.memory, f"`{cost.when}`" if cost.when else "always"]) for cost in entry.costs]
-    head, rule = _row(["option", "default", "accepts", "meaning"]), _row(["---"] * 4)
+    costs = [
+        markdown_row([cost.passes, cost.memory, f"`{cost.when}`" if cost.when else "always"]) for cost in entry.costs
+    ]
+    head, rule = markdown_row(["option", "default", "accepts", "meaning"]), markdown_row(["---"] * 4)
     lines = [
         f"# {entry.name}",
         "",
@@ -172,13 +176,13 @@ def render_one_markdown(entry: BalancerEntry, catalogue: Catalogue) -> str:
         "```",
         "",
     ]
-    lines += [entry.summary, "", _row(["cost", "extra memory", "when"]), _row(["---"] * 3), *costs, ""]
+    lines += [entry.summary, "", markdown_row(["cost", "extra memory", "when"]), markdown_row(["---"] * 3), *costs, ""]
     lines += [f"State: {', '.join(entry.state_lines)}.", ""]
     if entry.options:
         lines += [head, rule, *map(_option_row, entry.options), ""]
     if entry.presets:
-        rows = [_row([f"`{name}`", f"`{_inline(preset)}`"]) for name, preset in entry.presets.items()]
-        lines += [_row(["preset", "options"]), _row(["---"] * 2), *rows, ""]
+        rows = [markdown_row([f"`{name}`", f"`{_inline(preset)}`"]) for name, preset in entry.presets.items()]
+        lines += [markdown_row(["preset", "options"]), markdown_row(["---"] * 2), *rows, ""]
     lines += ["Options that every balancer has:", "", head, rule, *map(_option_row, _others(entry, catalogue)), ""]
     lines += [f"* {line}" for line in LEGEND]
     return "\n".join(lines) + "\n"
@@ -244,8 +248,4 @@ def _option_lines(options: Sequence[OptionEntry], width: int) -> list[str]:
 
 
 def _option_row(option: OptionEntry) -> str:
-    return _row([f"`{option.name}`", f"`{option.default}`", option.accepts, option.meaning])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return markdown_row([f"`{option.name}`", f"`{option.default}`", option.accepts, option.meaning])

@@ -18,7 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_bilb.reporting.tables import DELTA_M, Comparison, Row, error_ratio
+from hf_bilb.metrics.multi_task import DELTA_M
+from hf_bilb.reporting.tables import Comparison, Row, error_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

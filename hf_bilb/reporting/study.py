@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_bilb.metrics.multi_task import delta_m, grouped_delta_m, mean_rank
+from hf_bilb.metrics.multi_task import DELTA_M, delta_m, grouped_delta_m, mean_rank
 from hf_bilb.options import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults
-from hf_bilb.reporting.tables import DELTA_M, compare, error_ratio, geometric_mean
+from hf_bilb.reporting.tables import compare, error_ratio, geometric_mean
 
 Runs = Mapping[int, RunResults]  # seed -> its finished run
 

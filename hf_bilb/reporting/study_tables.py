@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hf_bilb.metrics.multi_task import DELTA_M
 from hf_bilb.reporting.results import MetricResult
 from hf_bilb.reporting.study import Difference, Figure, Method, MetricLine, Study
-from hf_bilb.reporting.tables import number
+from hf_bilb.reporting.tables import markdown_row, number
 
 MAX_METRICS_ACROSS = 12  # with more, the metrics go down and the methods across
 FORMAT = 1
@@ -109,7 +110,7 @@ def _cells(line: MetricLine, text: Callable[[Figure], str]) -> list[Cell]:
 
 
 def _delta_line(study: Study) -> MetricLine:
-    about = MetricResult("delta_m", "", "Delta_m", "%", higher_is_better=False, value=None, trivial=None)
+    about = MetricResult(DELTA_M, "", "Delta_m", "%", higher_is_better=False, value=None, trivial=None)
     return MetricLine(about, tuple(method.delta_m or Figure({}) for method in study.methods))
 
 
@@ -182,9 +183,7 @@ def render_study_markdown(study: Study) -> str:
     for grid in grids(study):
         lines = [list(grid.header), ["---"] + ["---:"] * (len(grid.header) - 1)]
         lines += [[f"**{c.text}**" if c.best else c.text + (NEAR if c.near else "") for c in row] for row in grid.body]
-        rows = (
-            "| " + " | ".join(cell.replace("|", "\\|").replace("~", "\\~") for cell in line) + " |" for line in lines
-        )
+        rows = (markdown_row([cell.replace("~", "\\~") for cell in line]) for line in lines)
         parts.append(f"{grid.caption}\n\n" + "\n".join(rows) + "\n")
     parts.append("".join(f"* {note}\n" for note in study.notes))
     return "\n".join(parts)

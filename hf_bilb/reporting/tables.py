@@ -12,10 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_bilb.metrics.multi_task import DELTA_M
 from hf_bilb.options import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults
-
-DELTA_M = "delta_m"  # key of the one metric that is itself a relation to other models
 
 
 @dataclass(frozen=True)
@@ -240,9 +239,12 @@ def render_markdown(table: Comparison) -> str:
     """A Markdown table; the best value of each row is bold."""
     lines = [_header(table), ["---"] * 3 + ["---:"] * (len(_header(table)) - 4) + ["---"]]
     lines += _cells(table, "**") + _summary(table)
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines) + _notes(
-        table
-    )
+    return "".join(f"{markdown_row(line)}\n" for line in lines) + _notes(table)
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table, without its end."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def render_text(table: Comparison) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_bilb import BilevelMTLTrainingArguments
-from hf_bilb.data.base import TaskData
-from hf_bilb.data.qm9_targets import DELTA_M, TARGETS
+from hf_bilb.data.base import DELTA_M_INFO, TaskData
+from hf_bilb.data.qm9_targets import TARGETS
 from hf_bilb.recipe import Recipe, read_recipe
 from hf_bilb.run import training_arguments
 from tests.trainer.harness import BATCH, FLOAT, batches, build_data, build_model, close, flat_parameters, run
@@ -31,7 +31,7 @@ def arguments(recipe: Recipe) -> BilevelMTLTrainingArguments:
         label_names=("labels",),
         data_collator=None,
         compute_metrics=lambda _: {},
-        metrics=(*(target.metric for target in TARGETS), DELTA_M),
+        metrics=(*(target.metric for target in TARGETS), DELTA_M_INFO),
         trivial_metrics={},
         model_arguments={},
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import evaluate
 
 from hf_bilb.metrics.module_info import info_of_pairs
-from hf_bilb.metrics.multi_task import delta_m, grouped_delta_m
+from hf_bilb.metrics.multi_task import DELTA_M, delta_m, grouped_delta_m
 
 _DESCRIPTION = (
     "Mean relative change of a multi-task model's metrics against models trained on one task each, in percent; lower "
@@ -63,5 +63,5 @@ class DeltaM(evaluate.Metric):
         groups: Sequence[str] | None = None,
     ) -> dict[str, float]:
         if groups is None:
-            return {"delta_m": delta_m(predictions, references, higher_is_better)}
-        return {"delta_m": grouped_delta_m(predictions, references, higher_is_better, groups)}
+            return {DELTA_M: delta_m(predictions, references, higher_is_better)}
+        return {DELTA_M: grouped_delta_m(predictions, references, higher_is_better, groups)}
