@@ -339,6 +339,7 @@ def _metric_result(
         ideal=metric.ideal,
         base=finite(data.single_task_base.get(metric.key)),
         group=data.task_groups.get(metric.task, ""),
+        counted=metric.counted,
     )
 
 

@@ -19,6 +19,7 @@ class MetricInfo:
         higher_is_better: which way is up.
         ideal: the value of a perfect prediction, where higher is better and there is one (1 for an accuracy): the
             errors that tables relate to each other are then `ideal - value`.
+        counted: whether ranks, means of ratios and Delta_m take it; False for another form of a metric that they take.
     """
 
     key: str
@@ -27,6 +28,7 @@ class MetricInfo:
     unit: str
     higher_is_better: bool
     ideal: float | None = None
+    counted: bool = True
 
 
 DELTA_M_INFO = MetricInfo(DELTA_M, "", "Delta_m", "%", higher_is_better=False)

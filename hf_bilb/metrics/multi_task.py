@@ -15,8 +15,10 @@ from hf_bilb.metrics.errors import MetricError
 
 Floats: TypeAlias = NDArray[np.float64]
 
-#: Key of Delta_m among the metrics of a run: the one that is itself a relation to other models.
-DELTA_M = "delta_m"
+#: Keys among the metrics of a run: Delta_m, and Delta_m with the mean inside each task first.
+DELTA_M, DELTA_M_BY_TASK = "delta_m", "delta_m_by_task"
+#: Those that are themselves a relation to other models, so that a ratio of two of them says nothing.
+RELATIONS = (DELTA_M, DELTA_M_BY_TASK)
 
 
 @overload

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_bilb.metrics.multi_task import DELTA_M
+from hf_bilb.metrics.multi_task import RELATIONS
 from hf_bilb.reporting.tables import Comparison, Row, error_ratio
 
 if TYPE_CHECKING:
@@ -283,9 +283,11 @@ def _distribution_figure(panels: Sequence[tuple[str, Series]], title: str, label
 def comparison_figure(table: Comparison) -> Figure:
     """Each run's error relative to the trivial predictor's, a row a metric; left is better, 1 is that predictor.
 
-    Errors as in `error_ratio`; Delta_m and a metric of which the trivial predictor has no error are left out.
+    Errors as in `error_ratio`; Delta_m, metrics that are not counted, and one of which the trivial predictor has no
+    error are left out.
     """
-    rows = [row for row in table.rows if row.key != DELTA_M and _shares(row, (row.trivial,)) == [1.0]]
+    counted = [row for row in table.rows if row.counted and row.key not in RELATIONS]
+    rows = [row for row in counted if _shares(row, (row.trivial,)) == [1.0]]
     figure = Figure(figsize=(7.6, 0.36 * len(rows) + 1.9), layout="constrained")
     axis = figure.subplots()
     heights = np.arange(len(rows))[::-1]

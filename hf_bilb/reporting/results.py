@@ -31,6 +31,7 @@ class MetricResult:
         ideal: the value of a perfect prediction, where higher is better and there is one; its distance is the error.
         base: the value of a model trained on this task alone, what Delta_m relates to; None where none is known.
         group: tasks of one group are nearly equivalent and count once in the grouped Delta_m; empty: the task itself.
+        counted: whether ranks, means of ratios and Delta_m take it; False for another form of a metric that they take.
     """
 
     key: str
@@ -43,6 +44,7 @@ class MetricResult:
     ideal: float | None = None
     base: float | None = None
     group: str = ""
+    counted: bool = True
 
     @property
     def beats_trivial(self) -> bool:

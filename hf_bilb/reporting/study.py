@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_bilb.metrics.multi_task import DELTA_M, delta_m, grouped_delta_m, mean_rank
+from hf_bilb.metrics.multi_task import RELATIONS, delta_m, grouped_delta_m, mean_rank
 from hf_bilb.options import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults
 from hf_bilb.reporting.tables import compare, error_ratio, geometric_mean
@@ -81,7 +81,7 @@ def paired_difference(ours: Figure, theirs: Figure) -> Difference | None:
 @dataclass(frozen=True)
 class MetricLine:
     """One metric over all methods. `about`: of the first run; `figures`, in the methods' order; `base`: the single-task
-    value, None where there is none; `single_task`: its figure, where the study trained it."""
+    value where Delta_m is over it, else None; `single_task`: its figure, where the study trained it."""
 
     about: MetricResult
     figures: tuple[Figure, ...]
@@ -113,7 +113,7 @@ class Method:
     Attributes:
         name: its label.
         seeds: of its finished cells.
-        mean_rank: over the metrics; the best is 1.
+        mean_rank: over the metrics that are counted (`MetricResult`), as are the ratios; the best is 1.
         delta_m, grouped_delta_m: percent, each seed's own; None without a base.
         error_ratio: geometric mean over the tasks of the error relative to the reference's with the same seed.
         difference: to the reference: of `delta_m` (points of percent), without a base of log `error_ratio`.
@@ -157,6 +157,11 @@ class Study:
     notes: tuple[str, ...] = ()
 
     @property
+    def counted_lines(self) -> tuple[MetricLine, ...]:
+        """The metrics that ranks and ratios are over."""
+        return _counted(self.lines)
+
+    @property
     def based_lines(self) -> tuple[MetricLine, ...]:
         """The metrics that Delta_m is over."""
         return tuple(line for line in self.lines if line.base is not None)
@@ -188,14 +193,19 @@ def make_study(
         raise OptionError("no cell is finished, so there is nothing to compare")
     first = _check_comparable(present)
     own, incomplete = _single_task_figures(first, single_task)
-    lines = [_line(i, present, own) for i in range(len(first.metrics))]
+    in_delta_m = _delta_m_keys(first)
+    lines = [_line(about, i, present, own, about.key in in_delta_m) for i, about in enumerate(first.metrics)]
     of_tasks = tuple(line for line in lines if line.about.task)
-    overall = tuple(line for line in lines if not line.about.task and line.about.key != DELTA_M)
+    overall = tuple(line for line in lines if not line.about.task and line.about.key not in RELATIONS)
     source = _base_source(first, own, of_tasks)
     known_reference = reference if reference in present else None
     notes = [*notes, *incomplete, *_diverged(of_tasks, list(present))]
-    methods = _methods(present, of_tasks, known_reference)
+    methods = _methods(present, _counted(of_tasks), known_reference)
     return Study(first.recipe, first.split, methods, of_tasks, overall, known_reference, source, tuple(notes))
+
+
+def _counted(lines: Sequence[MetricLine]) -> tuple[MetricLine, ...]:
+    return tuple(line for line in lines if line.about.counted)
 
 
 def _check_comparable(present: Mapping[str, Runs]) -> RunResults:
@@ -205,35 +215,41 @@ def _check_comparable(present: Mapping[str, Runs]) -> RunResults:
 
 
 def _single_task_figures(first: RunResults, single_task: Mapping[str, Runs]) -> tuple[dict[str, Figure], list[str]]:
-    """Metric key -> its figure over the single-task runs; none at all, and a note, where one of them is no base."""
+    """Metric key -> its figure over the single-task runs; none, and a note, where one that Delta_m needs is no base."""
     if not single_task:
         return {}, []
-    published = any(metric.base is not None for metric in first.metrics)  # Delta_m stays over the same metrics
+    in_delta_m = _delta_m_keys(first)
     figures: dict[str, Figure] = {}
     for metric in first.metrics:
-        if not metric.task or (published and metric.base is None):
+        if not metric.task:
             continue
         figure = Figure({seed: _value(run, metric.key) for seed, run in single_task.get(metric.task, {}).items()})
         if not figure.values:
             return {}, [f"no single-task model of {metric.task} is finished, so Delta_m does not relate to the others"]
-        if figure.mean is None or figure.mean <= 0:
+        if metric.key in in_delta_m and (figure.mean is None or figure.mean <= 0):
             found = "no finite number" if figure.mean is None else f"{figure.mean:g}"
             return {}, [f"the single-task model's {metric.key} is {found}, so Delta_m does not relate to single tasks"]
         figures[metric.key] = figure
     return figures, []
 
 
+def _delta_m_keys(first: RunResults) -> set[str]:
+    """The metrics that Delta_m is over: those with a published base, if there are any, whatever base it relates to."""
+    counted = [metric for metric in first.metrics if metric.task and metric.counted]
+    return {metric.key for metric in counted if metric.base is not None} or {metric.key for metric in counted}
+
+
 def _value(run: RunResults, key: str) -> float | None:
     return next((metric.value for metric in run.metrics if metric.key == key), None)
 
 
-def _line(index: int, present: Mapping[str, Runs], own: Mapping[str, Figure]) -> MetricLine:
-    about = next(iter(next(iter(present.values())).values())).metrics[index]
+def _line(
+    about: MetricResult, index: int, present: Mapping[str, Runs], own: Mapping[str, Figure], in_delta_m: bool
+) -> MetricLine:
     figures = tuple(Figure({s: run.metrics[index].value for s, run in runs.items()}) for runs in present.values())
     single = own.get(about.key)
-    if own:
-        return MetricLine(about, figures, None if single is None else single.mean, single)
-    return MetricLine(about, figures, about.base if about.task else None)
+    base = about.base if single is None else single.mean
+    return MetricLine(about, figures, base if in_delta_m else None, single)
 
 
 def _base_source(first: RunResults, own: Mapping[str, Figure], lines: Sequence[MetricLine]) -> str:

@@ -28,7 +28,8 @@ def study_notes(study: Study, runs: Mapping[str, Runs], seeds: Sequence[int], sp
         _seeds(first, seeds, split_by_seed),
         *_spread(seeds),
         *_base(study, cells),
-        f"MR: rank among the methods by the mean, over {len(study.lines)} metrics; 1 + the number of better ones",
+        f"MR: rank among the methods by the mean, over {len(study.counted_lines)} metrics; 1 + the number of better "
+        "ones",
     ]
     if study.reference is not None:
         notes += _relation(study, first)
@@ -88,12 +89,15 @@ def _spread(seeds: Sequence[int]) -> list[str]:
 def _base(study: Study, cells: Sequence[RunResults]) -> list[str]:
     if not study.base_source:
         return ["no Delta_m: there are no single-task values (--stl trains them)"]
-    lines = study.based_lines
-    over = "" if len(lines) == len(study.lines) else f", over the {len(lines)} of {len(study.lines)} metrics it has"
+    lines, counted = study.based_lines, study.counted_lines
+    over = "" if len(lines) == len(counted) else f", over the {len(lines)} of {len(counted)} metrics it has"
     source = study.base_source
     if lines[0].single_task is not None:
         source = f"{source} (linear scalarization, n = {len(lines[0].single_task.values)}, on {study.split})"
     notes = [f"Δm relates to {source}{over}"]
+    if other_forms := [line.about for line in study.lines if not line.about.counted]:
+        title = f"{other_forms[0].task} {other_forms[0].name}"
+        notes.append(f"{len(other_forms)} metrics are another form of one that counts ({title}, ...), and do not")
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(line.about.group, []).append(line.about.task)

@@ -35,8 +35,9 @@ def tasks_figure(study: Study) -> Canvas | None:
     The yardstick is the study's own single-task models, else the reference, else the published single-task values; None
     without any. Left is better; a value of the yardstick or of a method that allows no ratio leaves its dot out.
     """
-    yardstick, name = _yardstick(study)
-    rows = [(line, base) for line, base in zip(study.lines, yardstick, strict=True) if base is not None]
+    lines = study.counted_lines
+    yardstick, name = _yardstick(study, lines)
+    rows = [(line, base) for line, base in zip(lines, yardstick, strict=True) if base is not None]
     if not rows:
         return None
     count = len(study.methods)
@@ -66,7 +67,7 @@ def tasks_figure(study: Study) -> Canvas | None:
         axis.set_xscale("log")
         plain_numbers(axis.xaxis)
     axis.set_ylim(-0.6, len(rows) - 0.4)
-    several = len({line.about.name for line in study.lines}) > 1
+    several = len({line.about.name for line in lines}) > 1
     titles = [f"{line.about.task} {line.about.name}" if several else line.about.task for line, _ in rows]
     axis.set_yticks(heights, titles, fontsize=10 if len(rows) <= 15 else 8)
     axis.set_xlabel(f"{study.split} error relative to {name} (left is better{_whiskers(study)})")
@@ -79,14 +80,14 @@ def _whiskers(study: Study) -> str:
     return "; bars: deviation over seeds" if any(len(method.seeds) > 1 for method in study.methods) else ""
 
 
-def _yardstick(study: Study) -> tuple[list[float | None], str]:
-    if any(line.single_task for line in study.lines):
-        return [line.base for line in study.lines], "models of one task each"
+def _yardstick(study: Study, lines: Sequence[MetricLine]) -> tuple[list[float | None], str]:
+    if any(line.single_task for line in lines):
+        return [line.base for line in lines], "models of one task each"
     names = [method.name for method in study.methods]
     if study.reference in names:
         at = names.index(study.reference)
-        return [line.figures[at].mean for line in study.lines], f"{study.reference}'s mean"
-    return [line.base for line in study.lines], "the single-task values"
+        return [line.figures[at].mean for line in lines], f"{study.reference}'s mean"
+    return [line.base for line in lines], "the single-task values"
 
 
 def _ratios(line: MetricLine, base: float, i: int) -> list[float]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_bilb.metrics.multi_task import DELTA_M
+from hf_bilb.metrics.multi_task import DELTA_M, RELATIONS
 from hf_bilb.options import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults
 
@@ -22,7 +22,8 @@ class Row:
     """One metric in all R runs. `values`, `ratios` and `beats_trivial` have one entry per run.
 
     `task`: empty for a figure over all tasks, which is no part of the summary. `ratios`: error relative to the first
-    run, below 1 is better whichever way the metric points; None where undefined. `ideal`: see `error_ratio`.
+    run, below 1 is better whichever way the metric points; None where undefined. `ideal`: see `error_ratio`. `counted`:
+    see `MetricResult`; a row that is not counted is no part of the summary either.
     """
 
     task: str
@@ -35,6 +36,7 @@ class Row:
     beats_trivial: tuple[bool, ...]
     ideal: float | None = None
     key: str = ""
+    counted: bool = True
 
     @property
     def title(self) -> str:
@@ -70,23 +72,24 @@ class Comparison:
 
         A task with several metrics counts once, with their geometric mean.
         """
-        tasks = list(dict.fromkeys(row.task for row in self._of_tasks()))
+        rows = self._counted()
+        tasks = list(dict.fromkeys(row.task for row in rows))
         return [
-            geometric_mean([geometric_mean([row.ratios[i] for row in self.rows if row.task == task]) for task in tasks])
+            geometric_mean([geometric_mean([row.ratios[i] for row in rows if row.task == task]) for task in tasks])
             for i in range(len(self.names))
         ]
 
     def worst_ratios(self) -> list[tuple[float, str] | None]:
         """Per run, the largest ratio to the first run and its task; None when a ratio is undefined."""
         worst: list[tuple[float, str] | None] = []
-        rows = self._of_tasks()
+        rows = self._counted()
         for i in range(len(self.names)):
             ratios = [(ratio, row.task) for row in rows if (ratio := row.ratios[i]) is not None]
             worst.append(max(ratios) if rows and len(ratios) == len(rows) else None)
         return worst
 
-    def _of_tasks(self) -> list[Row]:
-        return [row for row in self.rows if row.task]
+    def _counted(self) -> list[Row]:
+        return [row for row in self.rows if row.task and row.counted]
 
 
 def compare(runs: Sequence[RunResults], names: Sequence[str]) -> Comparison:
@@ -143,7 +146,7 @@ def _same_trivial(ours: MetricResult, theirs: MetricResult) -> bool:
 def _row(metrics: Sequence[MetricResult]) -> Row:
     first = metrics[0]
     # Delta_m is a relative change already, and 0 is no error of nothing: a ratio of two of them says nothing.
-    related = first.key != DELTA_M
+    related = first.key not in RELATIONS
     return Row(
         task=first.task,
         metric=first.name,
@@ -158,6 +161,7 @@ def _row(metrics: Sequence[MetricResult]) -> Row:
         beats_trivial=tuple(metric.beats_trivial for metric in metrics),
         ideal=first.ideal,
         key=first.key,
+        counted=first.counted,
     )
 
 

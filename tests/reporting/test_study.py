@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 
@@ -186,7 +187,46 @@ def test_delta_m_that_the_data_set_computed_is_not_a_second_one():
     for of_method in cells.values():
         for run in of_method.values():
             run.metrics.append(MetricResult("delta_m", "", "Delta_m", "%", False, 3.0, None))
+            run.metrics.append(MetricResult("delta_m_by_task", "", "Delta_m by task", "%", False, 3.0, None))
             run.metrics.append(MetricResult("score", "", "score", "", True, 0.5, None))
     study = make_study(cells, {}, "ls")
     assert [line.about.key for line in study.overall] == ["score"]
     assert len(study.lines) == 3
+
+
+def with_second_form(cells, base=None):
+    """Beside each metric another form of it, which says the opposite: another order of the methods, wild sizes."""
+    made = {}
+    for name, of_method in cells.items():
+        made[name] = {}
+        for seed, run in of_method.items():
+            others = [
+                dataclasses.replace(
+                    m, key=f"{m.key}_exact", name="MAE, exact", value=1e6 / m.value, base=base, counted=False
+                )
+                for m in run.metrics
+            ]
+            made[name][seed] = dataclasses.replace(run, metrics=[*run.metrics, *others])
+    return made
+
+
+@pytest.mark.parametrize("stl", [False, True])
+def test_another_form_of_a_metric_is_shown_and_counts_nowhere(stl):
+    own = {t: {0: cell("ls", [value], tasks=[t])} for t, value in zip(TASKS, (60.0, 40.0, 15.0), strict=True)}
+    plain = make_study(runs(), own if stl else {}, "ls")
+    both = make_study(with_second_form(runs(), base=1.0), with_second_form(own, base=1.0) if stl else {}, "ls")
+    assert both.methods == plain.methods
+    assert both.based_lines == plain.lines == both.counted_lines
+    shown = both.lines[3:]
+    assert [line.about.key for line in shown] == [f"mae_{task}_exact" for task in TASKS]
+    assert [line.base for line in shown] == [None] * 3
+    assert [line.single_task is not None for line in shown] == [stl] * 3
+
+
+def test_another_form_is_no_base_that_could_be_missing():
+    """A second form of zero, which no ratio can be taken of, does not stop Delta_m from relating to single tasks."""
+    own = with_second_form({t: {0: cell("ls", [20.0], tasks=[t])} for t in TASKS})
+    for of_task in own.values():
+        of_task[0].metrics[1] = dataclasses.replace(of_task[0].metrics[1], value=0.0)
+    study = make_study(with_second_form(runs(base={})), own, "ls")
+    assert study.notes == () and study.base_source == "this study's models of one task each"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 
@@ -78,6 +79,20 @@ def test_scores_are_compared_by_their_errors_each_task_once():
     assert table.worst_ratios()[1] == pytest.approx((1.0, "mrpc"))
     assert [row.beats_trivial for row in table.rows] == [(False, True), (True, True), (True, True), (True, True)]
     assert [row.best for row in table.rows] == [(1,), (1,), (0, 1), (1,)]
+
+
+def test_another_form_of_a_metric_is_a_row_and_no_part_of_the_summary():
+    def with_form(run: RunResults, value: float) -> RunResults:
+        form = MetricResult("cola_other", "cola", "other form", "", True, value, 0.0, ideal=1.0, counted=False)
+        return dataclasses.replace(run, metrics=[*run.metrics, form])
+
+    runs = [scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])]
+    plain = compare(runs, ["ls", "bilb"])
+    table = compare([with_form(runs[0], 0.999), with_form(runs[1], 0.1)], ["ls", "bilb"])
+    assert table.rows[-1].ratios[1] == pytest.approx(900)
+    assert table.geometric_means() == plain.geometric_means()
+    assert table.worst_ratios() == plain.worst_ratios()
+    assert comparison_figure(table).axes[0].get_yticks().size == comparison_figure(plain).axes[0].get_yticks().size
 
 
 def test_the_table_of_scores_names_its_predictor_and_says_what_a_ratio_is():
