@@ -360,7 +360,7 @@ def test_a_model_that_returns_logits_alone_gets_the_losses_of_the_papers(tmp_pat
     assert num_items.tolist() == [12, 12]
 
 
-@pytest.mark.parametrize("name", ["small_ls", "bilb"])
+@pytest.mark.parametrize("name", ["ls_small", "bilb"])
 def test_a_recipe_trains_and_leaves_results(tmp_path: Path, name: str) -> None:
     write_celeba(tmp_path / "celeba", (48, 16, 16))
     changes = [
@@ -409,7 +409,7 @@ def test_an_image_encoder_in_place_of_the_cnn(tmp_path: Path) -> None:
         "trainer.use_cpu=true",
         "evaluation.plots=false",
     ]
-    results = run_recipe(read_recipe(ROOT / "recipes" / "celeba" / "small_bilb.yaml", changes))
+    results = run_recipe(read_recipe(ROOT / "recipes" / "celeba" / "bilb_small.yaml", changes))
     assert results.training["steps"] == 3 and len(results.metrics) == 44
     model = AutoModel.from_pretrained(tmp_path / "run")
     assert model.config.task_names == list(ATTRIBUTES) and model(torch.rand(2, 3, 16, 16)).logits.shape == (2, 40)
