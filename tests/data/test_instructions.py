@@ -212,7 +212,7 @@ def test_files_of_their_own_are_parts_as_they_are(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         subset = load(jsonl=files, tasks=["shout", "copy"])
     assert subset.task_names == ("shout", "copy")
-    assert "20 rows of other tasks are left out" in caplog.text
+    assert "20 rows of other tasks are left out (length)" in caplog.text
     assert {row["task_ids"] for row, (text, _) in zip(subset.test, texts(subset, subset.test), strict=True)
             if text.startswith("<bos>shout")} == {0}  # fmt: skip
 
@@ -287,13 +287,67 @@ def test_the_real_glue() -> None:
         ),
         ('{"task": "a", "prompt": 3, "response": "c"}', "line 2: prompt is 3, expected a text"),
         ('{"task": "a", "prompt": "b", "response": ""}', "line 2: response is empty"),
+        ('{"task": "", "prompt": "b", "response": "c"}', "line 2: task is empty"),
+        ('{"task": "a ", "prompt": "b", "response": "c"}', "line 2: task is 'a ', expected a name without spaces"),
+        ('{"task": "a\\nb", "prompt": "b", "response": "c"}', r"line 2: task is 'a\\nb', expected a name without"),
+        ('{"task": "a", "prompt": "\\ud83d", "response": "c"}', "line 2: prompt holds half of a character"),
+        ('{"task": "a", "prompt": "b", "response": ' + "9" * 5000 + "}", "line 2: is no JSON: .* digits"),
+        ("[" * 100_000, "line 2: is no JSON: maximum recursion"),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin-1"), "line 2: is no UTF-8: .* can't decode byte 0xe9"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_a_wrong_line_is_named(tmp_path: Path, line: str | bytes, message: str) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"task": "a", "prompt": "b", "response": "c"}) + "\n" + line + "\n\n")
-    with pytest.raises(OptionError, match=message):
+    first = json.dumps({"task": "a", "prompt": "b", "response": "c"}).encode()
+    wrong = line.encode() if isinstance(line, str) else line
+    file.write_bytes(first + b"\n" + wrong + b"\n\n")
+    with pytest.raises(OptionError, match=f"^{file}, {message}") as caught:
         read_jsonl(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_a_byte_order_mark_and_empty_lines_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"task": "a", "prompt": "b\u2028\r", "response": "é", "source": 3}
+    text = "\r\n".join(["", json.dumps(row, ensure_ascii=False), "  ", json.dumps(row)])
+    file.write_text(text, encoding="utf-8-sig", newline="")
+    assert read_jsonl(file) == [("a", "b\u2028\r", "é")] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "the tokenizer's chat template fails: Unexpected end of template"),
+        ("{{ raise_exception('no user here') }}", "the tokenizer's chat template fails: no user here"),
+        ("{% for m in messages %}[{{ m.role }}]{% endfor %}", "the tokenizer's chat template leaves out the response"),
+        (
+            "{% for m in messages|reverse %}{{ m.content }}{% endfor %}",
+            "the tokenizer's chat template changes a prompt once it is answered",
+        ),
+    ],
+)
+def test_a_chat_template_that_does_not_do_is_said_in_one_line(tmp_path: Path, template: str, message: str) -> None:
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file = str(write_jsonl(tmp_path / "train.jsonl"))
+    with pytest.raises(OptionError, match=f"^data.chat: {message}") as caught:
+        load(jsonl={"train": file}, tokenizer=str(tmp_path / "tokenizer"), chat=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_padding_token_the_end_pads_and_is_no_item(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data = load(jsonl={"train": str(write_jsonl(tmp_path / "t.jsonl"))}, tokenizer=str(tmp_path / "tokenizer"))
+    rows = [data.train[i] for i in range(8)]
+    batch = data.data_collator(rows)
+    padded = batch["attention_mask"] == 0
+    assert padded.any() and (batch["input_ids"][padded] == tokenizer.eos_token_id).all()
+    assert (batch["token_labels"][padded] == -100).all()
+    assert (batch["token_labels"] == tokenizer.eos_token_id).sum() == 8  # the end of each response still is one
+    assert data.model_arguments["special_tokens"]["pad_token_id"] == tokenizer.eos_token_id
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -14,17 +14,20 @@ from tests.distributed.training import world_size
 from tests.distributed.worker import main
 from tests.models.language_training import TASKS, data_of, flat, model_of, trainer_of
 
-#: Balancer, where F is taken, packed. Both are exact for a linear F, `window` for every one.
+#: Balancer, where F is taken, packed, micro-batches of each of two ranks. Both places are exact for a linear F,
+#: `window` for every one; they are the same where there is one micro-batch.
 KINDS = {
-    "ls": ("ls", "micro_batch", False),
-    "ls_packed": ("ls", "micro_batch", True),
-    "bilb_packed": ("bilb", "window", True),
+    "ls": ("ls", "micro_batch", False, 2),
+    "ls_packed": ("ls", "micro_batch", True, 2),
+    "bilb_packed": ("bilb", "window", True, 2),
+    "bilb_of_two_batches": ("bilb", "micro_batch", False, 1),
+    "bilb_of_two_packed_rows": ("bilb", "micro_batch", True, 1),
 }
 
 
-def train(balancer: str, over: str, packed: bool) -> dict[str, Any]:
-    """48 examples in updates of 16: of one batch, or of two ranks with two micro-batches of four."""
-    accumulation = 1 if world_size() == 1 else 2
+def train(balancer: str, over: str, packed: bool, micro_batches: int) -> dict[str, Any]:
+    """48 examples in updates of 16: of one batch, or of two ranks with one or two micro-batches."""
+    accumulation = 1 if world_size() == 1 else micro_batches
     trainer = trainer_of(
         Path(sys.argv[1]) / "run",
         model_of(),
