@@ -1,6 +1,6 @@
 """The command line: `hf-bilb train | show | report | compare | balancers | prepare`.
 
-What a user gets wrong is one line and exit code 2.
+What a user gets wrong is one line and exit code 2, Ctrl-C is one line and exit code 130.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,10 @@ from hf_bilb.reporting.tables import Comparison, render_csv, render_markdown, re
 from hf_bilb.reporting.tables import compare as compare_runs
 
 
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 class UserError(click.ClickException):
     """A mistake in what was given: one line on stderr instead of a traceback, exit code 2."""
 
@@ -44,24 +50,31 @@ class UserError(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line; of several processes only the first one speaks."""
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             click.echo(f"hf-bilb: error: {self.format_message()}", err=True)
 
 
-class TrainingFailed(UserError):
-    """Training came to an end that it cannot go on from, and the line says where; exit code 1."""
+class Failed(UserError):
+    """No mistake in what was given, but it came to an end that it cannot go on from; exit code 1."""
 
     exit_code = 1
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
     except (OptionError, CheckpointError, MissingPackageError, MetricError) as error:
         raise UserError(error) from None
     except NonFiniteLossError as error:
-        raise TrainingFailed(error) from None
+        raise Failed(error) from None
+    except BrokenProcessPool:
+        killed = "a worker process was killed (no memory left?); the same command goes on from what is finished"
+        raise Failed(RuntimeError(killed)) from None
+    except KeyboardInterrupt:
+        if _speaks():
+            click.echo(f"hf-bilb: {interrupted}", err=True)
+        raise click.exceptions.Exit(128 + signal.SIGINT) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -230,10 +243,10 @@ def prepare_nyuv2_command(file: Path, output: Path, size: tuple[int, int], worke
     \b
         hf-bilb prepare nyuv2 nyu_depth_v2_labeled.mat --output data/nyuv2
 
-    The official split, 13 classes, depth in metres, normals computed from it. An interrupted command goes on where it
-    stood.
+    The official split, 13 classes, depth in metres, normals computed from it, and image_labels.csv with the kind of
+    scene of each image. An interrupted command goes on where it stood.
     """
-    with _one_line_errors():
+    with _one_line_errors("interrupted; the same command goes on where it stood"):
         from hf_bilb.data.prepare import prepare_nyuv2
 
         train, test = prepare_nyuv2(file, output, size, workers)

@@ -17,9 +17,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Preparation:
         chunks: gives what there is to do, piece by piece; called when something is left to do.
         compute: a chunk -> its arrays; in another process, so a function of a module, and the chunks are pickled.
         size: a chunk -> how many rows it has, for the progress bar.
-        summarize: all arrays -> what `meta.json` records, plain JSON.
+        summarize: all arrays, memory-mapped -> what `meta.json` records, plain JSON.
         description: of the progress bar.
         unit: of what it counts.
     """
@@ -81,18 +82,24 @@ def prepare_arrays(
     An interrupted call leaves its finished chunks to the next one. The files are byte for byte the same whatever the
     number of processes and interruptions. Of several callers one computes, the others wait.
 
+    Cost: memory for a chunk in each process, whatever the size of the arrays (`summarize` may want more); twice their
+    size on the disk for a moment, since the chunks stay until the arrays are complete.
+
     Args:
         root: folder of the cache.
         preparation: what to compute.
         num_workers: processes; None: as many as there are cores; 1: in this process.
 
     Raises:
-        OptionError: the folder cannot be written to, or a finished cache is damaged; names the folder.
+        OptionError: the folder cannot be written to (no space left), or a finished cache is damaged; names the folder.
+        ValueError: chunks whose arrays differ in more than their number of rows, or the length of their text.
         concurrent.futures.process.BrokenProcessPool: a worker was killed (no memory left); finished chunks are kept.
     """
     folder = root / preparation.name
     if not (folder / META).is_file():
-        with _locked(root, preparation.name):
+        with contextlib.ExitStack() as stack:
+            with _writing(root):
+                stack.enter_context(locked(root / f"{preparation.name}.lock", folder))
             if not (folder / META).is_file():  # another process may have been faster
                 _prepare(folder, preparation, num_workers or available_cores())
     return read_arrays(folder)
@@ -112,23 +119,34 @@ def read_arrays(folder: Path) -> tuple[Arrays, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _locked(root: Path, name: str) -> Iterator[None]:
+def locked(file: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock on what is prepared in a folder; waits for another process that holds it, and says so.
+
+    Args:
+        file: of the lock, empty; stays behind.
+        folder: named in the message.
+    """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(root / f"{name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("%s: waiting for another process that prepares it", root / name)
-            lock.acquire()
-    except OSError as error:
-        raise OptionError(f"data.cache_dir: {str(root)!r} cannot be written to: {error}") from None
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s: waiting for another process that prepares it", folder)
+        lock.acquire()
     try:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"data.cache_dir: {str(root)!r} cannot be written to: {error.strerror or error}") from None
 
 
 # --- computing ----------------------------------------------------------------------------------------------------
@@ -140,15 +158,16 @@ def _prepare(folder: Path, preparation: Preparation, num_workers: int) -> None:
     chunks = preparation.chunks()
     files = [partial / f"{number:05d}.npz" for number in range(len(chunks))]
     _compute_missing(preparation, chunks, files, num_workers)
-    parts = [_read_chunk(file) for file in files]
-    whole: Arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     aside = partial / "finished"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name, array in whole.items():
-        np.save(aside / f"{name}.npy", array)
-    meta = {**preparation.summarize(whole), "arrays": {name: list(array.shape) for name, array in whole.items()}}
-    (aside / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    with _writing(folder.parent):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        shapes = _join(files, aside)
+    # No name for the arrays: an open file is in the way of the renaming on some systems.
+    summary = preparation.summarize({name: np.load(aside / f"{name}.npy", mmap_mode="r") for name in shapes})
+    meta = {**summary, "arrays": shapes}
+    with _writing(folder.parent):
+        (aside / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)  # without meta.json it is none of ours, or half deleted
     aside.rename(folder)
     shutil.rmtree(partial)
@@ -191,10 +210,26 @@ def run_jobs(work: Callable[[Any], int], jobs: Sequence[Any], num_workers: int) 
     # Not multiprocessing.Pool, which waits for ever for a worker that died.
     executor = ProcessPoolExecutor(min(num_workers, len(jobs)), initializer=_start_worker)
     try:
-        for future in as_completed([executor.submit(work, job) for job in jobs]):
+        with _interrupts_held():
+            futures = [executor.submit(work, job) for job in jobs]
+        for future in as_completed(futures):
             yield future.result()
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """An interrupt comes at the end; never to a process that is started here, which would show a traceback before it
+    has got to `_start_worker`."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:
@@ -213,10 +248,12 @@ def _exit_with_parent() -> None:
 
 def _work(job: tuple[Callable[[Any], Arrays], Any, Path, int]) -> int:
     compute, chunk, file, size = job
+    arrays = compute(chunk)
     aside = file.with_suffix(".tmp")
-    with aside.open("wb") as stream:
-        np.savez(stream, **compute(chunk))  # type: ignore[arg-type]
-    aside.replace(file)
+    with _writing(file.parent.parent):
+        with aside.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+        aside.replace(file)
     return size
 
 
@@ -228,6 +265,55 @@ def _is_whole(file: Path) -> bool:
         return False
 
 
-def _read_chunk(file: Path) -> Mapping[str, NDArray[Any]]:
-    with np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+# --- joining ------------------------------------------------------------------------------------------------------
+
+# Shape and type of each array.
+_Layout: TypeAlias = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+
+def _join(files: Sequence[Path], folder: Path) -> dict[str, list[int]]:
+    """Write each array of the chunks into a `.npy` file, with one of them in memory at a time; the arrays' shapes."""
+    whole = _joined_layout(files)
+    with contextlib.ExitStack() as stack:
+        streams = {name: stack.enter_context((folder / f"{name}.npy").open("wb")) for name in whole}
+        for name, (shape, dtype) in whole.items():
+            # As np.save does. A plain file and no memory map: its pages would count as this process's memory.
+            descr = np.lib.format.dtype_to_descr(dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(streams[name], header)
+        for file in files:
+            with np.load(file) as chunk:
+                for name, (_, dtype) in whole.items():
+                    streams[name].write(np.ascontiguousarray(chunk[name], dtype).data)
+    return {name: list(shape) for name, (shape, _) in whole.items()}
+
+
+def _joined_layout(files: Sequence[Path]) -> _Layout:
+    layouts = [_layout(file) for file in files]
+    whole = layouts[0]
+    for file, layout in zip(files[1:], layouts[1:], strict=True):
+        if list(layout) != list(whole):
+            raise ValueError(f"{file}: has the arrays {', '.join(layout)}, {files[0].name} has {', '.join(whole)}")
+        for name, (shape, dtype) in layout.items():
+            rows, before = whole[name][0], whole[name][1]
+            # Of text the longest one says how long an item is.
+            alike = dtype == before or dtype.kind == before.kind in "SU"
+            if not alike or len(shape) == 0 or shape[1:] != rows[1:]:
+                raise ValueError(
+                    f"{file}: {name} is {dtype} {list(shape)}, expected {before} and the shape of the others but for "
+                    f"the first number, {list(rows)}"
+                )
+            whole[name] = (rows[0] + shape[0], *rows[1:]), max(dtype, before, key=lambda one: one.itemsize)
+    return whole
+
+
+def _layout(file: Path) -> _Layout:
+    """From the headers of the arrays alone."""
+    found: _Layout = {}
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.namelist():
+            with archive.open(member) as stream:
+                np.lib.format.read_magic(stream)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            found[member.removesuffix(".npy")] = shape, dtype
+    return found

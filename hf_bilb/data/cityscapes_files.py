@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -120,17 +121,22 @@ def _pillow() -> Any:
     return Image
 
 
+def _where(item: tuple[str, str]) -> str:
+    archive, path = item
+    return f"{archive}: {path}" if archive else path
+
+
 def _decode(item: tuple[str, str]) -> Any:
     archive, path = item
-    where = f"{archive}: {path}" if archive else path
     try:
         data = _archive(archive, os.getpid()).read(path) if archive else Path(path).read_bytes()
         with _pillow().open(io.BytesIO(data)) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:  # UnidentifiedImageError is an OSError
+    # UnidentifiedImageError is an OSError; zlib's error is nothing but an Exception.
+    except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "is no image" if "cannot identify" in str(error) else " ".join(str(error).split())
-        raise OptionError(f"{where}: cannot be read: {reason}") from None
+        raise OptionError(f"{_where(item)}: cannot be read: {reason}") from None
 
 
 def _read_image(item: tuple[str, str], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -141,14 +147,14 @@ def _read_image(item: tuple[str, str], size: tuple[int, int]) -> NDArray[np.uint
 def _read_classes(item: tuple[str, str], size: tuple[int, int], table: NDArray[np.int8]) -> NDArray[np.int8]:
     ids = np.asarray(_decode(item))
     if ids.ndim != 2 or ids.dtype != np.uint8:
-        raise OptionError(f"{item[1]}: {ids.dtype} {list(ids.shape)}, expected label ids of 8 bits")
+        raise OptionError(f"{_where(item)}: {ids.dtype} {list(ids.shape)}, expected label ids of 8 bits")
     return table[resize_nearest(ids, size)]
 
 
 def _read_disparity(item: tuple[str, str], size: tuple[int, int], scale: float) -> NDArray[np.float32]:
     coded = np.asarray(_decode(item))
     if coded.ndim != 2 or coded.dtype.kind not in "iu" or coded.dtype.itemsize < 2:
-        raise OptionError(f"{item[1]}: {coded.dtype} {list(coded.shape)}, expected disparities of 16 bits")
+        raise OptionError(f"{_where(item)}: {coded.dtype} {list(coded.shape)}, expected disparities of 16 bits")
     values = resize_nearest(coded, size).astype(np.float64)
     # A disparity of 0 (p = 1) is as good as none: such a point is infinitely far away.
     return np.where(values > 1, (values - 1) / 256 * scale, 0).astype(np.float32)

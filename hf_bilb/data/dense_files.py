@@ -62,7 +62,8 @@ def prepare_column(
     Raises:
         OptionError: a file that cannot be read or holds something else; names it.
 
-    Cost of preparing: twice the column in memory (2 x 1.1 GB for 795 images of 288 x 384).
+    Cost of preparing: 8 images in the memory of each process; on the disk, twice the column for a moment (2 x 1.1 GB
+    for 795 images of 288 x 384). 2 to 6 s for such a column on two cores with the files in the page cache.
     """
 
     def chunks() -> list[_Chunk]:

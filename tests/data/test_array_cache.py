@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
+import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from hf_bilb.data import array_cache
 from hf_bilb.data.array_cache import META, Arrays, Preparation, prepare_arrays
 from hf_bilb.options import OptionError
 
@@ -132,6 +137,110 @@ def test_a_damaged_chunk_is_computed_again(
     assert contents(tmp_path) == expected
 
 
+# --- joining ------------------------------------------------------------------------------------------------------
+
+
+def given(chunk: Arrays) -> Arrays:
+    return chunk
+
+
+def of(chunks: list[Arrays], compute: object = given) -> Preparation:
+    return Preparation(
+        name="made-up",
+        chunks=lambda: chunks,
+        compute=compute,  # type: ignore[arg-type]
+        size=lambda chunk: 1,
+        summarize=lambda arrays: {},
+        description="made up",
+        unit="chunks",
+    )
+
+
+def test_the_files_are_those_that_numpy_saves_of_the_joined_arrays(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    chunks: list[Arrays] = [
+        {
+            "image": np.asfortranarray(generator.random((rows, 2, 3))),
+            "known": generator.random(rows) < 0.5,
+            "class": generator.integers(0, 9, (rows, 4, 0), dtype=np.int8),
+            "name": np.array(["x" * (rows + k) for k in range(rows)], np.str_),
+            "bytes": np.array([b"y" * k for k in range(rows)], np.bytes_),
+        }
+        for rows in (2, 0, 5, 1)
+    ]
+    arrays, _ = prepare_arrays(tmp_path, of(chunks), num_workers=1)
+    assert list(arrays) == list(chunks[0])
+    for name, array in arrays.items():
+        whole = np.ascontiguousarray(np.concatenate([chunk[name] for chunk in chunks]))
+        np.save(tmp_path / "expected.npy", whole)
+        assert (tmp_path / "made-up" / f"{name}.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+        np.testing.assert_array_equal(array, whole)
+
+
+MEGABYTE = 2**20
+
+
+def megabytes(number: int) -> Arrays:
+    return {"values": np.full((2, MEGABYTE), number, np.int8), "number": np.array([number, number])}
+
+
+def test_preparing_needs_the_memory_of_a_chunk_and_not_of_the_arrays(tmp_path: Path) -> None:
+    chunks = preparation(tmp_path / "trace", megabytes)
+    object.__setattr__(chunks, "chunks", lambda: list(range(32)))
+    object.__setattr__(chunks, "size", lambda chunk: 1)
+    tracemalloc.start()
+    try:
+        arrays, meta = prepare_arrays(tmp_path, chunks, num_workers=1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert arrays["values"].nbytes == 64 * MEGABYTE and meta["total"] == 2 * sum(range(32))
+    assert arrays["values"][:, 7].tolist() == [number for number in range(32) for _ in range(2)]
+    assert peak < 8 * MEGABYTE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": np.zeros((4, 2))}, r"00001\.npz: a is float64 \[4, 2\], expected float32 .* \[3, 2\]"),
+        ({"a": np.zeros((4, 3), np.float32)}, r"00001\.npz: a is float32 \[4, 3\], expected float32 .* \[3, 2\]"),
+        ({"a": np.float32(1)}, r"00001\.npz: a is float32 \[\], expected float32 .* \[3, 2\]"),
+        ({"c": np.zeros(4)}, r"00001\.npz: has the arrays a, b, c, 00000\.npz has a, b"),
+    ],
+)
+def test_chunks_that_do_not_fit_together_are_one_line(tmp_path: Path, change: Arrays, message: str) -> None:
+    first: Arrays = {"a": np.zeros((3, 2), np.float32), "b": np.zeros(3)}
+    second: Arrays = {"a": np.zeros((4, 2), np.float32), "b": np.zeros(4), **change}
+    with pytest.raises(ValueError, match=message) as error:
+        prepare_arrays(tmp_path, of([first, second]), num_workers=1)
+    assert "\n" not in str(error.value) and not (tmp_path / "made-up").exists()
+
+
+def test_an_interruption_while_joining_loses_no_chunk(
+    tmp_path: Path, trace: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, opened = np.load, []
+
+    def interrupted(file: Path, **options: object) -> object:
+        opened.append(file)
+        if len(opened) == 5:
+            raise KeyboardInterrupt
+        return load(file, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(array_cache.np, "load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_arrays(tmp_path, preparation(trace), num_workers=1)
+    assert opened[-1].name == "00004.npz" and (tmp_path / "made-up.partial" / "finished" / "number.npy").is_file()
+    assert not (tmp_path / "made-up").exists()
+    prepare_arrays(tmp_path, preparation(trace), num_workers=1)
+    assert computed(trace) == list(range(CHUNKS))  # each once
+    assert contents(tmp_path) == expected
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
 def start(root: Path, trace: Path, compute: object) -> int:
     """A preparation by two workers in a process group of its own, as a terminal gives one to a command."""
     process = os.fork()
@@ -194,6 +303,64 @@ def test_a_killed_preparation_leaves_no_process_and_no_lock_and_is_taken_up_agai
     prepare_arrays(tmp_path, preparation(trace), num_workers=1)
     assert time.monotonic() - started < 10  # the lock was free
     assert len(computed(trace)) - before == CHUNKS - kept < CHUNKS - 2
+    assert contents(tmp_path) == expected
+
+
+def slow_start(trace: Path, original: Callable[[], None]) -> None:
+    """A worker that takes its time, as one that imports torch does, before it is told what to do with an interrupt."""
+    for word in ("began", "ended"):
+        with trace.open("a", encoding="utf-8") as stream:
+            stream.write(f"{word}\n")
+        if word == "began":
+            time.sleep(0.3)
+    original()
+
+
+@needs_fork
+def test_an_interrupt_while_workers_start_is_silent_too(
+    tmp_path: Path, trace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = tmp_path / "steps"
+    steps.touch()
+    monkeypatch.setattr(array_cache, "_start_worker", functools.partial(slow_start, steps, array_cache._start_worker))
+    process = start(tmp_path, trace, slow_squares)
+    wait_for(lambda: steps.read_text(encoding="utf-8") == "began\n" * 2)
+    os.killpg(process, signal.SIGINT)
+    assert exit_status(process) == 130
+    wait_for(lambda: group_is_gone(process))
+    assert "Traceback" not in capfd.readouterr().err
+    assert steps.read_text(encoding="utf-8") == "began\n" * 2 + "ended\n" * 2  # no interrupt came to a worker
+    prepare_arrays(tmp_path, preparation(trace), num_workers=1)
+    assert sorted(computed(trace)) == list(range(CHUNKS))
+
+
+@needs_fork
+@pytest.mark.parametrize("limit", [600, 720])  # of a file: the last chunks are larger, then the joined arrays alone
+def test_no_space_left_is_one_line_and_loses_no_chunk(
+    tmp_path: Path, trace: Path, expected: dict[str, bytes], limit: int
+) -> None:
+    import resource  # not on Windows
+
+    message = tmp_path / "message"
+    process = os.fork()
+    if process == 0:
+        try:
+            stream = message.open("wb", buffering=0)
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            prepare_arrays(tmp_path, preparation(trace), num_workers=2)
+        except OptionError as error:
+            stream.write(str(error).encode())
+        finally:
+            os._exit(0)
+    assert exit_status(process) == 0
+    found = message.read_text(encoding="utf-8")
+    assert found == f"data.cache_dir: {str(tmp_path)!r} cannot be written to: File too large"
+    kept = len(list((tmp_path / "made-up.partial").glob("*.npz")))
+    assert kept == CHUNKS if limit == 720 else 2 < kept < CHUNKS
+    before = len(computed(trace))
+    prepare_arrays(tmp_path, preparation(trace), num_workers=1)
+    assert len(computed(trace)) - before == CHUNKS - kept
     assert contents(tmp_path) == expected
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_bilb.data import array_cache, dense_files
 from hf_bilb.data.augmentation import draw_view
 from hf_bilb.data.base import MissingPackageError
 from hf_bilb.data.cityscapes import CLASS_NAMES, CityscapesOptions, load_cityscapes
@@ -58,10 +59,10 @@ def write_official(root: Path, size: tuple[int, int] = (32, 64)) -> dict[str, li
     return written
 
 
-def into_archives(root: Path, target: Path) -> None:
+def into_archives(root: Path, target: Path, compression: int = zipfile.ZIP_STORED) -> None:
     target.mkdir()
     for top in ("leftImg8bit", "gtFine", "disparity"):
-        with zipfile.ZipFile(target / f"{top}_trainvaltest.zip", "w") as archive:
+        with zipfile.ZipFile(target / f"{top}_trainvaltest.zip", "w", compression) as archive:
             for path in sorted((root / top).rglob("*.png"), reverse=True):
                 archive.write(path, path.relative_to(root))
             archive.writestr("README", "not an image")
@@ -109,6 +110,21 @@ def test_archives_need_not_be_unpacked(tmp_path: Path) -> None:
     unpacked, packed = (load_cityscapes(options(tmp_path / name, size=(16, 32))) for name in ("city", "archives"))
     for one, other in zip([*unpacked.train, *unpacked.test], [*packed.train, *packed.test], strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_processes_that_read_one_archive_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_official(tmp_path / "city", (192, 384))
+    into_archives(tmp_path / "city", tmp_path / "archives")
+    tasks = ("segmentation",)
+    alone = load_cityscapes(options(tmp_path / "city", tasks=tasks))
+    monkeypatch.setattr(dense_files, "_AT_ONCE", 1)
+    monkeypatch.setattr(array_cache, "available_cores", lambda: 6)
+    for attempt in range(4):
+        shared = load_cityscapes(options(tmp_path / "archives", tasks=tasks, cache_dir=str(tmp_path / f"{attempt}")))
+        for one, other in zip([*alone.train, *alone.test], [*shared.train, *shared.test], strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_official_images_get_the_papers_size(tmp_path: Path) -> None:
@@ -219,6 +235,33 @@ def test_official_files_that_are_missing_or_broken(tmp_path: Path) -> None:
     (root / "gtFine_trainvaltest.zip").write_bytes(b"nothing")
     with pytest.raises(OptionError, match=r"gtFine_trainvaltest\.zip: cannot be read as an archive"):
         load_cityscapes(options(root))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("damage", ["first bytes", "half a file", "another kind"])
+def test_a_damaged_file_in_an_archive_is_one_line_that_names_both(
+    tmp_path: Path, compression: int, damage: str
+) -> None:
+    write_official(tmp_path / "city", (64, 128))
+    name = "disparity/val/lindau/lindau_000001_000019_disparity.png"
+    file = tmp_path / "city" / name
+    if damage == "half a file":
+        file.write_bytes(file.read_bytes()[:4000])
+    elif damage == "another kind":
+        Image.fromarray(np.zeros((64, 128), np.uint8)).save(file)
+    into_archives(tmp_path / "city", tmp_path / "archives", compression)
+    archive = tmp_path / "archives" / "disparity_trainvaltest.zip"
+    if damage == "first bytes":
+        with zipfile.ZipFile(archive) as content:
+            start = content.getinfo(name).header_offset + 30 + len(name)
+        data = bytearray(archive.read_bytes())
+        data[start : start + 64] = b"\xff" * 64
+        archive.write_bytes(data)
+    with pytest.raises(OptionError) as error:
+        load_cityscapes(options(tmp_path / "archives", size=(16, 32)))
+    assert str(error.value).startswith(f"{archive}: {name}: ") and "\n" not in str(error.value)
+    reason = "uint8 [64, 128], expected disparities of 16 bits" if damage == "another kind" else "cannot be read: "
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(

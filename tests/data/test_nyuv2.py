@@ -1,29 +1,22 @@
-"""NYU Depth V2: the tables of classes and the split, normals from depth, the official file, the real images."""
+"""NYU Depth V2: the tables of classes and the split, normals from depth, the layout, the real images."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
-from hf_bilb.cli import main
-from hf_bilb.data import prepare
-from hf_bilb.data.base import MissingPackageError
 from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.data.nyuv2_labels import CLASSES_13, classes_13, classes_40, official_split
-from hf_bilb.data.prepare import prepare_nyuv2
 from hf_bilb.data.surface_normals import NYUV2_CAMERA, Intrinsics, normals_from_depth
 from hf_bilb.options import OptionError
-from tests.data.dense_scenes import plane, write_mtan
+from tests.data.dense_scenes import plane
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
-SPLIT = (np.array([3, 0]), np.array([1, 2, 4]))
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -110,124 +103,7 @@ def test_normals_are_not_known_across_edges_and_holes() -> None:
     assert not normals_from_depth(depth[:4], NYUV2_CAMERA, radius=2).any()
 
 
-# --- the official file --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
-    """A file as MATLAB writes it, of 5 images: a plane each, and labels of all 894 classes."""
-    h5py = pytest.importorskip("h5py", reason="needs h5py")
-    generator = np.random.default_rng(0)
-    content = {
-        "images": generator.integers(0, 256, (5, 480, 640, 3), dtype=np.uint8),
-        "labels": generator.integers(0, 895, (5, 480, 640), dtype=np.uint16),
-        "depths": np.stack([plane((0.1 * i, -0.2, -1.0), 2.0 + i, (480, 640), NYUV2_CAMERA)[0] for i in range(5)]),
-    }
-    content["depths"][:, :20] = 0
-    file = tmp_path_factory.mktemp("official") / "nyu_depth_v2_labeled.mat"
-    with h5py.File(file, "w") as stream:
-        for name, values in content.items():
-            turned = np.ascontiguousarray(values.transpose(0, *reversed(range(1, values.ndim))))
-            stream[name] = turned.astype(np.float32) if name == "depths" else turned
-    return file, content
-
-
-def test_the_official_file_becomes_mtan_s_layout(official: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
-    file, content = official
-    assert prepare_nyuv2(file, tmp_path / "nyuv2", (240, 320), num_workers=2, split=SPLIT) == (2, 3)
-    data = load_nyuv2(Nyuv2Options(str(tmp_path / "nyuv2"), augment=False, cache_dir=str(tmp_path / "cache")))
-    for rows, chosen in ((data.train, SPLIT[0]), (data.test, SPLIT[1])):
-        assert len(rows) == len(chosen)
-        for row, image in zip(rows, chosen.tolist(), strict=True):
-            pixels = torch.from_numpy(content["images"][image]).permute(2, 0, 1).float()[None] / 255
-            small = torch.nn.functional.interpolate(pixels, (240, 320), mode="bilinear", antialias=True)[0]
-            torch.testing.assert_close(row["pixel_values"], small, rtol=0, atol=1e-5)
-            labels, depth = (content[name][image][1::2, 1::2] for name in ("labels", "depths"))
-            assert np.array_equal(row["segmentation"].numpy(), classes_13()[labels])
-            np.testing.assert_array_equal(row["depth"].numpy(), depth.astype(np.float32))
-            known = (row["normals"] != 0).any(dim=0)
-            unit = plane((0.1 * image, -0.2, -1.0), 1.0, (4, 4))[1]
-            assert known[20:-5, 5:-5].all() and not known[:10].any()
-            np.testing.assert_allclose(row["normals"][:, known].mean(dim=1).numpy(), unit, atol=1e-4)
-
-
-def test_preparing_goes_on_where_it_stood(official: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
-    file, _ = official
-    prepare_nyuv2(file, tmp_path, (48, 64), num_workers=1, split=SPLIT)
-    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*.npy")}
-    assert len(files) == 20 and not list(tmp_path.rglob("*.tmp"))
-    gone = tmp_path / "val" / "normal" / "1.npy"
-    gone.rename(gone.with_suffix(".tmp"))  # as an interruption leaves it
-    prepare_nyuv2(file, tmp_path, (48, 64), num_workers=2, split=SPLIT)
-    for path, (before, time) in files.items():
-        assert path.read_bytes() == before
-        assert (path.stat().st_mtime_ns == time) == (path.parent.parent.name != "val" or path.stem != "1")
-    with pytest.raises(OptionError) as error:
-        prepare_nyuv2(file, tmp_path, (24, 32), split=SPLIT)
-    assert str(error.value) == (
-        f"{tmp_path}: holds images prepared with {{'size': [48, 64], 'train': 2, 'val': 3}}, not "
-        "{'size': [24, 32], 'train': 2, 'val': 3}; choose another folder"
-    )
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, ["prepare", "nyuv2", *map(str, arguments)])
-    return result.exit_code, result.output
-
-
-def test_what_is_wrong_with_the_official_file_is_one_line(
-    official: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
-) -> None:
-    import h5py
-
-    file, _ = official
-    out = tmp_path / "out"
-    code, output = run(file, "--output", out)
-    assert (code, output) == (2, f"hf-bilb: error: {file}: has 5 images, expected NYU Depth V2's 1449\n")
-    code, output = run(tmp_path / "none.mat", "--output", out)
-    assert code == 2 and "none.mat: cannot be read as nyu_depth_v2_labeled.mat (MATLAB 7.3): no such file" in output
-    other = tmp_path / "other.mat"
-    other.write_bytes(b"MATLAB 5.0 MAT-file")
-    code, output = run(other, "--output", out)
-    assert code == 2 and "other.mat: cannot be read as nyu_depth_v2_labeled.mat" in output and output.count("\n") == 1
-    with h5py.File(other, "w") as stream:
-        stream["images"] = np.zeros((1, 3, 64, 48), np.uint8)
-    code, output = run(other, "--output", out)
-    assert code == 2 and "other.mat: images is [1, 3, 64, 48], expected [N, 3, 640, 480]" in output
-    with h5py.File(other, "w") as stream:
-        stream["rawDepths"] = np.zeros(3)
-    code, output = run(other, "--output", out)
-    assert code == 2 and "other.mat: has no images (it has rawDepths), expected NYU Depth V2's file" in output
-    assert not out.exists()
-
-
-def test_a_folder_of_other_images_is_left_alone(official: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
-    write_mtan(tmp_path)
-    with pytest.raises(OptionError, match="holds images that were not prepared by this command; choose another folder"):
-        prepare_nyuv2(official[0], tmp_path, split=SPLIT)
-
-
-def test_without_h5py_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(MissingPackageError, match=r"preparing nyuv2 needs h5py: pip install hf-bilb\[nyuv2\]"):
-        prepare_nyuv2(tmp_path / "x.mat", tmp_path / "out")
-    assert run(tmp_path / "x.mat", "--output", tmp_path / "out")[0] == 2
-
-
-def test_all_images_of_the_official_split_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[tuple[str, int, int]] = []
-
-    def noted(job: prepare._Job) -> int:
-        written.extend((folder.name, number, row) for row, (folder, number) in zip(job.rows, job.places, strict=True))
-        return len(job.rows)
-
-    monkeypatch.setattr(prepare, "_check_file", lambda file: 1449)
-    monkeypatch.setattr(prepare, "_write", noted)
-    code, output = run(tmp_path / "x.mat", "--output", tmp_path / "out", "--workers", 1)
-    assert code == 0 and "out: 795 training and 654 test images\n" in output
-    train, test = official_split()
-    expected = [("train", i, row) for i, row in enumerate(train)] + [("val", i, row) for i, row in enumerate(test)]
-    assert written == expected
+# --- the layout ---------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_in_another_layout_is_one_line(tmp_path: Path) -> None:
