@@ -1,8 +1,9 @@
-"""A few images of pixel-wise tasks with the predictions of a trained model, for `hf_bilb.reporting.gallery`."""
+"""A few images with labels and a trained model's predictions of pixel-wise tasks, and of tasks with one class per image
+beside them, for `hf_bilb.reporting.gallery`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from hf_bilb.data.base import TaskData
+from hf_bilb.dense_losses import IMAGE_LABELS
 from hf_bilb.reporting.gallery import DRAWN_TASKS, GalleryRow
 
 if TYPE_CHECKING:
@@ -44,17 +46,30 @@ def gallery_rows(trainer: BilevelMTLTrainer, part: Part, data: TaskData, count: 
     length = len(part)  # type: ignore[arg-type]
     chosen = np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
     output = trainer.predict(Subset(part, chosen))
-    predictions = dict(zip(data.task_names, _entries(output.predictions), strict=False))
-    labels = dict(zip(data.label_names, _entries(output.label_ids), strict=False))
+    predictions = dict(zip(data.task_names, _entries(output.predictions), strict=True))
+    labels = dict(zip(data.label_names, _entries(output.label_ids), strict=True))
+    classes = _image_classes(data, predictions, labels)
     return [
         GalleryRow(
             name=f"image {index}",
             image=np.asarray(part[index]["pixel_values"]),
-            truth={task: labels[task][k] for task in tasks if task in labels},
+            truth={task: labels[task][k] for task in tasks},
             prediction={task: _predicted(task, predictions[task][k]) for task in tasks},
+            classes={task: of_images[k] for task, of_images in classes.items()},
         )
         for k, index in enumerate(chosen)
     ]
+
+
+def _image_classes(
+    data: TaskData, predictions: Mapping[str, NDArray[Any]], labels: Mapping[str, NDArray[Any]]
+) -> dict[str, list[tuple[str | None, str]]]:
+    """Task with a class per image -> true (None: no label) and predicted class of every image."""
+    found = {}
+    for column, (task, names) in enumerate(data.gallery.image_classes.items() if data.gallery is not None else ()):
+        truth, guesses = labels[IMAGE_LABELS][:, column].tolist(), predictions[task].argmax(axis=1).tolist()
+        found[task] = [(names[t] if t >= 0 else None, names[p]) for t, p in zip(truth, guesses, strict=True)]
+    return found
 
 
 def _entries(values: Any) -> Sequence[NDArray[Any]]:

@@ -8,7 +8,7 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from hf_bilb import checkpointing
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
 from hf_bilb.gallery import gallery_rows
-from hf_bilb.models import MODELS, PlainModelSpec
+from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns
 from hf_bilb.options import OptionError, nearest, parse_options
 from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
@@ -61,6 +61,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     _quieten()
     args = training_arguments(recipe)  # before anything is loaded: finds settings that contradict each other
     data_options = resolve_data_options(recipe)
+    check_model(recipe)
     checkpoint = _check_folder(Path(args.output_dir), resume)
     state = PartialState()
     if state.is_main_process:
@@ -146,6 +147,28 @@ def resolve_data_options(recipe: Recipe) -> Any:
     return parse_options(spec.options, options, "data")
 
 
+def check_model(recipe: Recipe) -> None:
+    """See, before any data are read, that the model takes what the options of the data ask for.
+
+    Raises:
+        OptionError: it does not; names the models that do.
+    """
+    model = recipe.model["name"]
+    for key, argument in DATA_SETS[recipe.data["name"]].model_needs.items():
+        able = [name for name, spec in MODELS.items() if argument in _arguments(spec)]
+        if recipe.data[key] is not None and model not in able:
+            raise OptionError(
+                f"data.{key}: {recipe.data[key]!r} asks for a model that takes {argument}, which {model!r} does not, "
+                f"expected {' or '.join(able)}"
+            )
+
+
+def _arguments(spec: ModelSpec | PlainModelSpec) -> Collection[str]:
+    """What a model names of what data may dictate; the rest, `PretrainedConfig` would swallow."""
+    build = spec.build if isinstance(spec, PlainModelSpec) else spec.build or spec.config_class
+    return inspect.signature(build).parameters
+
+
 def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelMTLTrainingArguments:
     """The recipe's `trainer` and `balancer` sections as training arguments; with `data`, its tasks and label columns.
 
@@ -201,7 +224,7 @@ def build_model(recipe: Recipe, data: TaskData) -> nn.Module:
         return model
     if spec.build is not None:
         return spec.build(parse_options(spec.options, options, "model"), **data.model_arguments)
-    known = inspect.signature(spec.config_class).parameters  # what it does not name, PretrainedConfig would swallow
+    known = _arguments(spec)
     if odd := next((key for key in data.model_arguments if key not in known), None):
         names = f"the model {recipe.model['name']!r} and the data {recipe.data['name']!r}"
         raise OptionError(f"model.name: {names} do not go together (the model has no {odd})")

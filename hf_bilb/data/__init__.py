@@ -23,10 +23,12 @@ DATA_SETS: dict[str, DataSetSpec] = {
     "adult": DataSetSpec(options=AdultOptions, load=load_adult),
     "celeba": DataSetSpec(options=CelebaOptions, load=load_celeba),
     "census_income": DataSetSpec(options=CensusOptions, load=load_census),
-    "cityscapes": DataSetSpec(options=CityscapesOptions, load=load_cityscapes),
+    "cityscapes": DataSetSpec(
+        options=CityscapesOptions, load=load_cityscapes, model_needs={"image_labels": "image_tasks"}
+    ),
     "glue": DataSetSpec(options=GlueOptions, load=load_glue, from_model={"tokenizer": "encoder"}),
     "instructions": DataSetSpec(options=InstructionOptions, load=load_instructions, from_model={"tokenizer": "model"}),
-    "nyuv2": DataSetSpec(options=Nyuv2Options, load=load_nyuv2),
+    "nyuv2": DataSetSpec(options=Nyuv2Options, load=load_nyuv2, model_needs={"image_labels": "image_tasks"}),
     "qm9": DataSetSpec(options=Qm9Options, load=load_qm9),
     "qm9_graphs": DataSetSpec(options=Qm9GraphsOptions, load=load_qm9_graphs),
     "sarcos": DataSetSpec(options=SarcosOptions, load=load_sarcos),

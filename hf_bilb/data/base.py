@@ -33,10 +33,13 @@ class GalleryInfo:
     Attributes:
         class_names: of the segmentation's classes.
         depth_unit: `"m"`; empty when it has none.
+        image_classes: task -> names of its classes, of the tasks with one class per image, in the order of their
+            columns in `image_labels`.
     """
 
     class_names: tuple[str, ...] = ()
     depth_unit: str = ""
+    image_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,13 @@ class DataSetSpec:
         load: loads the set with them.
         from_model: option of the data -> option of the model whose value it takes when it is null, so that a recipe
             says it once (a text's tokenizer is that of the model's encoder).
+        model_needs: option of the data -> what the data then dictate to the model, which not every model takes.
     """
 
     options: type[Any]
     load: Callable[[Any], TaskData]
     from_model: Mapping[str, str] = field(default_factory=dict)
+    model_needs: Mapping[str, str] = field(default_factory=dict)
 
 
 def binary_losses(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

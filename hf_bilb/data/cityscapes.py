@@ -16,14 +16,15 @@ The 19 classes are those of the official evaluation; the 7 are their groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hf_bilb.data.base import TaskData
 from hf_bilb.data.cityscapes_files import IMAGES, is_official, official_columns
-from hf_bilb.data.dense import DenseFacts, DenseOptions, DensePart, dense_task_data
-from hf_bilb.data.dense_files import MTAN_FOLDERS, mtan_columns
+from hf_bilb.data.dense import DenseFacts, DenseOptions, DensePart, dense_task_data, mtan_part
+from hf_bilb.data.dense_files import MTAN_FOLDERS
 from hf_bilb.options import OptionError
 
 TASKS = ("segmentation", "depth")
@@ -73,23 +74,14 @@ def load_cityscapes(options: CityscapesOptions) -> TaskData:
     Cost: the first call reads every file (official: about 0.1 s an image and core); later ones list them.
     """
     folder = Path(options.folder)
-    tasks = options.tasks or TASKS
+    tasks = options.dense_tasks(TASKS)
     if (folder / "train" / "image").is_dir():
         train, test = (
-            DensePart(*mtan_columns(folder / part, folders, options.num_classes, options.size, options.allow_missing))
+            mtan_part(folder / part, folders, options.num_classes, options.size, options.allow_missing)
             for part, folders in ((part, _mtan_folders(folder / part, options)) for part in ("train", "val"))
         )
     elif is_official(folder):
-        size = options.size or PAPER_SIZE
-        train, test = (
-            DensePart(
-                official_columns(
-                    folder, part, tasks, options.num_classes, size, options.depth_scale, options.allow_missing
-                ),
-                size,
-            )
-            for part in ("train", "val")
-        )
+        train, test = (_official_part(options, part, tasks) for part in ("train", "val"))
     else:
         raise OptionError(
             f"data.folder: {str(folder)!r} has neither train/image (MTAN's layout) nor {IMAGES} or "
@@ -97,6 +89,7 @@ def load_cityscapes(options: CityscapesOptions) -> TaskData:
         )
     facts = DenseFacts(
         "cityscapes",
+        TASKS,
         CLASS_NAMES[options.num_classes],
         published=options.num_classes == 7,
         batch_size=8,
@@ -106,13 +99,22 @@ def load_cityscapes(options: CityscapesOptions) -> TaskData:
     return dense_task_data(options, facts, train, test)
 
 
+def _official_part(options: CityscapesOptions, part: str, tasks: Sequence[str]) -> DensePart:
+    size = options.size or PAPER_SIZE
+    folder, scale = Path(options.folder), options.depth_scale
+    columns = official_columns(folder, part, tasks, options.num_classes, size, scale, options.allow_missing)
+    ending = f"_{IMAGES}.png"
+    return DensePart(columns, size, [Path(path).name.removesuffix(ending) for _, path in columns[0].items])
+
+
 def _mtan_folders(part: Path, options: CityscapesOptions) -> dict[str, str]:
     """Task -> its folder; classes lie in `label_7` and `label_19`, or one of them in `label`."""
     named = f"label_{options.num_classes}"
     classes = named if (part / named).is_dir() else MTAN_FOLDERS["segmentation"]
-    if "segmentation" in (options.tasks or TASKS) and not (part / classes).is_dir():
+    tasks = options.dense_tasks(TASKS)
+    if "segmentation" in tasks and not (part / classes).is_dir():
         raise OptionError(
             f"data.folder: {str(part)!r} has neither {named} nor {classes}, expected one with the classes"
         )
     folders = {**MTAN_FOLDERS, "segmentation": classes}
-    return {task: folders[task] for task in options.tasks or TASKS}
+    return {task: folders[task] for task in tasks}

@@ -1,8 +1,10 @@
-"""Dense prediction: images with pixelwise labels of up to three tasks, served a batch at a time.
+"""Dense prediction: images with pixelwise labels of up to three tasks, and classes of whole images, in batches.
 
 A batch has the columns `pixel_values [B, 3, H, W]` (float32 in [0, 1], RGB) and those of the tasks, in their order:
 `segmentation [B, H, W]` (int64, -1: not labelled), `depth [B, H, W]` (float32, 0: not measured), `normals [B, 3, H, W]`
-(float32, zero vector: not known). An image without labels of a task has such pixels alone there.
+(float32, zero vector: not known). An image without labels of a task has such pixels alone there. With image-level
+tasks (`hf_bilb.data.image_labels`) `image_labels [B, M]` comes last: int64, a column for each of them in their order,
+-1 where missing.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from torch import Tensor
 from hf_bilb.data.array_cache import Preparation, default_root, prepare_arrays
 from hf_bilb.data.augmentation import View, draw_view
 from hf_bilb.data.base import GalleryInfo, TaskData
-from hf_bilb.data.dense_files import IMAGE, Column, fingerprint, prepare_column
+from hf_bilb.data.dense_files import IMAGE, Column, fingerprint, mtan_columns, prepare_column
+from hf_bilb.data.image_labels import ImageLabels, read_image_labels
 from hf_bilb.data.images import collate_images
 from hf_bilb.data.rows import BatchedRows
-from hf_bilb.dense_losses import dense_item_counts
+from hf_bilb.dense_losses import IMAGE_LABELS, dense_item_counts
 from hf_bilb.epochs import EpochDataset
 from hf_bilb.options import OptionError, nearest
 from hf_bilb.task_losses import check_task_names
@@ -41,7 +44,9 @@ class DenseOptions:
     Attributes:
         folder: where the files are.
         size: [height, width] to resize to (images bilinear with antialiasing, labels nearest); null: as they are.
-        tasks: the tasks, in the order wanted; null: all that the set has.
+        tasks: the tasks, in the order wanted; null: all that the set has, then those of `image_labels`.
+        image_labels: file with classes of whole images (`hf_bilb.data.image_labels`), each of its columns a task; null:
+            none.
         augment: training images are scaled and cropped at random and mirrored (`hf_bilb.data.augmentation`), as in the
             papers; a pure function of (seed, epoch, image).
         num_train: use so many of the training images, drawn with `seed`; null: all.
@@ -50,7 +55,7 @@ class DenseOptions:
             it (then choose no checkpoint by it).
         num_test: use so many of the test images, drawn with `seed`; null: all.
         seed: of these draws and of the augmentation.
-        allow_missing: an image may lack the file of a task, and then lacks its labels.
+        allow_missing: an image may lack the file of a task, or its line in `image_labels`, and then lacks its labels.
         delta_m_average: which form of depth's and normals' metrics Delta_m takes, the papers' mean over batches or the
             one over all pixels.
         cache_dir: folder of the memory-mapped cache; null: that of Hugging Face's caches.
@@ -59,6 +64,7 @@ class DenseOptions:
     folder: str
     size: tuple[int, int] | None = None
     tasks: tuple[str, ...] | None = None
+    image_labels: str | None = None
     augment: bool = True
     num_train: int | None = None
     num_validation: int | None = None
@@ -69,11 +75,11 @@ class DenseOptions:
     cache_dir: str | None = None
 
     def check(self, known_tasks: Sequence[str]) -> None:
-        """Raise `OptionError` for what is out of range, or a task that the set does not have."""
-        for name in check_task_names(self.tasks or known_tasks, "tasks"):
-            if name not in known_tasks:
-                known = ", ".join(known_tasks)
-                raise OptionError(f"tasks: {name!r} is not valid, expected of {known}{nearest(name, known_tasks)}")
+        """Raise `OptionError` for what is out of range, or a task that the set does not have (which only the file
+        tells where there are `image_labels`)."""
+        check_task_names(known_tasks if self.tasks is None else self.tasks, "tasks")
+        if self.image_labels is None:
+            self.ordered_tasks(known_tasks)
         if self.size is not None and not all(8 <= side <= 4096 for side in self.size):
             raise OptionError(f"size: {list(self.size)} is not valid, expected [height, width], 8 to 4096 each")
         if self.seed < 0:
@@ -82,6 +88,22 @@ class DenseOptions:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise OptionError(f"{key}: {value} is not valid, expected 1 or more, or null")
+
+    def ordered_tasks(self, known_tasks: Sequence[str]) -> tuple[str, ...]:
+        """All tasks, in order: those of `tasks`, or all of `known_tasks`.
+
+        Raises:
+            OptionError: one that is not known.
+        """
+        for name in self.tasks or ():
+            if name not in known_tasks:
+                known = ", ".join(known_tasks)
+                raise OptionError(f"tasks: {name!r} is not valid, expected of {known}{nearest(name, known_tasks)}")
+        return tuple(known_tasks) if self.tasks is None else self.tasks
+
+    def dense_tasks(self, known_tasks: Sequence[str]) -> tuple[str, ...]:
+        """Those of `tasks` with a label at every pixel, in order; all of `known_tasks` for null."""
+        return tuple(name for name in (known_tasks if self.tasks is None else self.tasks) if name in known_tasks)
 
     @property
     def cache_root(self) -> Path:
@@ -101,8 +123,8 @@ class DenseRows(BatchedRows, EpochDataset):
     Augmented, a row is a pure function of (seed, epoch, number of the image in the files): it depends neither on the
     order of the rows, nor on workers, nor on which rows are chosen, nor on where a run was resumed.
 
-    What it costs to pickle (workers that are spawned) are the row numbers: files are opened again. The epoch lies in
-    shared memory, so that workers that live through several epochs see each new one.
+    What it costs to pickle (workers that are spawned) are the numbers of rows and classes: files are opened again. The
+    epoch lies in shared memory, so that workers that live through several epochs see each new one.
 
     Args:
         files: `image` and the tasks -> `.npy` file with all images of the part (`hf_bilb.data.dense_files`); the order
@@ -111,6 +133,7 @@ class DenseRows(BatchedRows, EpochDataset):
         augmentation_seed: None for no augmentation.
         inverse_depth: the augmentation multiplies `depth` by the scale, as 1 / depth or a disparity wants it, instead
             of dividing.
+        image_labels: `[.., M]`, the classes of whole images, for each image in the files; None: no such column.
 
     Cost of an image of 288 x 384 with three labels, in a batch of 8 and on one core: 0.2 ms, augmented 1.4 ms; loading
     its four files with `np.load` 1.0 ms, and 2.6 ms (`benchmarks/dense_loading.py` measures it).
@@ -122,11 +145,13 @@ class DenseRows(BatchedRows, EpochDataset):
         rows: NDArray[np.int64],
         augmentation_seed: int | None = None,
         inverse_depth: bool = False,
+        image_labels: NDArray[np.int64] | None = None,
     ) -> None:
         self.files = dict(files)
         self.rows = rows
         self.augmentation_seed = augmentation_seed
         self.inverse_depth = inverse_depth
+        self.image_labels = image_labels
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._arrays = self._open()
         self.size: tuple[int, int] = self._arrays[IMAGE].shape[-2:]
@@ -157,10 +182,10 @@ class DenseRows(BatchedRows, EpochDataset):
         pixels = found.pop(IMAGE)
         as_bytes = self._arrays[IMAGE].dtype == np.uint8
         batch = {"pixel_values": pixels.float().div_(255) if as_bytes else pixels}
-        return {
-            **batch,
-            **{name: column.long() if name == "segmentation" else column for name, column in found.items()},
-        }
+        batch.update({name: column.long() if name == "segmentation" else column for name, column in found.items()})
+        if self.image_labels is not None:
+            batch[IMAGE_LABELS] = torch.from_numpy(self.image_labels[rows])
+        return batch
 
     def _seen(self, name: str, rows: NDArray[np.int64], views: Sequence[View]) -> Tensor:
         """A column `[B, ...]` of the images as the views show them."""
@@ -186,10 +211,20 @@ class DensePart:
     Attributes:
         columns: images first, then the tasks.
         size: height and width of all of them.
+        names: of the images, in their order, as `data.image_labels` has them.
     """
 
     columns: Sequence[Column]
     size: tuple[int, int]
+    names: Sequence[str]
+
+
+def mtan_part(
+    folder: Path, label_folders: Mapping[str, str], num_classes: int, size: tuple[int, int] | None, allow_missing: bool
+) -> DensePart:
+    """A part in MTAN's layout; arguments and errors of `mtan_columns`. An image's name is its number."""
+    columns, found_size = mtan_columns(folder, label_folders, num_classes, size, allow_missing)
+    return DensePart(columns, found_size, [path.stem for path in columns[0].items])
 
 
 @dataclass(frozen=True)
@@ -198,6 +233,7 @@ class DenseFacts:
 
     Attributes:
         name: of the set, and of its published base.
+        tasks: those with a label at every pixel.
         class_names: of the segmentation's classes, in order.
         published: they are those of the published base of Delta_m.
         batch_size: of the evaluation of published tables.
@@ -206,6 +242,7 @@ class DenseFacts:
     """
 
     name: str
+    tasks: tuple[str, ...]
     class_names: tuple[str, ...]
     published: bool
     batch_size: int
@@ -224,50 +261,74 @@ def dense_task_data(options: DenseOptions, facts: DenseFacts, train: DensePart, 
     Raises:
         OptionError: parts of different size, more images asked for than there are, a file that holds something else.
     """
-    from hf_bilb.metrics.dense import DenseMetrics, published_base
-
     if train.size != test.size:
         sizes = " and ".join(f"{height} x {width}" for height, width in (train.size, test.size))
         raise OptionError(f"data.size: training and test images differ in size ({sizes}), expected [height, width]")
-    train_rows, validation_rows, test_rows = _choose_rows(options, _length(train), _length(test))
-    train_files, test_files = (_prepare(options, facts, name, part) for name, part in (("train", train), ("val", test)))
-    names = tuple(name for name in train_files if name != IMAGE)
-    held_out = test_files if validation_rows is None else train_files
-    training = DenseRows(train_files, train_rows, options.seed if options.augment else None, facts.inverse_depth)
-    testing = DenseRows(test_files, test_rows)
-    base = published_base(facts.name, names) if facts.published else None
-    metrics = partial(
-        DenseMetrics,
-        names,
-        facts.num_classes,
-        delta_m_base=base,
-        batch_size=facts.batch_size,
-        delta_m_average=options.delta_m_average,
-        depth_unit=facts.depth_unit,
-    )
+    train_rows, validation_rows, test_rows = _choose_rows(options, len(train.names), len(test.names))
+    names, labels = _all_tasks(options, facts, train, test)
+    classes, image_tasks = labels.classes, {name: len(found) for name, found in labels.class_names.items()}
+    metrics = _metrics(options, facts, names, image_tasks)
     computed = metrics()
+    train_files, test_files = (_prepare(options, facts, name, part) for name, part in (("train", train), ("val", test)))
+    of_train = partial(DenseRows, train_files, image_labels=classes.get("train"))
+    training = of_train(train_rows, options.seed if options.augment else None, facts.inverse_depth)
+    testing = DenseRows(test_files, test_rows, image_labels=classes.get("val"))
     return TaskData(
         train=training,
-        validation=DenseRows(held_out, test_rows if validation_rows is None else validation_rows),
+        validation=testing if validation_rows is None else of_train(validation_rows),
         test=testing,
         task_names=names,
-        label_names=names,
+        label_names=computed.label_names,
         data_collator=collate_images,
         compute_metrics=computed,
         metrics=computed.facts,
         trivial_metrics=_trivial_metrics(options, facts, training, testing, metrics),
-        model_arguments={"task_names": list(names), "num_classes": facts.num_classes},
-        task_item_counts=partial(dense_item_counts, task_names=names),
+        model_arguments={
+            "task_names": list(names),
+            "num_classes": facts.num_classes,
+            **({"image_tasks": image_tasks} if image_tasks else {}),
+        },
+        task_item_counts=partial(dense_item_counts, task_names=names, image_tasks=tuple(image_tasks)),
         metrics_by_batch=True,
         trivial_predictor="best constant answer",
         single_task_base=computed.delta_m_base,
         single_task_source="models trained on one task each (tables of CAGrad, Nash-MTL, FAMO and LDC-MTL)",
-        gallery=GalleryInfo(facts.class_names, facts.depth_unit),
+        gallery=GalleryInfo(facts.class_names, facts.depth_unit, labels.class_names),
     )
 
 
-def _length(part: DensePart) -> int:
-    return len(part.columns[0].items)
+def _all_tasks(
+    options: DenseOptions, facts: DenseFacts, train: DensePart, test: DensePart
+) -> tuple[tuple[str, ...], ImageLabels]:
+    """The names of all tasks in order, and the labels of those of whole images."""
+    if options.image_labels is None:
+        return options.ordered_tasks(facts.tasks), ImageLabels({}, {})
+    images = {"train": train.names, "val": test.names}
+    labels = read_image_labels(Path(options.image_labels), images, options.allow_missing)
+    try:
+        names = options.ordered_tasks((*facts.tasks, *labels.class_names))
+    except OptionError as error:
+        raise OptionError(f"data.{error}") from None
+    chosen = [name for name in names if name not in facts.tasks]
+    return names, labels.of_tasks(chosen) if chosen else ImageLabels({}, {})
+
+
+def _metrics(
+    options: DenseOptions, facts: DenseFacts, names: tuple[str, ...], image_tasks: Mapping[str, int]
+) -> partial[Any]:
+    """`DenseMetrics` with all its arguments."""
+    from hf_bilb.metrics.dense import DenseMetrics, published_base
+
+    return partial(
+        DenseMetrics,
+        names,
+        facts.num_classes,
+        delta_m_base=(published_base(facts.name, names) or None) if facts.published else None,
+        batch_size=facts.batch_size,
+        delta_m_average=options.delta_m_average,
+        depth_unit=facts.depth_unit,
+        image_tasks=image_tasks,
+    )
 
 
 def _choose_rows(
@@ -292,7 +353,7 @@ def _choose_rows(
 
 def _prepare(options: DenseOptions, facts: DenseFacts, part_name: str, part: DensePart) -> dict[str, Path]:
     lengths = {len(column.items) for column in part.columns}
-    assert len(lengths) == 1, lengths
+    assert lengths == {len(part.names)}, lengths
     title = f"{facts.name}-{part_name}"
     return {column.kind: prepare_column(options.cache_root, title, column, part.size) for column in part.columns}
 
@@ -302,7 +363,7 @@ def _prepare(options: DenseOptions, facts: DenseFacts, part_name: str, part: Den
 
 def constant_answers(rows: DenseRows, num_classes: int) -> dict[str, Tensor]:
     """What a predictor that sees no input answers for every pixel: the most frequent class `[]`, the mean depth `[]`,
-    the mean direction `[3]`; of at most 200 of the images, evenly spread."""
+    the mean direction `[3]`; of at most 200 of the images, evenly spread. (For whole images: `frequent_classes`.)"""
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _TRIVIAL_IMAGES)).astype(np.int64))
     plain = DenseRows(rows.files, rows.rows)
     counts = torch.zeros(num_classes, dtype=torch.int64)
@@ -324,16 +385,29 @@ def constant_answers(rows: DenseRows, num_classes: int) -> dict[str, Tensor]:
     return {name: found[name] for name in plain.files if name != IMAGE}
 
 
+def frequent_classes(rows: DenseRows, image_tasks: Mapping[str, int]) -> dict[str, Tensor]:
+    """What it answers for every image: the logits `[C]` of the most frequent class (of the first of them in a tie)."""
+    answers = {}
+    for column, (name, num_classes) in enumerate(image_tasks.items()):
+        assert rows.image_labels is not None
+        labels = rows.image_labels[rows.rows, column]
+        counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+        answers[name] = torch.from_numpy(np.eye(num_classes)[counts.argmax()])
+    return answers
+
+
 def _trivial_metrics(
     options: DenseOptions, facts: DenseFacts, train: DenseRows, test: DenseRows, metrics: partial[Any]
 ) -> dict[str, float]:
     """The metrics of `constant_answers` on the test part; in the cache, since angles of all pixels take a minute."""
 
     def compute(_: object) -> dict[str, NDArray[Any]]:
-        found = _measure(constant_answers(train, facts.num_classes), test, metrics())
+        answers = constant_answers(train, facts.num_classes), frequent_classes(train, metrics.keywords["image_tasks"])
+        found = _measure(*answers, test, metrics())
         return {"keys": np.array(list(found), dtype=np.str_), "values": np.array(list(found.values()), np.float64)}
 
     key = [str(train.files), train.rows.tobytes(), str(test.files), test.rows.tobytes(), str(metrics.keywords)]
+    key += [part.image_labels.tobytes() for part in (train, test) if part.image_labels is not None]
     preparation = Preparation(
         name=f"{facts.name}-trivial-v{_TRIVIAL_VERSION}-{fingerprint(key)}",
         chunks=lambda: [None],
@@ -347,7 +421,9 @@ def _trivial_metrics(
     return {str(key): float(value) for key, value in zip(arrays["keys"], arrays["values"], strict=True)}
 
 
-def _measure(answers: Mapping[str, Tensor], rows: DenseRows, metrics: Any) -> dict[str, float]:
+def _measure(
+    of_pixels: Mapping[str, Tensor], of_images: Mapping[str, Tensor], rows: DenseRows, metrics: Any
+) -> dict[str, float]:
     from transformers import EvalPrediction
 
     found: dict[str, float] = {}
@@ -356,9 +432,9 @@ def _measure(answers: Mapping[str, Tensor], rows: DenseRows, metrics: Any) -> di
         (batch,) = rows.__getitems__(range(start, last))
         predictions = {
             name: answer[:, None, None].expand_as(batch[name]) if answer.ndim else answer.expand_as(batch[name])
-            for name, answer in answers.items()
+            for name, answer in of_pixels.items()
         }
-        labels = tuple(batch[name] for name in answers)
-        given: Any = EvalPrediction(predictions=predictions, label_ids=labels)
+        predictions.update({name: answer.expand(last - start, -1) for name, answer in of_images.items()})
+        given: Any = EvalPrediction(predictions=predictions, label_ids=batch)
         found = metrics(given, compute_result=last == len(rows))
     return found

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_bilb.data.base import TaskData
-from hf_bilb.data.dense import DenseFacts, DenseOptions, DensePart, dense_task_data
-from hf_bilb.data.dense_files import MTAN_FOLDERS, mtan_columns
+from hf_bilb.data.dense import DenseFacts, DenseOptions, dense_task_data, mtan_part
+from hf_bilb.data.dense_files import MTAN_FOLDERS
 from hf_bilb.data.nyuv2_labels import CLASSES_13
 from hf_bilb.options import OptionError
 
@@ -47,24 +47,23 @@ def load_nyuv2(options: Nyuv2Options) -> TaskData:
     Raises:
         OptionError: a folder or a file that is missing, or one that holds something else; names it.
 
-    Cost: the first call reads every file, writes 4.6 GB of cache for the whole set at 288 x 384 (0.9 GB for 1,122
-    images at 144 x 192, in 20 s on two busy cores) and computes the best constant answer's figures; later ones list the
-    files (0.1 s).
+    Cost: the first call reads every file, writes 4.6 GB of cache for the whole set at 288 x 384 (35 s on two cores with
+    the files in the page cache) and computes the best constant answer's figures; later ones list the files (0.1 s).
     """
     folder = Path(options.folder)
     if not (folder / "train" / "image").is_dir():
         hint = "; `hf-bilb prepare nyuv2` writes one from nyu_depth_v2_labeled.mat"
         raise OptionError(f"data.folder: {str(folder)!r} has no folder train/image, expected MTAN's layout{hint}")
-    folders = {task: MTAN_FOLDERS[task] for task in options.tasks or TASKS}
+    folders = {task: MTAN_FOLDERS[task] for task in options.dense_tasks(TASKS)}
     train, test = (
-        DensePart(*mtan_columns(folder / part, folders, len(CLASSES_13), options.size, options.allow_missing))
+        mtan_part(folder / part, folders, len(CLASSES_13), options.size, options.allow_missing)
         for part in ("train", "val")
     )
-    counts = len(train.columns[0].items), len(test.columns[0].items)
+    counts = len(train.names), len(test.names)
     if counts != (NUM_TRAIN, NUM_TEST):
         logger.warning(
             "%s: %d training and %d test images of NYUv2's %d and %d: results do not compare with those of the whole "
             "set", folder, *counts, NUM_TRAIN, NUM_TEST,
         )  # fmt: skip
-    facts = DenseFacts("nyuv2", CLASSES_13, published=True, batch_size=2, depth_unit="m")
+    facts = DenseFacts("nyuv2", TASKS, CLASSES_13, published=True, batch_size=2, depth_unit="m")
     return dense_task_data(options, facts, train, test)

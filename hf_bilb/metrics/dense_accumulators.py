@@ -1,4 +1,4 @@
-"""Metrics of one pixel-wise task, image by image and batch by batch: segmentation, depth, surface normals.
+"""Metrics of one task, image by image and batch by batch: segmentation, depth, surface normals, classes of images.
 
 Every accumulator works in two steps, so that the first can run where the predictions are and only its result travels:
 `per_image` makes one row of statistics of each image, `add` takes rows. Two figures come of them: that of all pixels
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_bilb.dense_losses import known_pixels
 from hf_bilb.metrics.base import Statistics, wide
+from hf_bilb.metrics.classification import AccuracyAndF1
 from hf_bilb.metrics.errors import MetricError
 
 #: The papers' limits, in degrees.
@@ -66,7 +67,7 @@ def angles_between(predictions: Tensor, labels: Tensor) -> Tensor:
 
 
 class DenseAccumulator(Statistics):
-    """Metrics of one pixel-wise task. Of two that are merged an unfinished batch counts as a batch.
+    """Metrics of one task of images. Of two that are merged an unfinished batch counts as a batch.
 
     Attributes:
         metric_names: of what `compute` returns over all pixels.
@@ -161,6 +162,51 @@ class Segmentation(DenseAccumulator):
         if other.num_classes != self.num_classes:
             raise MetricError(f"merge: got {other.num_classes} classes, expected {self.num_classes}")
         self.add(other._counts.unsqueeze(0))
+
+
+class ImageClasses(DenseAccumulator):
+    """Accuracy and macro-averaged F1 of a task with one class per image: those of `AccuracyAndF1`.
+
+    F1 is the mean over the classes that the labels or the predictions of the set hold, as in scikit-learn.
+
+    `per_image(predictions, labels)` takes logits `[B, C]` (an image with a NaN among them counts as wrong) and labels
+    `[B]`, integers, below 0 where missing.
+
+    State: C (C + 1) + 2 counts.
+    """
+
+    metric_names = ("accuracy", "macro_f1")
+    averaged: ClassVar[bool] = False
+
+    def __init__(self, num_classes: int) -> None:
+        self._classes = AccuracyAndF1(num_classes, average="macro")
+
+    def per_image(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """`[B, C + 1]`: the logits, and the label, NaN where missing."""
+        num = self._classes.num_classes
+        if labels.ndim != 1 or predictions.shape != (len(labels), num):
+            raise MetricError(
+                f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)}, expected [B, {num}] logits "
+                "and [B]"
+            )
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise MetricError(f"labels: got {labels.dtype}, expected integers, below 0 where missing")
+        logits = wide(predictions)
+        known = labels.to(logits).masked_fill(labels < 0, torch.nan)
+        return torch.cat([logits, known.unsqueeze(1)], dim=1)
+
+    def add(self, rows: Tensor) -> None:
+        self._classes.update(rows[:, :-1], rows[:, -1])
+
+    def compute(self) -> dict[str, float]:
+        found = self._classes.compute()
+        return dict(zip(self.metric_names, found.values(), strict=True)) if found else {}
+
+    def reset(self) -> None:
+        self._classes.reset()
+
+    def merge(self, other: ImageClasses) -> None:
+        self._classes.merge(other._classes)
 
 
 class Depth(DenseAccumulator):

@@ -4,8 +4,11 @@
     common           = relu(norm(sum_i upsample(conv1_i(maps_i))))     D channels, a quarter of the frame
     features_k       = relu(norm(conv3_k(common)))                     D channels for each dense task
     dense task       = upsample(conv1_k(features_k))                   the frame's size
-    image features_k = relu(linear_k(mean over the frame of maps_n))   D numbers for each task of whole images
+    image features_k = relu(norm(linear_k(mean over the frame of maps_n)))   D numbers for each task of whole images
     image task       = linear_k(image features_k)
+
+The norm of image features is over the D numbers of a task. Without it they die: means of maps behind a ReLU are above
+zero, so that one step of Adam moves all D numbers by the same sign, further than they differ.
 
 A decoder in the way of SegFormer's (Xie et al., NeurIPS 2021): a sum of projected maps is a 1 x 1 convolution of all of
 them together. Upsampling is bilinear, norm is group normalisation: the decoder has no batch statistics. Those of the
@@ -13,7 +16,8 @@ encoder, in ResNets, see the images of their own process (`torch.nn.SyncBatchNor
 that on GPUs). The branches of all tasks run as one convolution, each group of the normalisation within one task.
 
 Pixels come in [0, 1]; the mean and standard deviation of the encoder's image processor are in the config, and applied
-in here. One model may have tasks of both kinds, and every image labels of some of them only.
+in here. One model may have tasks of both kinds, and every image labels of some of them only; without a dense task there
+is no decoder.
 """
 
 from __future__ import annotations
@@ -77,11 +81,12 @@ class DenseBackboneConfig(PretrainedConfig):
 
     Args:
         encoder_config: of the backbone, or a mapping with its `model_type`; None is ResNet's default.
-        task_names: the K tasks in order: of `segmentation`, `depth`, `normals` (one at least) and of `image_tasks`.
+        task_names: the K tasks in order: of `segmentation`, `depth`, `normals` and of `image_tasks`.
         num_classes: of the segmentation.
         image_tasks: task -> number of classes, of the tasks with one class per image.
-        stages: of the encoder, whose maps the decoder reads; see `DenseBackboneOptions`.
-        decoder_size: channels D.
+        stages: of the encoder, whose maps the decoder reads; see `DenseBackboneOptions`. Image tasks read the last,
+            and without a decoder it is the only one.
+        decoder_size: channels D; 2 at least with image tasks.
         image_mean, image_std: of each colour, that the encoder wants taken off and divided by; pixels are in [0, 1].
         encoder_name: where the encoder's weights came from.
         kwargs: what `PretrainedConfig` takes.
@@ -116,10 +121,14 @@ class DenseBackboneConfig(PretrainedConfig):
         self.task_names = list(check_task_names(task_names))
         given = dict(image_tasks or {})
         _check_tasks(self.task_names, given)
+        if given and decoder_size < 2:
+            raise OptionError(f"decoder_size: {decoder_size} is not valid with image tasks, expected 2 or more")
         # A config's file sorts its keys: the order is that of the task names.
         self.image_tasks = {name: given[name] for name in self.task_names if name in given}
         self.encoder_config = copy.deepcopy(as_encoder_config(encoder_config, "resnet"))
         self.stages = _set_stages(self.encoder_config, stages)
+        if not self.dense_tasks:  # maps that nobody reads may have layers of their own, which would not be trained
+            self.stages = _set_stages(self.encoder_config, self.stages[-1:])
         self.num_classes = num_classes
         self.decoder_size = decoder_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
@@ -140,11 +149,9 @@ def _check_tasks(task_names: Sequence[str], image_tasks: Mapping[str, int]) -> N
             raise OptionError(f"image_tasks: {name!r} is the name of a task with a label at every pixel")
         if name not in task_names:
             raise OptionError(f"image_tasks: {name!r} is not among task_names {list(task_names)}")
-    dense = [name for name in task_names if name not in image_tasks]
-    for name in dense:
-        check_dense_task(name)
-    if not dense:
-        raise OptionError(f"task_names: {list(task_names)} has no dense task, expected one of {', '.join(DENSE_TASKS)}")
+    for name in task_names:
+        if name not in image_tasks:
+            check_dense_task(name)
 
 
 def _set_stages(encoder_config: PretrainedConfig, stages: Sequence[str] | None) -> list[str]:
@@ -188,13 +195,15 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         groups = math.gcd(size, _MOST_GROUPS)
         self.encoder = AutoBackbone.from_config(config.encoder_config)
         channels = self.encoder.channels
-        self.projections = nn.ModuleList(nn.Conv2d(inputs, size, 1) for inputs in channels)
-        self.common_norm = nn.GroupNorm(groups, size)
-        self.branches = TaskConv2d(size, size, 3, len(dense), shared_input=True)
-        self.branch_norm = nn.GroupNorm(len(dense) * groups, len(dense) * size)
-        self.heads = TaskOutputs(size, output_sizes(dense, config.num_classes))
+        if dense:
+            self.projections = nn.ModuleList(nn.Conv2d(inputs, size, 1) for inputs in channels)
+            self.common_norm = nn.GroupNorm(groups, size)
+            self.branches = TaskConv2d(size, size, 3, len(dense), shared_input=True)
+            self.branch_norm = nn.GroupNorm(len(dense) * groups, len(dense) * size)
+            self.heads = TaskOutputs(size, output_sizes(dense, config.num_classes))
         if config.image_tasks:
             self.image_branches = nn.Linear(channels[-1], len(config.image_tasks) * size)
+            self.image_norm = nn.GroupNorm(len(config.image_tasks), len(config.image_tasks) * size)
             self.image_heads = TaskOutputs(size, list(config.image_tasks.values()))
         self.post_init()
 
@@ -252,14 +261,16 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         """
         config, columns = self.config, (segmentation, depth, normals, image_labels)
         maps = self.encoder(pixel_values=normalized(pixel_values, config.image_mean, config.image_std)).feature_maps
-        dense = self._dense_features(maps, pixel_values.shape[-2:])
-        predictions = {
-            name: finished(name, functional.interpolate(out, size=pixel_values.shape[-2:], mode="bilinear"))
-            for name, out in zip(config.dense_tasks, self.heads(dense), strict=True)
-        }
-        pooled = self._by_task(config.dense_tasks, dense.mean(dim=(2, 3)))
+        predictions: dict[str, Tensor] = {}
+        pooled: dict[str, Tensor] = {}
+        if config.dense_tasks:
+            frame = pixel_values.shape[-2:]
+            dense = self._dense_features(maps, frame)
+            for name, out in zip(config.dense_tasks, self.heads(dense), strict=True):
+                predictions[name] = finished(name, functional.interpolate(out, size=frame, mode="bilinear"))
+            pooled.update(self._by_task(config.dense_tasks, dense.mean(dim=(2, 3))))
         if config.image_tasks:
-            images = functional.relu(self.image_branches(maps[-1].mean(dim=(2, 3))))
+            images = functional.relu(self.image_norm(self.image_branches(maps[-1].mean(dim=(2, 3)))))
             outputs = self.image_heads(images[..., None, None])
             predictions.update({name: out.flatten(1) for name, out in zip(config.image_tasks, outputs, strict=True)})
             pooled.update(self._by_task(list(config.image_tasks), images))

@@ -6,8 +6,9 @@ set: classes in a fixed palette, depths on one scale for all panels of the figur
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ DEPTH_COLOURS = "viridis"
 # Share of the measured depths beyond either end of the scale: a few far pixels would flatten all others.
 _BEYOND = 0.01
 _PANEL_WIDTH = 2.1  # inches
+_LINE_HEIGHT = 0.13  # of the text below an image, in inches
+_LETTERS = 42  # that fit below an image
 
 _TITLES = {"segmentation": "classes", "depth": "depth", "normals": "normals"}
 #: The tasks that can be drawn.
@@ -57,12 +60,15 @@ class GalleryRow:
         truth, prediction: task -> `segmentation [H, W]` classes, -1 where not labelled; `depth [H, W]`, 0 where not
             measured; `normals [3, H, W]`, zero where not known, of any length. A task that an image has no labels of
             may be left out of `truth`.
+        classes: task with one class for the whole image -> true class (None: no label) and predicted one; they stand
+            below the image.
     """
 
     name: str
     image: Array
     truth: Mapping[str, Array]
     prediction: Mapping[str, Array]
+    classes: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
 
 
 def gallery_figure(
@@ -72,7 +78,7 @@ def gallery_figure(
     class_names: Sequence[str] = (),
     depth_unit: str = "",
 ) -> Figure:
-    """A row for each image: the image, then truth and prediction of each task.
+    """A row for each image: the image, its classes below it, then truth and prediction of each task.
 
     Pixels without a class are grey, without a depth or normal white; predictions are shown everywhere. The scale of
     depths runs over the measured ones of all images, but for the hundredth at either end. Normals are colours: red,
@@ -93,14 +99,17 @@ def gallery_figure(
     columns = 1 + 2 * len(task_names)
     height, width = rows[0].image.shape[1:]
     legend_height = 0.3 * -(-(len(class_names) + 1) // 10) if "segmentation" in task_names else 0.0
-    size = (_PANEL_WIDTH * columns, _PANEL_WIDTH * height / width * len(rows) + 0.9 + legend_height)
+    below = [_classes_below(row) for row in rows]
+    text_height = _LINE_HEIGHT * sum(map(len, below))
+    size = (_PANEL_WIDTH * columns, _PANEL_WIDTH * height / width * len(rows) + 0.9 + legend_height + text_height)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     scale = depth_scale(rows) if "depth" in task_names else None
-    for row, axes in zip(rows, panels, strict=True):
+    for row, lines, axes in zip(rows, below, panels, strict=True):
         _draw(axes[0], np.moveaxis(np.clip(row.image, 0, 1), 0, -1))
         axes[0].set_ylabel(row.name, fontsize=8)
+        axes[0].set_xlabel("\n".join(lines), fontsize=7)
         for k, task in enumerate(task_names):
             for axis, values in zip(axes[1 + 2 * k :], (row.truth.get(task), row.prediction[task]), strict=False):
                 _draw(axis, None if values is None else _coloured(task, values, scale))
@@ -184,6 +193,15 @@ def _head(axes: Sequence[Axes], task_names: Sequence[str]) -> None:
     for k, task in enumerate(task_names):
         axes[1 + 2 * k].set_title(f"{_TITLES[task]}: truth", fontsize=10)
         axes[2 + 2 * k].set_title(f"{_TITLES[task]}: prediction", fontsize=10)
+
+
+def _classes_below(row: GalleryRow) -> list[str]:
+    """Lines `scene: kitchen (predicted bedroom)`, or `scene: predicted bedroom` where the truth is not known."""
+    lines = []
+    for task, (truth, predicted) in row.classes.items():
+        known = f"predicted {predicted}" if truth is None else f"{truth} (predicted {predicted})"
+        lines += textwrap.wrap(f"{task}: {known}", _LETTERS, subsequent_indent="  ")
+    return lines
 
 
 def _legend(figure: Figure, class_names: Sequence[str]) -> None:

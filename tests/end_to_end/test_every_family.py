@@ -89,7 +89,7 @@ def test_two_processes_measure_graphs_as_one_does(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    command = [sys.executable, str(REAL / "unpack.py"), str(folder), "--only", "celeba"]
+    command = [sys.executable, str(REAL / "unpack.py"), str(folder), "--only", "celeba", "nyuv2"]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
@@ -97,16 +97,24 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.data
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real files in ../shared/data")
 class TestOnRealFiles:
-    @pytest.mark.parametrize("recipe", ["small_bilb.yaml", "bilb.yaml"])
+    @pytest.mark.parametrize("recipe", ["bilb_small.yaml", "bilb.yaml"])
     def test_celeba(self, recipe: str, unpacked: Path, tmp_path: Path) -> None:
         settings = [f"data.folder={unpacked / 'celeba'}", f"data.cache_dir={unpacked / 'cache'}", "model.width=8"]
         settings += ["trainer.per_device_train_batch_size=16", "evaluation.split=validation"]
         results = train(f"celeba/{recipe}", tmp_path / "run", *settings)
         assert len({metric.task for metric in results.metrics if metric.task}) == 40
 
+    def test_nyuv2(self, unpacked: Path, tmp_path: Path) -> None:
+        settings = [f"data.folder={unpacked / 'nyuv2'}", f"data.cache_dir={unpacked / 'cache'}", "model.width=4"]
+        settings += ["data.num_validation=4", "data.num_test=4", "trainer.warmup_steps=0"]
+        results = train("nyuv2/bilb_small.yaml", tmp_path / "run", *settings)
+        assert len({metric.task for metric in results.metrics if metric.task}) == 3
+        assert (tmp_path / "run" / "gallery.png").is_file()
+
     @pytest.mark.parametrize(
         ("recipe", "num_tasks"),
         [
+            ("instructions/bilb_small.yaml", 6),
             ("tox21/bilb.yaml", 12),
             ("sider/ls.yaml", 27),
             ("adult/bilb.yaml", 2),

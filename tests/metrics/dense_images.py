@@ -91,7 +91,56 @@ class Model(nn.Module):
         return {"losses": losses, "num_items": num_items, "logits": predictions}
 
 
+#: Tasks with one class per image between pixel-wise ones, and their numbers of classes.
+MIXED = ("scene", "segmentation", "depth", "room")
+IMAGE_TASKS = {"room": 2, "scene": 4}
+
+
+class MixedImages(Images):
+    """The same without normals and with `image_labels [2]`, of scene and room: a third is missing, scene 3 is nowhere,
+    and room has no label in the last of four batches."""
+
+    def __init__(self, number: int, seed: int = 0) -> None:
+        super().__init__(number, seed)
+        generator = np.random.default_rng([seed, 1])
+        classes = np.stack([generator.integers(0, 3, number), generator.integers(0, 2, number)], axis=1)
+        missing = generator.random((number, 2)) < 1 / 3
+        missing[3 * number // 4 :, 1] = True
+        self.image_labels = torch.from_numpy(np.where(missing, -1, classes))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        names = ("pixel_values", "segmentation", "depth", "image_labels")
+        return {name: getattr(self, name)[index] for name in names}
+
+    def labels(self) -> tuple[Tensor, ...]:
+        return self.segmentation, self.depth, self.image_labels
+
+
+class MixedModel(Model):
+    """`Model` without normals, and a class per image from its mean colour: logits `[B, 4]` and `[B, 2]`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        segmentation: Tensor | None = None,
+        depth: Tensor | None = None,
+        image_labels: Tensor | None = None,
+    ) -> dict[str, Any]:
+        logits, metres, _ = super().forward(pixel_values)["logits"]
+        means = pixel_values.mean(dim=(2, 3))
+        scene, room = means @ self.mix[:4].T, means @ self.mix[3:].T
+        predictions = (scene, logits, metres, room)
+        if image_labels is None:
+            return {"logits": predictions}
+        labels = {"segmentation": segmentation, "depth": depth, "scene": image_labels[:, 0], "room": image_labels[:, 1]}
+        losses, num_items = dense_task_losses(predictions, labels, MIXED, IMAGE_TASKS)
+        return {"losses": losses, "num_items": num_items, "logits": predictions}
+
+
 def predicted(images: Images) -> tuple[Tensor, ...]:
+    if isinstance(images, MixedImages):
+        with torch.no_grad():
+            return MixedModel()(images.pixel_values)["logits"]
     with torch.no_grad():
         return Model()(images.pixel_values)["logits"]
 

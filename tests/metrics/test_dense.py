@@ -135,6 +135,8 @@ def test_delta_m_takes_one_form_flat_and_by_task(average: Any) -> None:
     suffix = "_batch_mean" if average == "batch_mean" else ""
     keys = [key if key.startswith("segmentation") else key + suffix for key in BASE]
     assert list(metrics.delta_m_base) == keys
+    counted = [fact.key for fact in metrics.facts if fact.task and fact.counted]
+    assert len(counted) == 9 and set(keys) < set(counted)
     miou, error, median, within = (
         100 * (found[key] - single) / single for key, single in zip(keys, BASE.values(), strict=True)
     )

@@ -17,8 +17,10 @@ from tests.data.dense_scenes import write_mtan
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "recipes" / "nyuv2").glob("*.yaml"), *(ROOT / "recipes" / "cityscapes").glob("*.yaml")])
 #: The others go without pictures, which take most of the time.
-WITH_GALLERY = ("cityscapes-bilb", "nyuv2-ls_small")
+WITH_GALLERY = ("cityscapes-bilb", "nyuv2-ls_small", "nyuv2-scenes_bilb")
 NUM_METRICS = {"nyuv2": 2 + 2 * 2 + 2 * 5 + 2, "cityscapes": 2 + 2 * 2 + 2}
+#: Instead of a pretrained one.
+SMALL_ENCODER = "{model_type: resnet, embedding_size: 8, hidden_sizes: [8, 12], depths: [1, 1], layer_type: basic}"
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "cityscapes", counts=(8, 3), size=(32, 40), tasks=("segmentation", "depth"), num_classes=7,
         classes_folder="label_7",
     )  # fmt: skip
+    scenes = ["train,0,kitchen", *(f"train,{number},bedroom" for number in range(1, 7)), "train,7,"]
+    lines = ["part,image,scene", *scenes, "val,0,kitchen", "val,1,bedroom", "val,2,bedroom"]
+    (folder / "nyuv2" / "image_labels.csv").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 
@@ -36,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_steps(path: Path, folder: Path, tmp_path: Path) -> None:
     data = path.parent.name
     changes = [
-        f"data.folder={folder / data}", f"data.cache_dir={folder / 'cache'}", "model.width=2", "trainer.max_steps=2",
+        f"data.folder={folder / data}", f"data.cache_dir={folder / 'cache'}", "trainer.max_steps=2",
         "trainer.per_device_train_batch_size=2", "trainer.logging_steps=1", f"trainer.output_dir={tmp_path / 'run'}",
         "trainer.dataloader_num_workers=0", "trainer.dataloader_persistent_workers=false", "trainer.report_to=none",
     ]  # fmt: skip
@@ -44,10 +49,19 @@ def test_two_steps(path: Path, folder: Path, tmp_path: Path) -> None:
     changes.append(f"evaluation.plots={str(drawn).lower()}")
     if path.stem.endswith("_small"):
         changes += ["data.num_validation=2", "trainer.warmup_steps=0"]
+    scenes = path.stem.startswith("scenes_")
+    if scenes:
+        images = f"data.image_labels={folder / data / 'image_labels.csv'}"
+        changes += [images, "data.num_validation=2", f"model.encoder={SMALL_ENCODER}", "model.decoder_size=8"]
+    else:
+        changes.append("model.width=2")
     results = run_recipe(read_recipe(path, changes))
     assert results.training["steps"] == 2
     measured = {metric.key: metric.value for metric in read_results(tmp_path / "run").metrics}
-    assert len(measured) == NUM_METRICS[data]
+    assert len(measured) == NUM_METRICS[data] + 2 * scenes
+    assert {key for key in measured if key.startswith("scene")} == (
+        {"scene_accuracy", "scene_macro_f1"} if scenes else set()
+    )
     assert all(value is not None and math.isfinite(value) for value in measured.values())
     # Delta_m relates to batch means, where there are any.
     related = [metric.key for metric in results.metrics if metric.base is not None]

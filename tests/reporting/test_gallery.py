@@ -30,7 +30,7 @@ from hf_bilb.reporting.gallery import (
     segmentation_colours,
     write_gallery,
 )
-from tests.metrics.dense_images import TASKS, Images, Model
+from tests.metrics.dense_images import MIXED, TASKS, Images, MixedImages, MixedModel, Model
 
 NAMES = ("wall", "floor", "chair")
 
@@ -61,6 +61,29 @@ def pictures(figure: Figure) -> list[list[np.ndarray | None]]:
 
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def below(figure: Figure, columns: int = 7) -> list[str]:
+    """The text below each image."""
+    return [
+        axis.get_xlabel() for axis in figure.axes[: 2 * columns] if axis.get_title() == "image" or axis.get_ylabel()
+    ]
+
+
+def test_classes_of_an_image_stand_below_it() -> None:
+    classes = {"scene": ("kitchen", "bedroom"), "window": (None, "yes"), "size": ("large", "large")}
+    rows = [dataclasses.replace(row(0), classes=classes), row(1, "second")]
+    figure, without = (gallery_figure(given, TASKS, "a run", NAMES) for given in (rows, [row(0), row(1, "second")]))
+    lines = ["scene: kitchen (predicted bedroom)", "window: predicted yes", "size: large (predicted large)"]
+    assert below(figure) == ["\n".join(lines), ""] and below(without) == ["", ""]
+    assert figure.get_size_inches()[1] > without.get_size_inches()[1]  # the text has room of its own
+    assert all(axis.get_xlabel() == "" for axis in figure.axes[1:7])
+    long = dataclasses.replace(row(0), classes={"scene": ("a room for studying and for reading", "printer room " * 3)})
+    (text,) = below(gallery_figure([long], TASKS, "a run", NAMES))
+    assert all(len(line) <= 42 for line in text.split("\n"))
+    assert " ".join(text.split()) == "scene: a room for studying and for reading (predicted " + "printer room " * 2 + (
+        "printer room )"
+    )
 
 
 def test_every_panel_shows_its_array() -> None:
@@ -220,5 +243,39 @@ def test_rows_of_a_model_are_spread_over_the_part(count: int, chosen: list[int])
             predictions = predictions[index].detach().numpy()
             predictions = predictions.argmax(axis=0) if task == "segmentation" else predictions
             np.testing.assert_allclose(found.prediction[task], predictions, rtol=1e-12)
+        assert found.classes == {}
     data.gallery = None
     assert gallery_rows(Predictor(), images, data) == []  # type: ignore[arg-type]
+
+
+class MixedPredictor:
+    """The same for a model with image-level tasks."""
+
+    def predict(self, images: Any) -> Any:
+        (batch,) = DataLoader(images, batch_size=len(images))
+        predictions = tuple(values.detach().numpy() for values in MixedModel()(batch["pixel_values"])["logits"])
+        columns = ("segmentation", "depth", "image_labels")
+        return SimpleNamespace(predictions=predictions, label_ids=tuple(batch[name].numpy() for name in columns))
+
+
+def test_rows_of_a_model_with_image_level_tasks_name_their_classes() -> None:
+    images = MixedImages(11)
+    names = {"scene": ("attic", "bath", "cellar", "den"), "room": ("no", "yes")}
+    data: Any = SimpleNamespace(
+        task_names=MIXED, label_names=("segmentation", "depth", "image_labels"), gallery=GalleryInfo(NAMES, "m", names)
+    )
+    rows = gallery_rows(MixedPredictor(), images, data, 11)  # type: ignore[arg-type]
+    scene, _, depth, room = MixedModel()(images.pixel_values)["logits"]
+    missing = 0
+    for index, found in enumerate(rows):
+        assert list(found.prediction) == list(found.truth) == ["segmentation", "depth"]
+        np.testing.assert_allclose(found.prediction["depth"], depth[index].detach().numpy(), rtol=1e-12)
+        assert list(found.classes) == ["scene", "room"]
+        for (task, (truth, guess)), logits, label in zip(
+            found.classes.items(), (scene[index], room[index]), images.image_labels[index].tolist(), strict=True
+        ):
+            assert guess == names[task][int(logits.argmax())]
+            assert truth == (names[task][label] if label >= 0 else None)
+            missing += truth is None
+    assert 0 < missing < 22
+    gallery_figure(rows, ["segmentation", "depth"], "a run", NAMES)
