@@ -19,6 +19,7 @@ import pytest
 from hf_bilb.data import array_cache
 from hf_bilb.data.array_cache import META, Arrays, Preparation, prepare_arrays
 from hf_bilb.options import OptionError
+from tests.processes import group_is_gone, wait_for
 
 CHUNKS = 12
 
@@ -260,21 +261,6 @@ def start(root: Path, trace: Path, compute: object) -> int:
 
 def exit_status(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def wait_for(condition: object, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "took too long"
-        time.sleep(0.01)
-
-
-def group_is_gone(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")

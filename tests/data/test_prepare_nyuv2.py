@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from hf_bilb.data.prepare import prepare_nyuv2
 from hf_bilb.data.surface_normals import NYUV2_CAMERA
 from hf_bilb.options import OptionError
 from tests.data.dense_scenes import plane, write_mtan
+from tests.processes import group_is_gone, wait_for
 
 SPLIT = (np.array([3, 0]), np.array([1, 2, 4]))
 SCENES = ["living_room", "bedroom", "", "café", "bedroom"]
@@ -222,14 +222,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def group_is_gone(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 @pytest.mark.parametrize(("how", "workers"), [("interrupt", 2), ("interrupt", 1), ("kill", 2)])
 def test_the_command_goes_on_where_it_was_interrupted(
@@ -238,10 +230,8 @@ def test_the_command_goes_on_where_it_was_interrupted(
     file, expected = two_dozen
     assert len(expected) == 4 * 24 + 2
     process = start(file, tmp_path, workers)
-    end = time.monotonic() + 60
-    while len(list(tmp_path.rglob("*.npy"))) < 8:
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: len(list(tmp_path.rglob("*.npy"))) >= 8 or process.poll() is not None, 60)
+    assert process.poll() is None
     if how == "interrupt":
         os.killpg(process.pid, signal.SIGINT)  # all of them, as Ctrl-C does
     else:
@@ -253,9 +243,7 @@ def test_the_command_goes_on_where_it_was_interrupted(
         *bar, last = [line for line in error.splitlines() if line]
         assert last == "hf-bilb: interrupted; the same command goes on where it stood"
         assert all(line.startswith("preparing nyuv2: ") for line in bar)
-    while not group_is_gone(process.pid):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: group_is_gone(process.pid))
     found = contents(tmp_path)
     finished = {path for path in found if path.suffix != ".tmp"}
     assert 8 <= len(finished) < len(expected) and all(found[path] == expected[path] for path in finished)

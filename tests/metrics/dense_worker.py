@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.metrics.dense import DenseMetrics
 from tests.distributed.training import arguments, world_size
@@ -16,7 +18,6 @@ from tests.metrics.dense_images import (
     MIXED,
     NUM_CLASSES,
     PUBLISHED_BATCH,
-    TASKS,
     Images,
     MixedImages,
     MixedModel,
@@ -29,19 +30,15 @@ NUMBERS = (3, 7, 8, 9)
 WITH_IMAGE_TASKS = 15
 
 
-def evaluated(number: int, on_each_rank: bool) -> dict[str, Any]:
-    metrics = dense_metrics()
+def evaluated(metrics: DenseMetrics, model: nn.Module, images: Images, on_each_rank: bool) -> dict[str, Any]:
     args = arguments(
-        per_device_eval_batch_size=4 // world_size(),
-        balancer="ls",
-        label_names=list(TASKS),
-        task_names=list(TASKS),
-        batch_eval_metrics=True,
-    )
+        per_device_eval_batch_size=4 // world_size(), balancer="ls", label_names=list(metrics.label_names),
+        task_names=list(metrics.task_names), batch_eval_metrics=True,
+    )  # fmt: skip
     trainer = BilevelMTLTrainer(
-        model=Model(),
+        model=model,
         args=args,
-        eval_dataset=Images(number),
+        eval_dataset=images,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=metrics.per_image if on_each_rank else None,
     )
@@ -50,29 +47,21 @@ def evaluated(number: int, on_each_rank: bool) -> dict[str, Any]:
     return {"metrics": {key: found[f"eval_{key}"] for key in metrics.keys}}
 
 
-def evaluated_with_image_tasks(number: int, on_each_rank: bool) -> dict[str, Any]:
+def of_pixels(number: int, on_each_rank: bool) -> dict[str, Any]:
+    return evaluated(dense_metrics(), Model(), Images(number), on_each_rank)
+
+
+def with_image_tasks(number: int, on_each_rank: bool) -> dict[str, Any]:
     metrics = DenseMetrics(MIXED, NUM_CLASSES, batch_size=PUBLISHED_BATCH, image_tasks=IMAGE_TASKS)
-    args = arguments(
-        per_device_eval_batch_size=4 // world_size(), balancer="ls", label_names=list(metrics.label_names),
-        task_names=list(MIXED), batch_eval_metrics=True,
-    )  # fmt: skip
-    trainer = BilevelMTLTrainer(
-        model=MixedModel(),
-        args=args,
-        eval_dataset=MixedImages(number),
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.per_image if on_each_rank else None,
-    )
-    found = trainer.evaluate()
-    return {"metrics": {key: found[f"eval_{key}"] for key in metrics.keys}}
+    return evaluated(metrics, MixedModel(), MixedImages(number), on_each_rank)
 
 
 def scenarios() -> dict[str, Callable[[], dict[str, Any]]]:
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     for on_each_rank, how in ((False, "gathered"), (True, "each rank")):
         for number in NUMBERS:
-            found[f"{number}/{how}"] = partial(evaluated, number, on_each_rank)
-        found[f"image tasks/{how}"] = partial(evaluated_with_image_tasks, WITH_IMAGE_TASKS, on_each_rank)
+            found[f"{number}/{how}"] = partial(of_pixels, number, on_each_rank)
+        found[f"image tasks/{how}"] = partial(with_image_tasks, WITH_IMAGE_TASKS, on_each_rank)
     return found
 
 
