@@ -259,13 +259,15 @@ def dense_task_data(options: DenseOptions, facts: DenseFacts, train: DensePart, 
     """Everything the Trainer needs, from the files of both parts; prepares the cache when it is not there yet.
 
     Raises:
-        OptionError: parts of different size, more images asked for than there are, a file that holds something else.
+        OptionError: parts of different size, more images asked for than there are, a file that holds something else, a
+            task that no training image has labels of.
     """
     if train.size != test.size:
         sizes = " and ".join(f"{height} x {width}" for height, width in (train.size, test.size))
         raise OptionError(f"data.size: training and test images differ in size ({sizes}), expected [height, width]")
     train_rows, validation_rows, test_rows = _choose_rows(options, len(train.names), len(test.names))
     names, labels = _all_tasks(options, facts, train, test)
+    _check_labelled(train, train_rows, labels)
     classes, image_tasks = labels.classes, {name: len(found) for name, found in labels.class_names.items()}
     metrics = _metrics(options, facts, names, image_tasks)
     computed = metrics()
@@ -311,6 +313,15 @@ def _all_tasks(
         raise OptionError(f"data.{error}") from None
     chosen = [name for name in names if name not in facts.tasks]
     return names, labels.of_tasks(chosen) if chosen else ImageLabels({}, {})
+
+
+def _check_labelled(train: DensePart, rows: NDArray[np.int64], labels: ImageLabels) -> None:
+    there = {column.kind: any(column.items[row] is not None for row in rows) for column in train.columns}
+    for number, task in enumerate(labels.class_names):
+        there[task] = bool((labels.classes["train"][rows, number] >= 0).any())
+    for task, known in there.items():
+        if not known:
+            raise OptionError(f"data.tasks: none of the {len(rows)} training images has a label of task {task!r}")
 
 
 def _metrics(

@@ -167,6 +167,23 @@ def test_images_may_lack_their_line_when_that_is_allowed(folder: Path) -> None:
     assert data.test[4]["image_labels"].tolist() == [-1, -1]
 
 
+def test_a_task_that_no_training_image_has_labels_of_is_one_line(folder: Path) -> None:
+    for number in range(9):
+        if number != 4:
+            (folder / "train" / "depth" / f"{number}.npy").unlink()
+    write_labels(folder / "labels.csv")
+    assert load_nyuv2(options(folder, allow_missing=True)).task_names[1] == "depth"
+    # With the one image that has it held out, or not chosen, nothing is left to train on.
+    seed = next(seed for seed in range(50) if 4 in np.random.default_rng(seed).permutation(9)[:3])
+    with pytest.raises(OptionError) as error:
+        load_nyuv2(options(folder, allow_missing=True, num_validation=3, seed=seed))
+    assert str(error.value) == "data.tasks: none of the 6 training images has a label of task 'depth'"
+    lines = ["part,image,scene", "train,0,", "train,3,", "val,0,attic", "val,1,bath"]
+    (folder / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(OptionError, match="none of the 9 training images has a label of task 'scene'"):
+        load_nyuv2(options(folder, allow_missing=True))
+
+
 def test_workers_and_copies_have_the_same_rows(folder: Path) -> None:
     write_labels(folder / "labels.csv")
     rows = load_nyuv2(options(folder)).train
