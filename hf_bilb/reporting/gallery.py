@@ -115,9 +115,18 @@ def gallery_figure(
                 _draw(axis, None if values is None else _coloured(task, values, scale))
     _head(panels[0], task_names)
     if scale is not None:
-        last = 2 * list(task_names).index("depth") + 2
+        before = 2 * list(task_names).index("depth") + 1
         mappable = ScalarMappable(scale, colormaps[DEPTH_COLOURS])
-        bar = figure.colorbar(mappable, ax=panels[:, last - 1 : last + 1], location="bottom", extend="both", aspect=40)
+        # Below the two columns of the depth, but out of the room of all: theirs alone would be shifted.
+        bar = figure.colorbar(
+            mappable,
+            ax=panels,
+            location="bottom",
+            extend="both",
+            aspect=40,
+            shrink=2 / columns,
+            anchor=(before / (columns - 2), 0.5),
+        )
         bar.set_label(f"depth{f' in {depth_unit}' if depth_unit else ''}; white: not measured", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     if "segmentation" in task_names and class_names:

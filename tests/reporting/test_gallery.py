@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -115,6 +116,20 @@ def test_every_panel_shows_its_array() -> None:
     assert texts(figure) == [*NAMES, "not labelled"]
     (bar,) = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
     assert bar.get_xlabel() == "depth in m; white: not measured"
+
+
+@pytest.mark.parametrize("tasks", [("depth",), ("segmentation", "depth", "normals"), ("normals", "depth")])
+def test_panels_are_in_line_and_the_depths_bar_is_below_its_columns(tasks: tuple[str, ...]) -> None:
+    rows = [dataclasses.replace(row(k), classes={"scene": ("kitchen", "bath"), "lamp": (None, "on")}) for k in (0, 1)]
+    figure = gallery_figure(rows, tasks, "title")
+    FigureCanvasAgg(figure).draw()
+    panels = [axis.get_position() for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    columns = 1 + 2 * len(tasks)
+    for line in (panels[:columns], panels[columns:]):
+        assert max(box.y1 for box in line) - min(box.y1 for box in line) < 1e-9
+    (bar,) = [axis.get_position() for axis in figure.axes if axis.get_label() == "<colorbar>"]
+    truth, prediction = (panels[1 + 2 * tasks.index("depth") + k] for k in (0, 1))
+    assert abs((bar.x0 + bar.x1) - (truth.x0 + prediction.x1)) < 0.05 and bar.y1 < panels[-1].y0
 
 
 def test_all_depths_are_on_the_scale_of_the_measured_ones() -> None:
