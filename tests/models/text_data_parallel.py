@@ -23,12 +23,7 @@ def joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def main(file: str, world_size: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        assert dist.get_world_size() == world_size
-    rank = dist.get_rank() if world_size > 1 else 0
+def train(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     model = model_of().double()
     # Every parameter must be reached on every rank in every step.
     wrapped = DistributedDataParallel(model, find_unused_parameters=False) if world_size > 1 else model
@@ -43,8 +38,20 @@ def main(file: str, world_size: int) -> None:
         balancer.backward(output.losses, num_items=output.num_items)
         optimizer.step()
         balancer.step()
+    return {"model": model.state_dict(), "balancer": balancer.state_dict()}
+
+
+def main(file: str, world_size: int) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo")
+        assert dist.get_world_size() == world_size
+    rank = dist.get_rank() if world_size > 1 else 0
+    # The wrapped model is gone before the process group is: of the two, torch's reducer must not be the last to hold
+    # the group, whose threads it would wait for with the interpreter's lock that one of them may want.
+    states = train(rank, world_size)
     if rank == 0:
-        torch.save({"model": model.state_dict(), "balancer": balancer.state_dict()}, file)
+        torch.save(states, file)
     if world_size > 1:
         dist.destroy_process_group()
 
