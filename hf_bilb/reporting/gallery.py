@@ -115,20 +115,7 @@ def gallery_figure(
                 _draw(axis, None if values is None else _coloured(task, values, scale))
     _head(panels[0], task_names)
     if scale is not None:
-        before = 2 * list(task_names).index("depth") + 1
-        mappable = ScalarMappable(scale, colormaps[DEPTH_COLOURS])
-        # Below the two columns of the depth, but out of the room of all: theirs alone would be shifted.
-        bar = figure.colorbar(
-            mappable,
-            ax=panels,
-            location="bottom",
-            extend="both",
-            aspect=40,
-            shrink=2 / columns,
-            anchor=(before / (columns - 2), 0.5),
-        )
-        bar.set_label(f"depth{f' in {depth_unit}' if depth_unit else ''}; white: not measured", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
+        _depth_bar(figure, panels, scale, 1 + 2 * list(task_names).index("depth"), depth_unit)
     if "segmentation" in task_names and class_names:
         _legend(figure, class_names)
     return figure
@@ -211,6 +198,22 @@ def _classes_below(row: GalleryRow) -> list[str]:
         known = f"predicted {predicted}" if truth is None else f"{truth} (predicted {predicted})"
         lines += textwrap.wrap(f"{task}: {known}", _LETTERS, subsequent_indent="  ")
     return lines
+
+
+def _depth_bar(figure: Figure, panels: NDArray[Any], scale: Normalize, before: int, unit: str) -> None:
+    """The scale of depths, below their two columns; `before`: how many stand before those."""
+    columns = panels.shape[1]
+    bar = figure.colorbar(
+        ScalarMappable(scale, colormaps[DEPTH_COLOURS]),
+        ax=panels,  # out of the room of all: the depth's columns alone would be shifted
+        location="bottom",
+        extend="both",
+        aspect=40,
+        shrink=2 / columns,
+        anchor=(before / (columns - 2), 0.5),
+    )
+    bar.set_label(f"depth{f' in {unit}' if unit else ''}; white: not measured", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
 def _legend(figure: Figure, class_names: Sequence[str]) -> None:
