@@ -10,7 +10,6 @@ Times are CPU times of this process on one thread, whole steps from one `on_step
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -25,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
 from alternating import Block, Network, alternate, random_rows, training_block
+from output import write_results
 from torch import Tensor
 
 import hf_bilb
@@ -163,14 +163,9 @@ def main() -> None:
                     print(as_markdown([result]).split("\n")[-1], flush=True)
     table = as_markdown(results)
     print(f"\n{table}\n\n{notes()}\n{time.perf_counter() - started:.0f} s")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = {"notes": notes(), "results": [asdict(result) for result in results]}
-        (arguments.output / "balancing_overhead.json").write_text(
-            json.dumps(content, indent=1) + "\n", encoding="utf-8"
-        )
-        text = f"# What balancing adds to a step\n\n{table}\n\n{notes()}\n"
-        (arguments.output / "balancing_overhead.md").write_text(text, encoding="utf-8")
+    content = {"notes": notes(), "results": [asdict(result) for result in results]}
+    page = f"# What balancing adds to a step\n\n{table}\n\n{notes()}\n"
+    write_results(arguments.output, "balancing_overhead", page, content)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ counts, since other processes only slow down.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -26,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from output import write_results
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -163,11 +163,8 @@ def main() -> None:
         results, first, size = measure(part, Path(temporary) / "cache", arguments.images, arguments.repeats)
     text = report(results, first, size)
     print(text)
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = {"prepared_per_second": first, "results": [asdict(result) for result in results]}
-        (arguments.output / "dense_loading.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (arguments.output / "dense_loading.md").write_text(f"# Loading dense prediction\n\n{text}\n", encoding="utf-8")
+    content = {"prepared_per_second": first, "results": [asdict(result) for result in results]}
+    write_results(arguments.output, "dense_loading", f"# Loading dense prediction\n\n{text}\n", content)
 
 
 if __name__ == "__main__":

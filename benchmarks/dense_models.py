@@ -16,7 +16,6 @@ MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 it keeps the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -30,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the loop over tasks is that of the tests
 
 import torch
+from output import write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -201,12 +201,9 @@ def main() -> None:
     )
     table = as_markdown(results)
     print(f"{table}\n\n{notes}")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = {"notes": notes, "results": [asdict(result) for result in results]}
-        (arguments.output / "dense_models.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        text = f"# Dense models: grouped convolutions against a loop over the tasks\n\n{table}\n\n{notes}\n"
-        (arguments.output / "dense_models.md").write_text(text, encoding="utf-8")
+    content = {"notes": notes, "results": [asdict(result) for result in results]}
+    page = f"# Dense models: grouped convolutions against a loop over the tasks\n\n{table}\n\n{notes}\n"
+    write_results(arguments.output, "dense_models", page, content)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ this process on one thread, whole updates.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import transformers
 from alternating import Stopwatch, alternate
+from output import write_results
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -159,14 +159,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = measure(*((1, 2) if arguments.quick else (3, 7)), folder)
     print(f"{as_markdown(results)}\n\n{notes()}")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = {"notes": notes(), "results": [asdict(result) for result in results]}
-        (arguments.output / "exactness_cost.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        text = (
-            f"# What exact accumulation, diagnostics and the double loop cost\n\n{as_markdown(results)}\n\n{notes()}\n"
-        )
-        (arguments.output / "exactness_cost.md").write_text(text, encoding="utf-8")
+    content = {"notes": notes(), "results": [asdict(result) for result in results]}
+    page = f"# What exact accumulation, diagnostics and the double loop cost\n\n{as_markdown(results)}\n\n{notes()}\n"
+    write_results(arguments.output, "exactness_cost", page, content)
 
 
 if __name__ == "__main__":

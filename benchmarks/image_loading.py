@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import platform
 import tempfile
@@ -24,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from output import write_results
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -134,11 +134,8 @@ def main() -> None:
         results, first = measure(source, folder / "cache", arguments.repeats)
     text = report(results, first, source, shape)
     print(text)
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = {"prepared_per_second": first, "results": [asdict(result) for result in results]}
-        (arguments.output / "image_loading.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (arguments.output / "image_loading.md").write_text(f"# Loading images\n\n{text}\n", encoding="utf-8")
+    content = {"prepared_per_second": first, "results": [asdict(result) for result in results]}
+    write_results(arguments.output, "image_loading", f"# Loading images\n\n{text}\n", content)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from output import write_results
 from torch import Tensor
 
 from hf_bilb import build_balancer
@@ -161,8 +162,7 @@ def main() -> None:
     ]
     text = "\n".join(lines) + "\n"
     print(text, end="")
-    if arguments.output is not None:
-        (arguments.output / "marigold_estimators.md").write_text(text, encoding="utf-8")
+    write_results(arguments.output, "marigold_estimators", text)
 
 
 if __name__ == "__main__":

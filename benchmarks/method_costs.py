@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
 import statistics
@@ -30,6 +29,7 @@ import torch
 import transformers
 import yaml
 from alternating import Block, Network, Pairs, alternate, random_rows, training_block
+from output import write_results
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -302,11 +302,7 @@ def main() -> None:
                 print(f"{size.name}, K = {num_tasks}: {time.perf_counter() - started:.0f} s", flush=True)
     text = page(results, arguments.tasks, time.perf_counter() - started)
     print(f"\n{text}")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = [asdict(one) for one in results]
-        (arguments.output / "method_costs.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (arguments.output / "method_costs.md").write_text(text, encoding="utf-8")
+    write_results(arguments.output, "method_costs", text, [asdict(one) for one in results])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from output import write_results
 from torch.utils.data import DataLoader, Dataset
 
 import hf_bilb
@@ -158,18 +159,14 @@ def main() -> None:
     throughputs = measure_throughput(arrays, arguments.rounds)
     table = as_markdown(preparations, throughputs)
     print(f"\n{table}\n\n{notes()}\n{json.dumps(meta['counts'], indent=1)}")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = {
-            "notes": notes(),
-            "counts": meta["counts"],
-            "preparation": [asdict(one) for one in preparations],
-            "loader": [asdict(one) for one in throughputs],
-        }
-        file = arguments.output / "molecule_preparation.json"
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        text = f"# Preparing and serving QM9 as graphs\n\n{table}\n\n{notes()}\n"
-        (arguments.output / "molecule_preparation.md").write_text(text, encoding="utf-8")
+    content = {
+        "notes": notes(),
+        "counts": meta["counts"],
+        "preparation": [asdict(one) for one in preparations],
+        "loader": [asdict(one) for one in throughputs],
+    }
+    page = f"# Preparing and serving QM9 as graphs\n\n{table}\n\n{notes()}\n"
+    write_results(arguments.output, "molecule_preparation", page, content)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the whole model. Theirs builds a 64 x 64 matrix per edge, as the papers' runs do
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the reference model is tha
 
 import torch
 import torch_geometric
+from output import write_results
 from torch import Tensor
 
 from hf_bilb.data import DATA_SETS, TaskData
@@ -174,12 +174,9 @@ def main() -> None:
     results = [measure("message", message_steps, models, parts), measure("step", training_steps, models, parts)]
     table = as_markdown(results)
     print(f"{table}\n\n{notes}")
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        content = {"notes": notes, "deviations": deviations, "results": [asdict(result) for result in results]}
-        (arguments.output / "mpnn.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        text = f"# The QM9 network against PyTorch Geometric's layers\n\n{table}\n\n{notes}\n"
-        (arguments.output / "mpnn.md").write_text(text, encoding="utf-8")
+    content = {"notes": notes, "deviations": deviations, "results": [asdict(result) for result in results]}
+    page = f"# The QM9 network against PyTorch Geometric's layers\n\n{table}\n\n{notes}\n"
+    write_results(arguments.output, "mpnn", page, content)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the replays are those of t
 import numpy as np
 import pytest
 import torch
+from output import write_results
 
 import hf_bilb
 from examples import toy
@@ -222,9 +223,7 @@ def main() -> int:
     torch.set_num_threads(1)
     page, fine = report()
     print(page)
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "parity.md").write_text(page, encoding="utf-8")
+    write_results(arguments.output, "parity", page)
     return 0 if fine else 1
 
 

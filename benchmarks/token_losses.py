@@ -16,7 +16,6 @@ after a synchronisation.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -32,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
+from output import write_results
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -264,12 +264,9 @@ def main() -> None:
                 results += measure_losses(vocabulary, dtype, num_tasks, repeats)
         results += measure_training(vocabulary, 8, repeats)
     print(f"{as_markdown(results)}\n\n{notes()}")
-    if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        rows = {"notes": notes(), "results": [asdict(result) for result in results]}
-        (options.output / "token_losses.json").write_text(json.dumps(rows, indent=1) + "\n")
-        text = f"# Losses of K tasks over tokens\n\n{as_markdown(results)}\n\n{notes()}\n"
-        (options.output / "token_losses.md").write_text(text)
+    content = {"notes": notes(), "results": [asdict(result) for result in results]}
+    page = f"# Losses of K tasks over tokens\n\n{as_markdown(results)}\n\n{notes()}\n"
+    write_results(options.output, "token_losses", page, content)
 
 
 if __name__ == "__main__":
