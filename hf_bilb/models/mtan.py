@@ -46,6 +46,7 @@ class MtanConfig(SegNetConfig):
 
     model_type = "mtan"
 
+    # Written out: of a subclass without one, PretrainedConfig makes a dataclass with an __init__ of its own.
     def __init__(
         self,
         task_names: Sequence[str] = DENSE_TASKS,

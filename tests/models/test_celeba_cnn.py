@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from hf_bilb.models import MODELS, CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions
 from hf_bilb.options import OptionError, parse_options
+from tests.models.files import saved_and_loaded
 
 # Of FAMO's and LDC-MTL's network, in units of its first layer's width; "M" is a max-pooling by 2.
 LAYERS = ((3, 1), "M", (1, 2), (2, 2), "M", (2, 4), (4, 4), "M", (4, 8), (8, 8))
@@ -172,18 +172,8 @@ def test_twenty_steps_lower_every_loss() -> None:
 def test_saved_and_loaded_through_the_auto_classes_bit_for_bit(tmp_path: Path) -> None:
     model = _model()
     model(*_batch())  # running statistics that are not the first ones
-    model.eval().save_pretrained(tmp_path)
-    for auto_class in (AutoModel, CelebaCnnModel):
-        loaded = auto_class.from_pretrained(tmp_path)
-        assert type(loaded) is CelebaCnnModel
-        weights, expected = loaded.state_dict(), model.state_dict()
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    for loaded in saved_and_loaded(model, tmp_path, ("task_names", "image_size", "width", "num_router_features")):
         torch.testing.assert_close(loaded(_batch()[0]).logits, model(_batch()[0]).logits, rtol=1e-6, atol=1e-6)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is CelebaCnnConfig
-    for key in ("task_names", "image_size", "width", "num_router_features"):
-        assert getattr(config, key) == getattr(model.config, key)
 
 
 def test_heads_that_are_missing_in_the_file_are_initialised_and_nothing_else(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from torch.nn import functional
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoModel,
     BertConfig,
     BertModel,
     Dinov2Config,
@@ -33,6 +32,7 @@ from hf_bilb.models import MODELS, DenseBackboneConfig, DenseBackboneModel, Dens
 from hf_bilb.models.dense_backbone import build_dense_backbone
 from hf_bilb.options import OptionError, parse_options
 from hf_bilb.task_losses import TaskLossError
+from tests.models.files import saved_and_loaded
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
 TASKS = ["segmentation", "depth", "normals"]
@@ -346,19 +346,11 @@ def test_bfloat16_autocast_gives_float32_losses(encoders: Path) -> None:
 def test_saved_and_loaded_through_the_auto_classes_bit_for_bit(encoders: Path, tmp_path: Path) -> None:
     model, columns = build(encoders / "resnet", MIXED, stages=("stage1", "stage3")), partly_labelled()
     model(**columns)
-    model.eval().save_pretrained(tmp_path)
-    for auto_class in (AutoModel, DenseBackboneModel):
-        loaded = auto_class.from_pretrained(tmp_path)
-        assert type(loaded) is DenseBackboneModel
-        weights, expected = loaded.state_dict(), model.state_dict()
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    keys = ("task_names", "image_tasks", "stages", "image_mean", "image_std", "decoder_size", "encoder_name")
+    for loaded in saved_and_loaded(model, tmp_path, keys):
         assert torch.equal(loaded(**columns).losses, model(**columns).losses)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is DenseBackboneConfig and config.encoder_config.out_features == ["stage1", "stage3"]
-    for key in ("task_names", "image_tasks", "stages", "image_mean", "image_std", "decoder_size", "encoder_name"):
-        assert getattr(config, key) == getattr(model.config, key)
-    assert list(config.image_tasks) == ["scene", "room"] and config.image_mean == MEAN
+        assert loaded.config.encoder_config.out_features == ["stage1", "stage3"]
+        assert list(loaded.config.image_tasks) == ["scene", "room"] and loaded.config.image_mean == MEAN
 
 
 # --- registry and options -----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     BertConfig,
     BertModel,
@@ -26,6 +25,7 @@ from hf_bilb.data import MissingPackageError
 from hf_bilb.models import MODELS, MultiTaskImageConfig, MultiTaskImageModel, MultiTaskImageOptions
 from hf_bilb.models.image_encoder import build_multi_task_image
 from hf_bilb.options import OptionError, parse_options
+from tests.models.files import saved_and_loaded
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
 TASKS = ["a", "b", "c"]
@@ -155,18 +155,10 @@ def test_another_size_than_the_processor_s_is_said(
 def test_saved_and_loaded_through_the_auto_classes(encoders: Path, tmp_path: Path, encoder: str) -> None:
     model = build(encoders / encoder)
     model(*_batch())  # ResNet's running statistics
-    model.eval().save_pretrained(tmp_path)
-    for auto_class in (AutoModel, MultiTaskImageModel):
-        loaded = auto_class.from_pretrained(tmp_path)
-        assert type(loaded) is MultiTaskImageModel
-        weights, expected = loaded.state_dict(), model.state_dict()
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    keys = ("task_names", "image_size", "image_mean", "image_std", "pooling", "num_features", "encoder_name")
+    for loaded in saved_and_loaded(model, tmp_path, keys):
         torch.testing.assert_close(loaded(_batch()[0]).logits, model(_batch()[0]).logits)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is MultiTaskImageConfig and config.encoder_config.model_type == encoder
-    for key in ("task_names", "image_size", "image_mean", "image_std", "pooling", "num_features", "encoder_name"):
-        assert getattr(config, key) == getattr(model.config, key)
+        assert loaded.config.encoder_config.model_type == encoder
 
 
 def test_a_package_with_a_model(encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

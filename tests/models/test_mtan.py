@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
 from hf_bilb.dense_losses import dense_task_losses
 from hf_bilb.models import MODELS, MtanConfig, MtanModel, SegNetOptions
 from hf_bilb.models.dense_layers import SharedBatchNorm
 from hf_bilb.options import OptionError, parse_options
+from tests.models.files import saved_and_loaded
 from tests.models.looped_dense import LoopedMtan, pairs_of_tasks, trunk_gradients, with_weights_of
 from tests.models.test_segnet import TASKS, batch, unlike_the_first
 
@@ -219,16 +219,9 @@ def test_the_trainer_trains_it_with_a_feature_router_and_evaluates_it(tmp_path: 
 def test_saved_and_loaded_through_the_auto_classes_bit_for_bit(tmp_path: Path) -> None:
     model, inputs = small(), batch()
     model(**inputs)
-    model.eval().save_pretrained(tmp_path)
-    for auto_class in (AutoModel, MtanModel):
-        loaded = auto_class.from_pretrained(tmp_path)
-        assert type(loaded) is MtanModel
-        weights, expected = loaded.state_dict(), model.state_dict()
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    for loaded in saved_and_loaded(model, tmp_path):
         assert torch.equal(loaded(inputs["pixel_values"]).logits[2], model(inputs["pixel_values"]).logits[2])
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is MtanConfig and config.num_router_features == 12
+        assert loaded.config.num_router_features == 12
 
 
 def test_options_of_a_recipe_and_facts_of_the_data_make_a_config() -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
 from hf_bilb.models import MODELS, Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
 from hf_bilb.models.heads import TaskHeads
 from hf_bilb.options import OptionError, parse_options
+from tests.models.files import saved_and_loaded
 
 
 def _model(**changes: object) -> Qm9MlpModel:
@@ -155,19 +155,10 @@ def test_the_seed_decides_the_first_weights() -> None:
 def test_saved_and_loaded_through_the_auto_classes_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     model = _model(dropout=0.1).to(dtype).eval()
     nn.init.normal_(model.heads.bias)  # not what initialisation would give again
-    model.save_pretrained(tmp_path)
-    for auto_class in (AutoModel, Qm9MlpModel):
-        loaded = auto_class.from_pretrained(tmp_path, dtype="auto")
-        assert type(loaded) is Qm9MlpModel
-        weights, expected = loaded.state_dict(), model.state_dict()
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    keys = ("num_features", "task_names", "hidden_size", "num_layers", "head_size", "dropout")
+    for loaded in saved_and_loaded(model, tmp_path, keys):
         features, labels = _batch(dtype)
         assert torch.equal(loaded(features, labels).losses, model(features, labels).losses)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is Qm9MlpConfig
-    for key in ("num_features", "task_names", "hidden_size", "num_layers", "head_size", "dropout"):
-        assert getattr(config, key) == getattr(model.config, key)
 
 
 def test_weights_that_are_missing_in_the_file_are_initialised(tmp_path: Path) -> None:

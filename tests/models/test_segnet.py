@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from hf_bilb.dense_losses import dense_task_losses
 from hf_bilb.models import MODELS, SegNetConfig, SegNetModel, SegNetOptions
 from hf_bilb.options import OptionError, parse_options
 from hf_bilb.task_losses import TaskLossError
+from tests.models.files import saved_and_loaded
 from tests.models.looped_dense import LoopedSegNet, pairs_of_tasks, trunk_gradients, with_weights_of
 
 TASKS = ["segmentation", "depth", "normals"]
@@ -185,18 +185,9 @@ def test_saved_and_loaded_through_the_auto_classes_bit_for_bit(tmp_path: Path) -
     model, inputs = small(task_names=["depth", "segmentation"]), batch()
     del inputs["normals"]
     model(**inputs)  # running statistics that are not the first ones
-    model.eval().save_pretrained(tmp_path)
-    for auto_class in (AutoModel, SegNetModel):
-        loaded = auto_class.from_pretrained(tmp_path)
-        assert type(loaded) is SegNetModel
-        weights, expected = loaded.state_dict(), model.state_dict()
-        assert weights.keys() == expected.keys()
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    keys = ("task_names", "num_classes", "width", "num_router_features", "sync_batch_norm")
+    for loaded in saved_and_loaded(model, tmp_path, keys):
         assert torch.equal(loaded(inputs["pixel_values"]).logits[0], model(inputs["pixel_values"]).logits[0])
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert type(config) is SegNetConfig
-    for key in ("task_names", "num_classes", "width", "num_router_features", "sync_batch_norm"):
-        assert getattr(config, key) == getattr(model.config, key)
 
 
 def test_heads_that_are_missing_in_the_file_are_initialised_and_nothing_else(tmp_path: Path) -> None:
