@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.data.nyuv2_labels import CLASSES_13
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.recipe import one_line, read_recipe
 from hf_bilb.reporting.results import FILE_NAME, RunResults, read_results
 from hf_bilb.reporting.tables import compare, render_text

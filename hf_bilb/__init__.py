@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_bilb.balancers import LossBalancer, build_balancer, list_balancers, register_balancer
-from hf_bilb.options import OptionError
+from hf_bilb.errors import (
+    CheckpointError,
+    HfBilbError,
+    MetricError,
+    MissingPackageError,
+    NonFiniteLossError,
+    OptionError,
+    TaskLossError,
+    TrainerError,
+)
 
 if TYPE_CHECKING:
     from hf_bilb.trainer import BilevelMTLTrainer
@@ -16,8 +25,15 @@ __version__ = "0.1.0"
 __all__ = [
     "BilevelMTLTrainer",
     "BilevelMTLTrainingArguments",
+    "CheckpointError",
+    "HfBilbError",
     "LossBalancer",
+    "MetricError",
+    "MissingPackageError",
+    "NonFiniteLossError",
     "OptionError",
+    "TaskLossError",
+    "TrainerError",
     "build_balancer",
     "list_balancers",
     "register_balancer",

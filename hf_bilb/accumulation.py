@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from hf_bilb import distributed
 from hf_bilb.decision import WindowShare
-from hf_bilb.task_losses import TaskLossError, TaskLosses, valid_labels
+from hf_bilb.errors import TaskLossError
+from hf_bilb.task_losses import TaskLosses, valid_labels
 
 logger = logging.getLogger(__name__)
 

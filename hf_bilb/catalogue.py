@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hf_bilb.balancers.options import BalancerOptions
 from hf_bilb.balancers.registry import BalancerSpec, build_balancer, get_balancer_spec, list_balancers
-from hf_bilb.options import OptionError, describe_type
+from hf_bilb.errors import OptionError
+from hf_bilb.options import describe_type
 from hf_bilb.reporting.balancer_table import BalancerEntry, Catalogue, CostEntry, OptionEntry, flow
 
 _SIZES = (3, 5, 8)  # numbers of tasks to find out how a size depends on K

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_bilb import checkpointing
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.recipe import Recipe, differences, load_yaml, read_recipe
 from hf_bilb.reporting.results import FILE_NAME, read_results
 from hf_bilb.running_log import VECTORS_FILE

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_bilb.balancers.base import LossBalancer
+from hf_bilb.errors import CheckpointError, TaskLossError
 from hf_bilb.running_log import RunningLog
-from hf_bilb.task_losses import TaskLossError
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +31,6 @@ STAGING = "_incomplete"
 TENSORS, DESCRIPTION = "balancer.safetensors", "balancer.json"
 _FORMAT = 2
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged, or belongs to another run. One line that names file and cause."""
 
 
 # --- completeness -------------------------------------------------------------------------------------------------

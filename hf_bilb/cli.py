@@ -16,12 +16,8 @@ from typing import IO, Any
 
 import click
 
-from hf_bilb.balancers.base import NonFiniteLossError
 from hf_bilb.catalogue import catalogue, describe
-from hf_bilb.checkpointing import CheckpointError
-from hf_bilb.data import MissingPackageError
-from hf_bilb.metrics.base import MetricError
-from hf_bilb.options import OptionError
+from hf_bilb.errors import HfBilbError, NonFiniteLossError
 from hf_bilb.recipe import dump_recipe, import_sources, one_line, read_recipe
 from hf_bilb.reporting.balancer_table import (
     render_one_json,
@@ -64,10 +60,10 @@ class Failed(UserError):
 def _one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
-    except (OptionError, CheckpointError, MissingPackageError, MetricError) as error:
-        raise UserError(error) from None
     except NonFiniteLossError as error:
         raise Failed(error) from None
+    except HfBilbError as error:
+        raise UserError(error) from None
     except BrokenProcessPool:
         killed = "a worker process was killed (no memory left?); the same command goes on from what is finished"
         raise Failed(RuntimeError(killed)) from None

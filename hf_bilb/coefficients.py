@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 CoefficientScale = Literal["as_defined", "sum_to_one", "sum_to_k"]
 

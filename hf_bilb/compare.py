@@ -20,7 +20,8 @@ from typing import IO, Any
 import click
 
 from hf_bilb.cells import LOG_FILE, SINGLE_TASK, Cell, parse_balancers, parse_seeds, plan_cells, state_of, task_names
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.errors import OptionError
+from hf_bilb.options import nearest
 from hf_bilb.recipe import Recipe, dump_recipe, read_recipe
 from hf_bilb.reporting.results import RunResults, read_results, write_text
 from hf_bilb.reporting.study import Runs, Study, make_study

@@ -110,10 +110,6 @@ def local_share(batch: TaskLosses, per_task: Tensor, per_feature: Tensor | None)
     return share + torch.dot(per_feature, summed).to(share.dtype)
 
 
-class NonFiniteLossError(ArithmeticError):
-    """A loss with valid items is NaN, infinite or outside a logarithm's domain; the message names task and value."""
-
-
 class LossMemory(nn.Module):
     """The last known global loss of each task, for `absent_tasks: hold`. State: `last_losses [K]`, `seen [K]`."""
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_bilb.errors import TaskLossError
 from hf_bilb.options import unknown_name
-from hf_bilb.task_losses import TaskLossError, masked_cross_entropy
+from hf_bilb.task_losses import masked_cross_entropy
 
 #: Tasks with a label at every pixel, named as their label columns.
 DENSE_TASKS = ("segmentation", "depth", "normals")

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from hf_bilb.lower_level import LowerLevelReport
-from hf_bilb.options import OptionError
 
 if TYPE_CHECKING:
     from hf_bilb.trainer import BilevelMTLTrainer

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 
 @dataclass(frozen=True)

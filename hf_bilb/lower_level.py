@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_bilb import distributed
-from hf_bilb.decision import NonFiniteLossError, local_share
+from hf_bilb.decision import local_share
 from hf_bilb.distributed import GlobalBatch
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from hf_bilb.objective import BilevelObjective, Derivatives, ObjectiveValue, Scalar
-from hf_bilb.options import OptionError
 from hf_bilb.passes import (
     MicroBatch,
     bare,

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 #: Share of l0 below which a task counts as solved under `power`.
 SOLVED = 1e-6

@@ -14,11 +14,9 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
+from hf_bilb.errors import OptionError
+
 T = TypeVar("T")
-
-
-class OptionError(ValueError):
-    """An option that is unknown, of the wrong type or out of range. The message is one line and names the key path."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

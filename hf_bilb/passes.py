@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb import distributed
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.task_losses import TaskLosses
 
 #: Runs the model on one micro-batch at its current parameters.

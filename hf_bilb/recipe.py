@@ -29,7 +29,8 @@ from typing import Any, Literal
 
 import yaml
 
-from hf_bilb.options import OptionError, check_value, nearest, parse_options, unknown_name
+from hf_bilb.errors import OptionError
+from hf_bilb.options import check_value, nearest, parse_options, unknown_name
 from hf_bilb.references import import_source
 
 SECTIONS = ("model", "data", "balancer", "trainer", "evaluation")

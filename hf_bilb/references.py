@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.errors import OptionError
+from hf_bilb.options import nearest
 
 
 def check_reference(reference: str, path: str) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 Activation = Literal["softmax", "sigmoid", "sigmoid_relu"]
 

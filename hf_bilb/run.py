@@ -21,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
+from hf_bilb.errors import OptionError
 from hf_bilb.gallery import gallery_rows
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns
-from hf_bilb.options import OptionError, nearest, parse_options
+from hf_bilb.options import nearest, parse_options
 from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
 from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run

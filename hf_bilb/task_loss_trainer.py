@@ -12,13 +12,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilb.accumulation import ItemCounter, batch_size
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
+from hf_bilb.errors import TaskLossError
 from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
 from hf_bilb.metrics.perplexity import LossMetrics
 from hf_bilb.metrics.streaming import StreamingMetrics
 from hf_bilb.passes import buffers_kept
 from hf_bilb.random_state import RandomState
-from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
+from hf_bilb.task_losses import TaskLosses, as_task_losses
 from hf_bilb.trainer_checks import ForwardColumns, check_settings, resolve_task_names
 from hf_bilb.training_args import BilevelMTLTrainingArguments
 

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_bilb.options import OptionError, nearest
-
-
-class TaskLossError(ValueError):
-    """Losses, counts or features that do not keep the contract. The message names the task and what was expected."""
+from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.options import nearest
 
 
 @dataclass(frozen=True)

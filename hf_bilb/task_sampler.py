@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, Sampler, Subset
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 Strategy = Literal["proportional", "temperature", "uniform", "round_robin"]
 Ints = NDArray[np.int64]

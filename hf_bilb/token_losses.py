@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_bilb.task_losses import TaskLossError
+from hf_bilb.errors import TaskLossError
 
 #: Labels with this value are no items: prompts, padding, the first token of an example.
 IGNORED = -100

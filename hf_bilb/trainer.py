@@ -21,9 +21,10 @@ from hf_bilb import checkpointing, distributed
 from hf_bilb.accumulation import AccumulationWindow
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
-from hf_bilb.decision import Decision, NonFiniteLossError, share_of_window
+from hf_bilb.decision import Decision, share_of_window
 from hf_bilb.diagnostics import LowerLevelDiagnostics
 from hf_bilb.epochs import EpochDataset
+from hf_bilb.errors import NonFiniteLossError
 from hf_bilb.micro_batches import MicroBatches
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.task_loss_trainer import TaskLossTrainer, tensors_in

@@ -15,8 +15,8 @@ from transformers.training_args import OptimizerNames
 
 from hf_bilb.balancers.bilb import BilbOptions
 from hf_bilb.balancers.registry import resolve_options
+from hf_bilb.errors import OptionError
 from hf_bilb.objective import ProgressObjective
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.task_sampler import TaskSamplingOptions, example_tasks, refuse_other_sampling
 from hf_bilb.training_args import BilevelMTLTrainingArguments

@@ -10,8 +10,9 @@ from transformers import SchedulerType, TrainingArguments
 from hf_bilb.balancers.driver import AbsentTasks
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.diagnostics import DiagnosticsOptions
+from hf_bilb.errors import OptionError
 from hf_bilb.learning_rate import StepLROptions
-from hf_bilb.options import OptionError, check_value, nearest, parse_options
+from hf_bilb.options import check_value, nearest, parse_options
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.task_sampler import TaskSamplingOptions
 

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.decision import Decision, NonFiniteLossError
+from hf_bilb.decision import Decision
 from hf_bilb.distributed import GlobalBatch
+from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.normalization import Normalization
 from hf_bilb.objective import Objective
-from hf_bilb.task_losses import TaskLossError, TaskLosses
+from hf_bilb.task_losses import TaskLosses
 
 Phase = Literal["warmup", "balancing", "frozen"]
 

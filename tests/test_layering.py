@@ -58,6 +58,7 @@ ENGINE = {
         "decision",
         "discrepancy",
         "distributed",
+        "errors",
         "guards",
         "look_ahead",
         "lower_level",
@@ -126,3 +127,27 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 def test_the_walk_sees_what_is_imported():
     assert "hf_bilb.balancers.base" in reachable("hf_bilb.trainer")
     assert outside(reachable("hf_bilb.run")) >= {"torch", "transformers", "click", "yaml", "matplotlib"}
+
+
+def test_every_error_of_the_package_has_one_base_and_is_a_builtin_too():
+    import hf_bilb
+    from hf_bilb import errors
+
+    found = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+    children = {name for name, kind in found.items() if kind.__mro__[1] is errors.HfBilbError}
+    assert children == found.keys() - {"HfBilbError"} and len(children) >= 6
+    for name in found:
+        assert getattr(hf_bilb, name) is found[name] and name in hf_bilb.__all__
+    builtin = (ValueError, ArithmeticError, ImportError, RuntimeError)
+    assert all(issubclass(found[name], builtin) for name in children)
+
+
+def test_errors_are_defined_in_one_place():
+    defined = {
+        node.name
+        for module, path in MODULES.items()
+        if module not in ("hf_bilb.errors", "hf_bilb.cli")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and any("Error" in ast.unparse(base) for base in node.bases)
+    }
+    assert defined <= {"_NoSuchFile"}

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from hf_bilb import distributed
 from hf_bilb.balancers.driver import BalancerDriver
 from hf_bilb.balancers.reevaluation import Reevaluation, as_micro_batches
-from hf_bilb.decision import Decision, NonFiniteLossError, WindowShare, surrogate_loss
+from hf_bilb.decision import Decision, WindowShare, surrogate_loss
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from hf_bilb.look_ahead import LookAhead
 from hf_bilb.lower_level import LowerLevelReport
 from hf_bilb.objective import (
     ProgressObjective,
 )
-from hf_bilb.options import OptionError
 from hf_bilb.passes import MicroBatch
 from hf_bilb.task_losses import TaskLosses, as_task_losses
 

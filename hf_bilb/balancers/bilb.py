@@ -33,9 +33,9 @@ from torch import Tensor
 from hf_bilb.balancers.options import BalancerOptions, LearningRate
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.discrepancy import Pairs, discrepancy, largest_slopes
+from hf_bilb.errors import OptionError
 from hf_bilb.normalization import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.objective import BilevelObjective, Levels, ObjectiveValue
-from hf_bilb.options import OptionError
 from hf_bilb.router import Activation, FeatureRouter, ParameterRouter, Router, UniformLogits
 
 

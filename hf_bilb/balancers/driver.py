@@ -18,6 +18,7 @@ from hf_bilb.balancers.state import BalancerState
 from hf_bilb.coefficients import CoefficientRules
 from hf_bilb.decision import Decision, LossMemory
 from hf_bilb.distributed import GlobalBatch
+from hf_bilb.errors import OptionError
 from hf_bilb.guards import Guards
 from hf_bilb.look_ahead import LookAhead
 from hf_bilb.normalization import Normalization
@@ -32,7 +33,6 @@ from hf_bilb.objective import (
     Scalar,
     differentiate,
 )
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import TaskLosses
 from hf_bilb.validity import Phase, Validity, is_finite
 

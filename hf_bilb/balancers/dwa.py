@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.errors import OptionError
 from hf_bilb.objective import HistoryObjective, ObjectiveValue
-from hf_bilb.options import OptionError
 
 
 @dataclass(frozen=True, kw_only=True)

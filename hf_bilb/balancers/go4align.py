@@ -29,8 +29,8 @@ from torch import Tensor
 from hf_bilb.balancers.draws import NormalDraws
 from hf_bilb.balancers.options import BalancerOptions, masked_sum
 from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.errors import OptionError
 from hf_bilb.objective import HistoryObjective, ObjectiveValue
-from hf_bilb.options import OptionError
 
 #: Lloyd's algorithm: the square of the centres' shifts together below which it rests, and the most rounds it takes.
 _REST, _ROUNDS = 1e-4, 50

@@ -9,9 +9,9 @@ from torch import nn
 
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.distributed import GlobalBatch
+from hf_bilb.errors import OptionError
 from hf_bilb.lower_level import LevelProbe, LowerLevel, LowerLevelReport
 from hf_bilb.objective import BilevelObjective, Derivatives, Scalar
-from hf_bilb.options import OptionError
 from hf_bilb.passes import MicroBatch, bare
 
 

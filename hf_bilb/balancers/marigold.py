@@ -44,8 +44,9 @@ from torch import Tensor, nn
 from hf_bilb.balancers.draws import NormalDraws
 from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.balancers.registry import Cost, register_balancer
+from hf_bilb.errors import OptionError
 from hf_bilb.objective import HistoryObjective, LookAheadObjective, ObjectiveValue, Scalar, StepProgress
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.options import nearest
 from hf_bilb.references import check_reference, load_reference
 from hf_bilb.router import initial_values
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_bilb.coefficients import CoefficientScale
+from hf_bilb.errors import OptionError
 from hf_bilb.normalization import MeanOf, NormalizationKind, ReferenceKind
-from hf_bilb.options import OptionError
 
 LearningRate = float | Literal["follow_model"]
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.distributed import GlobalBatch
+from hf_bilb.errors import OptionError
 from hf_bilb.normalization import Normalization
 from hf_bilb.objective import ProgressObjective, StepProgress, progress_gradients
-from hf_bilb.options import OptionError
 from hf_bilb.passes import MicroBatch, buffers_kept
 from hf_bilb.validity import Validity
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from hf_bilb.errors import TaskLossError
 from hf_bilb.passes import MicroBatch
-from hf_bilb.task_losses import TaskLossError, TaskLosses, as_task_losses
+from hf_bilb.task_losses import TaskLosses, as_task_losses
 
 Reevaluation = Callable[[], TaskLosses | Tensor | Mapping[str, Tensor]]
 

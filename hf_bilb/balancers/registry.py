@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from hf_bilb.errors import OptionError
 from hf_bilb.objective import Objective
-from hf_bilb.options import OptionError, parse_options, unknown_name
+from hf_bilb.options import parse_options, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.inner_loop import InnerLoop
 from hf_bilb.balancers.optimizer import OwnOptimizer
+from hf_bilb.errors import TaskLossError
 from hf_bilb.lower_level import LowerLevel
-from hf_bilb.task_losses import TaskLossError
 
 #: Prefix of z's entries.
 LOWER_LEVEL = "lower_level."

@@ -7,7 +7,7 @@ gives the `TaskData`. Importing this package needs none of the data packages.
 from __future__ import annotations
 
 from hf_bilb.data.adult import AdultOptions, load_adult
-from hf_bilb.data.base import DataSetSpec, MetricInfo, MissingPackageError, TaskData
+from hf_bilb.data.base import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.data.celeba import CelebaOptions, load_celeba
 from hf_bilb.data.census import CensusOptions, load_census
 from hf_bilb.data.cityscapes import CityscapesOptions, load_cityscapes
@@ -36,4 +36,4 @@ DATA_SETS: dict[str, DataSetSpec] = {
     "tox21": DataSetSpec(options=MoleculeNetOptions, load=load_tox21),
 }
 
-__all__ = ["DATA_SETS", "DataSetSpec", "MetricInfo", "MissingPackageError", "TaskData"]
+__all__ = ["DATA_SETS", "DataSetSpec", "MetricInfo", "TaskData"]

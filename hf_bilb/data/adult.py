@@ -32,7 +32,7 @@ from hf_bilb.data.tabular import (
     find_file,
     read_rows,
 )
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 LAYOUT = Layout(
     columns=(

@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
 

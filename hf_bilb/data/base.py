@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.info import DELTA_M_INFO as DELTA_M_INFO
 from hf_bilb.metrics.info import MetricInfo as MetricInfo
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import masked_bce_with_logits
 
 if TYPE_CHECKING:  # both take seconds to import, and only their names are needed
@@ -20,10 +20,6 @@ if TYPE_CHECKING:  # both take seconds to import, and only their names are neede
     from transformers import EvalPrediction
 
     Part: TypeAlias = torch.utils.data.Dataset[Any] | datasets.Dataset
-
-
-class MissingPackageError(ImportError):
-    """A data set's own package is not installed. The message is one line and says what to install."""
 
 
 @dataclass(frozen=True)

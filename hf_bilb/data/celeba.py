@@ -30,8 +30,9 @@ from hf_bilb.data.images import (
     list_files,
     prepare_images,
 )
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.multi_label import MEANS, MultiLabelMetrics, trivial_metrics
-from hf_bilb.options import OptionError, check_one_of, unknown_name
+from hf_bilb.options import check_one_of, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:

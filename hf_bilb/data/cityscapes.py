@@ -25,7 +25,7 @@ from hf_bilb.data.base import TaskData
 from hf_bilb.data.cityscapes_files import IMAGES, is_official, official_columns
 from hf_bilb.data.dense import DenseFacts, DenseOptions, DensePart, dense_task_data, mtan_part
 from hf_bilb.data.dense_files import MTAN_FOLDERS
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 TASKS = ("segmentation", "depth")
 #: Number of classes -> their names: the 7 groups, or the 19 of the official evaluation.

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.base import MissingPackageError
 from hf_bilb.data.dense_files import IMAGE, Column, check_labels, fingerprint, resize_image, resize_nearest
-from hf_bilb.options import OptionError
+from hf_bilb.errors import MissingPackageError, OptionError
 
 IMAGES = "leftImg8bit"
 # Kind -> top folder, ending of its files.

@@ -29,7 +29,8 @@ from hf_bilb.data.images import collate_images
 from hf_bilb.data.rows import BatchedRows
 from hf_bilb.dense_losses import IMAGE_LABELS, dense_item_counts
 from hf_bilb.epochs import EpochDataset
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.errors import OptionError
+from hf_bilb.options import nearest
 from hf_bilb.task_losses import check_task_names
 
 #: Raise it when a figure of the trivial predictor changes.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hf_bilb.data.array_cache import Arrays, Preparation, prepare_arrays
 from hf_bilb.data.images import list_files, short_hash
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 # Part of the name of the cache: raise it when what is cached changes.
 CACHE_VERSION = 1

@@ -36,11 +36,12 @@ from numpy.typing import NDArray
 
 from hf_bilb.data.base import MetricInfo, TaskData
 from hf_bilb.data.text import LABEL_NAMES, PadTokens, TokenRows, count_task_items, load_tokenizer, tokenize
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
 from hf_bilb.metrics.streaming import TaskMetrics
-from hf_bilb.options import OptionError, check_one_of, unknown_name
+from hf_bilb.options import check_one_of, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:

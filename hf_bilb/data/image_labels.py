@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.dense_losses import DENSE_TASKS
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.errors import OptionError
+from hf_bilb.options import nearest
 
 _FIRST = ("part", "image")
 _HEADER = ",".join([*_FIRST, "<task>", "..."])

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.data.rows import BatchedRows
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
     import datasets

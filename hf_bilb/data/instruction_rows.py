@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from hf_bilb.data.text import ROWS_AT_ONCE, padded_column, where_tokens_are
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.token_losses import IGNORED, TOKEN_LABELS
 
 if TYPE_CHECKING:

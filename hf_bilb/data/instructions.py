@@ -24,8 +24,9 @@ from hf_bilb.data.glue import DEFAULT_TASKS, TASKS, GlueOptions, read_task, spli
 from hf_bilb.data.glue_prompts import instruction
 from hf_bilb.data.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
 from hf_bilb.data.text import load_tokenizer
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.perplexity import Perplexity, perplexity
-from hf_bilb.options import OptionError, check_one_of, nearest, unknown_name
+from hf_bilb.options import check_one_of, nearest, unknown_name
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.token_losses import TOKEN_LABELS, TokenLosses
 

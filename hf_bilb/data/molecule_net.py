@@ -37,9 +37,10 @@ from hf_bilb.data.molecules import (
     scaffold,
     smiles_graph,
 )
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.roc_auc import RocAuc
 from hf_bilb.metrics.streaming import TaskMetrics
-from hf_bilb.options import OptionError, nearest, unknown_name
+from hf_bilb.options import nearest, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.base import MissingPackageError
+from hf_bilb.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from rdkit import Chem

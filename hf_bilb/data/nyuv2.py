@@ -23,7 +23,7 @@ from hf_bilb.data.base import TaskData
 from hf_bilb.data.dense import DenseFacts, DenseOptions, dense_task_data, mtan_part
 from hf_bilb.data.dense_files import MTAN_FOLDERS
 from hf_bilb.data.nyuv2_labels import CLASSES_13
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
 

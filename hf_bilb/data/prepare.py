@@ -23,11 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.data.array_cache import available_cores, locked, run_jobs
-from hf_bilb.data.base import MissingPackageError
 from hf_bilb.data.dense_files import measured, resize_image, resize_nearest
 from hf_bilb.data.nyuv2_labels import NUM_IMAGES, NUM_RAW_CLASSES, classes_13, official_split
 from hf_bilb.data.surface_normals import NYUV2_CAMERA, normals_from_depth
-from hf_bilb.options import OptionError
+from hf_bilb.errors import MissingPackageError, OptionError
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.data.base import MissingPackageError, Standardizer, TaskData, check_split, split_rows
+from hf_bilb.data.base import Standardizer, TaskData, check_split, split_rows
 from hf_bilb.data.coulomb import coulomb_eigenvalues
 from hf_bilb.data.qm9_targets import TARGETS, Tasks, check_targets
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.options import OptionError
+from hf_bilb.errors import MissingPackageError, OptionError
 
 if TYPE_CHECKING:
     import datasets

@@ -48,7 +48,7 @@ from hf_bilb.data.molecules import (
 )
 from hf_bilb.data.qm9 import Molecules, Qm9Options, package_folder, read_molecules, read_smiles
 from hf_bilb.data.qm9_targets import Tasks
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 CHUNK = 2048  # molecules that are kept when a preparation is interrupted
 # Part of the name of the cache: raise it when what is cached changes.

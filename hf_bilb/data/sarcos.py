@@ -24,8 +24,8 @@ from torch import Tensor
 from hf_bilb.data.base import MetricInfo, Standardizer, TaskData
 from hf_bilb.data.rows import VectorRows, collate_vectors
 from hf_bilb.data.tabular import TableOptions
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.regression import normalized_mean_squared_error
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import masked_mse
 
 if TYPE_CHECKING:

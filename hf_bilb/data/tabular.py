@@ -21,10 +21,11 @@ from torch.utils.data import Dataset
 
 from hf_bilb.data.base import MetricInfo, Split, Standardizer, TaskData, binary_losses, split_rows
 from hf_bilb.data.rows import collate_vectors
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.normalized_entropy import NormalizedEntropy
 from hf_bilb.metrics.roc_auc import BinaryClassification
-from hf_bilb.options import OptionError, nearest, unknown_name
+from hf_bilb.options import nearest, unknown_name
 from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_bilb.data.base import MissingPackageError
-from hf_bilb.options import OptionError
+from hf_bilb.errors import MissingPackageError, OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_bilb.metrics.errors import MetricError
+from hf_bilb.errors import MetricError
 
 
 class Statistics(ABC):

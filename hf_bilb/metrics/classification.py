@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_bilb.metrics.base import Accumulator, MetricError, as_vector_pair
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.errors import MetricError, OptionError
+from hf_bilb.metrics.base import Accumulator, as_vector_pair
+from hf_bilb.options import nearest
 from hf_bilb.task_losses import valid_labels
 
 Average: TypeAlias = Literal["binary", "macro"]

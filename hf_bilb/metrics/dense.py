@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from hf_bilb.dense_losses import IMAGE_LABELS, check_dense_task, labels_by_task
+from hf_bilb.errors import MetricError, OptionError, TaskLossError
 from hf_bilb.metrics.dense_accumulators import DenseAccumulator, Depth, ImageClasses, Normals, Segmentation
-from hf_bilb.metrics.errors import MetricError
 from hf_bilb.metrics.info import DELTA_M_INFO, MetricInfo
 from hf_bilb.metrics.multi_task import DELTA_M, DELTA_M_BY_TASK, delta_m, grouped_delta_m
 from hf_bilb.metrics.streaming import StreamingMetrics, as_tensor, check_base, of_task
-from hf_bilb.options import OptionError, unknown_name
-from hf_bilb.task_losses import TaskLossError, check_task_names
+from hf_bilb.options import unknown_name
+from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction

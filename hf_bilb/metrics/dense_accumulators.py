@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.dense_losses import known_pixels
+from hf_bilb.errors import MetricError
 from hf_bilb.metrics.base import Statistics, wide
 from hf_bilb.metrics.classification import AccuracyAndF1
-from hf_bilb.metrics.errors import MetricError
 
 #: The papers' limits, in degrees.
 ANGLE_LIMITS = (11.25, 22.5, 30.0)

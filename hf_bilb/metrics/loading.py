@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, cast
 
-from hf_bilb.options import OptionError, unknown_name
+from hf_bilb.errors import OptionError
+from hf_bilb.options import unknown_name
 
 if TYPE_CHECKING:
     import evaluate

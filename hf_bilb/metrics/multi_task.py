@@ -11,7 +11,7 @@ from typing import TypeAlias, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_bilb.metrics.errors import MetricError
+from hf_bilb.errors import MetricError
 
 Floats: TypeAlias = NDArray[np.float64]
 

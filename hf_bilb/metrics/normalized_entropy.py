@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_bilb.metrics.base import Accumulator, MetricError, as_vector_pair, one_output, wide
+from hf_bilb.errors import MetricError
+from hf_bilb.metrics.base import Accumulator, as_vector_pair, one_output, wide
 from hf_bilb.task_losses import valid_labels
 
 

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_bilb.metrics.base import Accumulator, MetricError, one_output, wide
+from hf_bilb.errors import MetricError
+from hf_bilb.metrics.base import Accumulator, one_output, wide
 
 
 def mean_absolute_error(predictions: Any, labels: Any) -> NDArray[np.float64]:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_bilb.errors import OptionError
 from hf_bilb.models.outputs import MultiTaskOutput
-from hf_bilb.options import OptionError
 
 _ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 

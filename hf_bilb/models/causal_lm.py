@@ -17,9 +17,10 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from hf_bilb.errors import OptionError
 from hf_bilb.models.lora import LoraOptions, lora_config
 from hf_bilb.models.token_influence import check_causal, check_packing
-from hf_bilb.options import OptionError, check_one_of, nearest
+from hf_bilb.options import check_one_of, nearest
 
 DType = Literal["float32", "bfloat16", "float16"]
 

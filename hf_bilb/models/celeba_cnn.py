@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hf_bilb.data.celeba import ATTRIBUTES
+from hf_bilb.errors import OptionError
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
 
 

@@ -34,6 +34,7 @@ from torch.nn import functional
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 
 from hf_bilb.dense_losses import DENSE_TASKS, IMAGE_LABELS, check_dense_task, labels_by_task
+from hf_bilb.errors import OptionError
 from hf_bilb.models.base import check_size
 from hf_bilb.models.dense_layers import DenseModel, TaskConv2d, TaskOutputs, finished, output_sizes
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
@@ -47,7 +48,7 @@ from hf_bilb.models.pretrained import (
     read_encoder_config,
     read_image_processor,
 )
-from hf_bilb.options import OptionError, unknown_name
+from hf_bilb.options import unknown_name
 from hf_bilb.task_losses import check_task_names
 
 _STRIDE = 4  # of the maps that the decoder works on

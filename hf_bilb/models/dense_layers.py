@@ -15,9 +15,9 @@ from torch.nn import functional
 from transformers import initialization
 
 from hf_bilb.dense_losses import dense_task_losses, unit_vectors
+from hf_bilb.errors import TaskLossError
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.outputs import MultiTaskOutput
-from hf_bilb.task_losses import TaskLossError
 
 
 def convolution_block(inputs: int, outputs: int) -> nn.Sequential:

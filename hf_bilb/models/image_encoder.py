@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_bilb.errors import OptionError
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
@@ -33,7 +34,6 @@ from hf_bilb.models.pretrained import (
     read_encoder_config,
     read_image_processor,
 )
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 
+from hf_bilb.errors import OptionError
 from hf_bilb.models.base import MultiTaskModel, check_dropout, check_size
 from hf_bilb.models.graph_layers import EdgeConditionedMessage, GraphSizes, Set2Set
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.options import nearest
 from hf_bilb.task_losses import check_task_names, masked_bce_with_logits, masked_mse
 
 Problem = Literal["regression", "binary_classification"]

@@ -13,8 +13,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from hf_bilb.data.text import pretrained_path
+from hf_bilb.errors import OptionError
 from hf_bilb.models.base import MultiTaskModel
-from hf_bilb.options import OptionError
 
 
 class EncoderModel(MultiTaskModel):

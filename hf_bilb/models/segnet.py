@@ -24,10 +24,10 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 
 from hf_bilb.dense_losses import DENSE_TASKS, check_dense_task
+from hf_bilb.errors import OptionError
 from hf_bilb.models.base import check_size
 from hf_bilb.models.dense_layers import DenseHeads, DenseModel, convolution_block, finished, output_sizes
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
-from hf_bilb.options import OptionError
 from hf_bilb.task_losses import check_task_names
 
 _SMALLEST = 32  # five poolings by 2

@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_bilb.options import OptionError, nearest
+from hf_bilb.errors import OptionError
+from hf_bilb.options import nearest
 from hf_bilb.references import check_reference, load_reference
 
 

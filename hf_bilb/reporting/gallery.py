@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.reporting.plots import save_figure
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.multi_task import DELTA_M, RELATIONS
-from hf_bilb.options import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults
 
 

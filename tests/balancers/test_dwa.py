@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.decision import NonFiniteLossError
-from hf_bilb.options import OptionError
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from hf_bilb.task_losses import TaskLosses
 from tests.contract.cases import advance, random_losses
 

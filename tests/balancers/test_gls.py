@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hf_bilb import build_balancer
-from hf_bilb.decision import NonFiniteLossError
-from hf_bilb.options import OptionError
+from hf_bilb.errors import NonFiniteLossError, OptionError
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e3])

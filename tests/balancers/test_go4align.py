@@ -13,8 +13,7 @@ from torch import Tensor
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.balancers.go4align import group_means, lloyd_means
-from hf_bilb.decision import NonFiniteLossError
-from hf_bilb.options import OptionError
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from tests.balancers.reference import load
 from tests.contract.cases import advance, random_losses
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_bilb import build_balancer
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from tests.contract.cases import advance, random_losses
 
 

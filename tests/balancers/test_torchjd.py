@@ -15,8 +15,7 @@ from torchjd.scalarization import DWA, FAMO, IMTLL, STCH, UW, Constant, Geometri
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.decision import NonFiniteLossError
-from hf_bilb.options import OptionError
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from tests.balancers.torchjd_reference import DEVIATIONS, PAIRS, TASKS, Pair, compare_with_torchjd, preference
 from tests.contract.cases import advance, random_losses
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from hf_bilb.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS, CheckpointError, verify
+from hf_bilb.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS, verify
+from hf_bilb.errors import CheckpointError
 from tests.checkpoints.runs import Begin, Run, build_trainer
 from tests.synthetic import build_data, build_model, flat_parameters
 

@@ -23,7 +23,7 @@ from hf_bilb import checkpointing, compare
 from hf_bilb.cells import parse_balancers, parse_seeds, state_of
 from hf_bilb.cli import main
 from hf_bilb.data import DATA_SETS, DataSetSpec
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.recipe import read_recipe
 from hf_bilb.reporting.results import read_results, write_results
 from tests.cli.made_up import RECIPE, TASKS, MadeUpOptions, load_made_up

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hf_bilb.data import MetricInfo, TaskData
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.recipe import parse_recipe
 from hf_bilb.run import build_model, training_arguments
 

@@ -18,7 +18,7 @@ import pytest
 
 from hf_bilb.data import array_cache
 from hf_bilb.data.array_cache import META, Arrays, Preparation, prepare_arrays
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from tests.processes import group_is_gone, wait_for
 
 CHUNKS = 12

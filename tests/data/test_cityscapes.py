@@ -13,10 +13,10 @@ from PIL import Image
 
 from hf_bilb.data import array_cache, dense_files
 from hf_bilb.data.augmentation import draw_view
-from hf_bilb.data.base import MissingPackageError
 from hf_bilb.data.cityscapes import CLASS_NAMES, CityscapesOptions, load_cityscapes
 from hf_bilb.data.cityscapes_files import class_table
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.options import parse_options
 from tests.data.dense_scenes import SIZE, seen_labels, write_mtan
 
 # Label id -> name and group of cityscapesScripts' labels.py, for the 19 classes of the evaluation, in its order.

@@ -23,7 +23,8 @@ from hf_bilb.data.images import collate_images
 from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.dense_losses import dense_item_counts
 from hf_bilb.epochs import EpochDataset
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import OptionError
+from hf_bilb.options import parse_options
 from tests.data.dense_scenes import SIZE, seen_depth, seen_image, seen_labels, seen_normals, write_mtan
 
 TASKS = ("segmentation", "depth", "normals")

@@ -19,7 +19,7 @@ from hf_bilb.data.dense import DenseOptions
 from hf_bilb.data.images import collate_images
 from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.data.prepare import prepare_nyuv2
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.recipe import read_recipe
 from hf_bilb.run import build_model, run_recipe
 from tests.data.dense_scenes import write_mtan

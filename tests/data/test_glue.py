@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_bilb.data import DATA_SETS, MissingPackageError
+from hf_bilb.data import DATA_SETS
 from hf_bilb.data.glue import (
     DEFAULT_TASKS,
     TASKS,
@@ -25,7 +25,8 @@ from hf_bilb.data.glue import (
     split_training_rows,
 )
 from hf_bilb.data.text import PadTokens, TokenRows, count_task_items, pretrained_path, tokenize
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.options import parse_options
 from hf_bilb.task_sampler import example_tasks
 from tests.data.glue_files import FOLDERS, HEADERS, rows, write_encoder, write_glue, write_tsv
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hf_bilb.data.image_labels import ImageLabels, read_image_labels
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 
 IMAGES = {"train": ["0", "1", "2", "10"], "val": ["0", "1"]}
 LINES = (

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from hf_bilb.data import images
 from hf_bilb.data.celeba import CelebaOptions, load_celeba
 from hf_bilb.data.images import ImageRows, collate_images, decode, prepare_images
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from tests.data.celeba_files import Counted, name_of, write_celeba
 
 ROOT = Path(__file__).parents[2]

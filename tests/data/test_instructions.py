@@ -16,7 +16,8 @@ from hf_bilb.data import DATA_SETS, TaskData
 from hf_bilb.data.glue_prompts import WORDINGS
 from hf_bilb.data.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
 from hf_bilb.data.instructions import new_tokenizer, read_jsonl, unigram_perplexity
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import OptionError
+from hf_bilb.options import parse_options
 from tests.data.glue_files import write_glue
 from tests.data.language_files import TASKS, rows, tokenizer_of, write_jsonl
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_bilb.data import DATA_SETS, MissingPackageError, TaskData, molecule_net
+from hf_bilb.data import DATA_SETS, TaskData, molecule_net
 from hf_bilb.data.molecule_net import (
     SIDER_TASKS,
     TOX21_TASKS,
@@ -23,7 +23,8 @@ from hf_bilb.data.molecule_net import (
     read_csv,
     scaffold_split,
 )
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.options import parse_options
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_rdkit = pytest.mark.skipif(

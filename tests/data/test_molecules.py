@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 
-from hf_bilb.data import MissingPackageError
 from hf_bilb.data.molecules import (
     BOND_TYPES,
     GEOMETRY_ATOM_FEATURES,
@@ -23,6 +22,7 @@ from hf_bilb.data.molecules import (
     scaffold,
     smiles_graph,
 )
+from hf_bilb.errors import MissingPackageError
 
 needs_rdkit = pytest.mark.skipif(
     importlib.util.find_spec("rdkit") is None, reason='needs RDKit: pip install "hf-bilb[molecules]"'

@@ -16,12 +16,11 @@ from click.testing import CliRunner
 
 from hf_bilb.cli import main
 from hf_bilb.data import prepare
-from hf_bilb.data.base import MissingPackageError
 from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.data.nyuv2_labels import classes_13, official_split
 from hf_bilb.data.prepare import prepare_nyuv2
 from hf_bilb.data.surface_normals import NYUV2_CAMERA
-from hf_bilb.options import OptionError
+from hf_bilb.errors import MissingPackageError, OptionError
 from tests.data.dense_scenes import plane, write_mtan
 from tests.processes import group_is_gone, wait_for
 

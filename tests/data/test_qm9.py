@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_bilb.data import DATA_SETS
-from hf_bilb.data.base import MissingPackageError, TaskData
+from hf_bilb.data.base import TaskData
 from hf_bilb.data.coulomb import coulomb_eigenvalues, coulomb_matrices
 from hf_bilb.data.qm9 import (
     NUM_MOLECULES,
@@ -33,7 +33,8 @@ from hf_bilb.data.qm9 import (
     read_molecules,
     task_data,
 )
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.options import parse_options
 
 needs_qm9pack = pytest.mark.skipif(
     importlib.util.find_spec("qm9pack") is None, reason='needs the data: pip install "hf-bilb[qm9]"'

@@ -20,7 +20,8 @@ from hf_bilb.data.adult import AdultOptions, load_adult
 from hf_bilb.data.census import CensusOptions, load_census
 from hf_bilb.data.sarcos import SarcosOptions, load_sarcos
 from hf_bilb.data.tabular import Layout, OneHotRows, binary_metrics
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import OptionError
+from hf_bilb.options import parse_options
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 STATES = ("Never-married", "Married-civ-spouse", "Divorced", "Separated")

@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset
 
 from hf_bilb import BilevelMTLTrainer, distributed
 from hf_bilb.balancers.base import LossBalancer
-from hf_bilb.decision import NonFiniteLossError, WindowShare
+from hf_bilb.decision import WindowShare
+from hf_bilb.errors import NonFiniteLossError
 from hf_bilb.task_losses import masked_mse
 from tests.distributed.absent_tasks import absent_task_scenarios
 from tests.distributed.double_loop import double_loop_scenarios

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_bilb import build_balancer
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from tests.distributed.double_loop import DIAGNOSTICS, DOUBLE
 from tests.distributed.models import build_feature_model
 from tests.distributed.training import optimizer_settings, world_size

@@ -19,8 +19,7 @@ from hf_bilb.dense_losses import (
     segmentation_loss,
     unit_vectors,
 )
-from hf_bilb.options import OptionError
-from hf_bilb.task_losses import TaskLossError
+from hf_bilb.errors import OptionError, TaskLossError
 
 PARITY = Path(__file__).parents[1] / "parity_data" / "metrics.npz"
 TASKS = ("segmentation", "depth", "normals")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.decision import NonFiniteLossError, WindowShare
-from hf_bilb.task_losses import TaskLossError, TaskLosses
+from hf_bilb.decision import WindowShare
+from hf_bilb.errors import NonFiniteLossError, TaskLossError
+from hf_bilb.task_losses import TaskLosses
 from tests.engine.paper import drawn
 
 K, D = 3, 4

@@ -11,8 +11,8 @@ from sklearn.metrics import log_loss, mean_absolute_error, mean_squared_error
 from torch import Tensor
 from torch.nn import functional
 
+from hf_bilb.errors import TaskLossError
 from hf_bilb.task_losses import (
-    TaskLossError,
     masked_bce_with_logits,
     masked_cross_entropy,
     masked_l1,

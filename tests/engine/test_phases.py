@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.objective import HistoryObjective, ProgressObjective
-from hf_bilb.task_losses import TaskLossError
 from tests.contract.cases import CASES, DOUBLE_LOOP, Case, Tilted, advance, batch_for, features_for, random_losses
 
 K = 4

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.objective import differentiate
-from hf_bilb.task_losses import TaskLossError
 from tests.contract.cases import advance, random_losses
 
 NAMES = ["a", "b", "c"]

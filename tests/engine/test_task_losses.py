@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_bilb.task_losses import TaskLossError, as_task_losses
+from hf_bilb.errors import TaskLossError
+from hf_bilb.task_losses import as_task_losses
 
 NAMES = ["homo", "lumo", "gap"]
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.task_losses import TaskLossError
+from hf_bilb.errors import TaskLossError
 from hf_bilb.token_losses import TokenLosses, token_item_counts, token_task_losses
 
 

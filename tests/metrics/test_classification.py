@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bilb.metrics.base import Accumulator, MetricError
+from hf_bilb.errors import MetricError, OptionError
+from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import (
     Accuracy,
     AccuracyAndF1,
@@ -21,7 +22,6 @@ from hf_bilb.metrics.classification import (
     f1_score,
     matthews_correlation,
 )
-from hf_bilb.options import OptionError
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="the reference is scikit-learn")
 

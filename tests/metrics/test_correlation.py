@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_bilb.metrics.base import MetricError
+from hf_bilb.errors import MetricError
 from hf_bilb.metrics.correlation import Pearson, PearsonSpearman, Spearman, pearson, spearman
 
 stats = pytest.importorskip("scipy.stats", reason="the reference is scipy")

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bilb.metrics.base import MetricError
+from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.metrics.dense import DenseMetrics, published_base
 from hf_bilb.metrics.dense_accumulators import ANGLE_RESOLUTION, angles_between, class_iou
-from hf_bilb.options import OptionError
 from tests.distributed.conftest import Runs, launch
 from tests.metrics.dense_images import (
     BASE,

@@ -11,9 +11,8 @@ import sklearn.metrics
 import torch
 from torch import Tensor
 
-from hf_bilb.metrics.base import MetricError
+from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.metrics.dense import DenseMetrics, published_base
-from hf_bilb.options import OptionError
 from tests.distributed.conftest import launch
 from tests.metrics.dense_images import (
     IMAGE_TASKS,

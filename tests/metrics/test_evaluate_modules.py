@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.metrics import EVALUATE_MODULES, load, module_path
-from hf_bilb.metrics.base import MetricError
-from hf_bilb.options import OptionError
 
 evaluate = pytest.importorskip("evaluate")
 stats = pytest.importorskip("scipy.stats", reason="the references are scikit-learn and scipy")

@@ -11,11 +11,10 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from hf_bilb.data.celeba import ATTRIBUTES, SINGLE_TASK_F1
-from hf_bilb.metrics.base import MetricError
+from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.metrics.multi_label import MultiLabelMetrics
 from hf_bilb.metrics.roc_auc import BinaryClassification
 from hf_bilb.metrics.streaming import TaskMetrics
-from hf_bilb.options import OptionError
 
 PARITY = np.load(Path(__file__).parents[1] / "parity_data" / "metrics.npz")
 NAMES = ("a", "b", "c")

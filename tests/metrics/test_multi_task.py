@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_bilb.metrics.base import MetricError
+from hf_bilb.errors import MetricError
 from hf_bilb.metrics.multi_task import delta_m, grouped_delta_m, mean_rank
 
 ROOT = Path(__file__).resolve().parents[2]

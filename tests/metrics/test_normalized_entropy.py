@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_bilb.metrics.base import MetricError
+from hf_bilb.errors import MetricError
 from hf_bilb.metrics.normalized_entropy import NormalizedEntropy, normalized_entropy
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="the reference is scikit-learn")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_bilb.metrics.base import MetricError
+from hf_bilb.errors import MetricError
 from hf_bilb.metrics.regression import MeanAbsoluteError, mean_absolute_error
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the reference is scikit-learn")

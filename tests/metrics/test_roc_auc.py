@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bilb.metrics.base import Accumulator, MetricError
+from hf_bilb.errors import MetricError, OptionError
+from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import AccuracyAndF1
 from hf_bilb.metrics.roc_auc import BinaryClassification, RocAuc, roc_auc
-from hf_bilb.options import OptionError
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="the reference is scikit-learn")
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bilb.metrics.base import Accumulator, MetricError
+from hf_bilb.errors import MetricError, OptionError
+from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, MatthewsCorrelation
 from hf_bilb.metrics.correlation import Pearson, PearsonSpearman
 from hf_bilb.metrics.regression import MeanAbsoluteError
 from hf_bilb.metrics.roc_auc import BinaryClassification
 from hf_bilb.metrics.streaming import TaskMetrics
-from hf_bilb.options import OptionError
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="the references are scikit-learn and scipy")
 stats = pytest.importorskip("scipy.stats", reason="the references are scikit-learn and scipy")

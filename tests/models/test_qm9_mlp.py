@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from hf_bilb.errors import OptionError
 from hf_bilb.models import MODELS, Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
 from hf_bilb.models.heads import TaskHeads
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.options import parse_options
 from tests.models.files import saved_and_loaded
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_bilb.data import DATA_SETS
+from hf_bilb.errors import OptionError
 from hf_bilb.models import MODELS
 from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module, check_columns
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.options import parse_options
 from hf_bilb.recipe import parse_recipe
 from hf_bilb.run import build_model, run_recipe, task_loss_func
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.recipe import apply_override, differences, load_yaml
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from hf_bilb.data.base import GalleryInfo
+from hf_bilb.errors import OptionError
 from hf_bilb.gallery import gallery_rows
-from hf_bilb.options import OptionError
 from hf_bilb.reporting.gallery import (
     CLASS_COLOURS,
     DEPTH_COLOURS,

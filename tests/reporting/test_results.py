@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.reporting.results import MetricResult, RunResults, finite, read_results, write_results, write_text
 
 RESULTS = RunResults(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.reporting.results import MetricResult
 from hf_bilb.reporting.study import Figure, MetricLine, make_study, paired_difference
 from tests.reporting.made_up_study import BASE, TASKS, cell, runs

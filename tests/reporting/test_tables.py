@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.reporting.plots import comparison_figure
 from hf_bilb.reporting.results import MetricResult, RunResults, is_better, labels
 from hf_bilb.reporting.tables import (

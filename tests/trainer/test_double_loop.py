@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, OptionError, build_balancer
 from hf_bilb.checkpointing import TENSORS
-from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError
 from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLosses
 from tests.synthetic import SyntheticData, build_data

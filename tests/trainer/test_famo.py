@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb import build_balancer
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.task_losses import masked_mse
 from tests.trainer.harness import (
     BATCH,

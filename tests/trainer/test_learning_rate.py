@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_bilb.options import OptionError
+from hf_bilb.errors import OptionError
 from hf_bilb.recipe import parse_recipe
 from tests.synthetic import build_data
 from tests.trainer.harness import BATCH, FLOAT, arguments, run

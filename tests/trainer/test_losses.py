@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, build_balancer
-from hf_bilb.task_losses import TaskLossError, masked_mse
+from hf_bilb.errors import TaskLossError
+from hf_bilb.task_losses import masked_mse
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (
     BATCH,

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from hf_bilb import build_balancer
-from hf_bilb.decision import NonFiniteLossError
-from hf_bilb.options import OptionError
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from hf_bilb.task_losses import masked_mse
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.harness import (

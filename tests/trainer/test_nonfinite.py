@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError
 from tests.synthetic import SyntheticData, SyntheticModel
 from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, Run, build_data, build_model, flat_parameters, run
 

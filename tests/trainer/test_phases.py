@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, OptionError
-from hf_bilb.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS, CheckpointError
-from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS
+from hf_bilb.errors import CheckpointError, NonFiniteLossError
 from hf_bilb.running_log import VECTORS_FILE
 from tests.checkpoints.test_damage import delete, scramble, truncate
 from tests.synthetic import SyntheticData

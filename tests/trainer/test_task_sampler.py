@@ -21,7 +21,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from transformers import HfArgumentParser
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.options import OptionError, parse_options
+from hf_bilb.errors import OptionError
+from hf_bilb.options import parse_options
 from hf_bilb.task_sampler import (
     TaskSampler,
     TaskSamplingOptions,

@@ -15,10 +15,9 @@ from transformers import Trainer, TrainerCallback
 
 import hf_bilb.balancers.driver
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.decision import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.micro_batches import MicroBatches
 from hf_bilb.random_state import RandomState
-from hf_bilb.task_losses import TaskLossError
 from tests.synthetic import SyntheticData, SyntheticModel
 from tests.trainer.harness import (
     FLOAT,
