@@ -55,7 +55,10 @@ class GlobalBatch(NamedTuple):
 
 
 def reduce_losses(
-    micro_batches: Sequence[TaskLosses], with_features: bool = False, group: dist.ProcessGroup | None = None
+    micro_batches: Sequence[TaskLosses],
+    with_features: bool = False,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
 ) -> GlobalBatch:
     """Global losses from the local ones of each rank and micro-batch.
 
@@ -64,10 +67,11 @@ def reduce_losses(
             N_k = 0 are ignored, NaN included.
         with_features: take `router_features` `[B, D]` along, which every micro-batch then has.
         group: the ranks.
+        alone: leave the other ranks out, which then need not call it; of one micro-batch.
 
     Cost: one all-reduce of 2K + 2 numbers, and D + 1 more with features.
     """
-    ranks = data_parallel_size(group)
+    ranks = 1 if alone else data_parallel_size(group)
     # At least as precise as the losses, whatever the type of the counts.
     items = [
         batch.num_items.detach().to(torch.promote_types(batch.losses.dtype, torch.float32)) for batch in micro_batches

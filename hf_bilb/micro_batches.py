@@ -64,6 +64,12 @@ class MicroBatches:
             self._states.append(RandomState.capture(self._device))
         return [partial(self._run, model, i) for i in range(len(self.batches))]
 
+    def again(self, model: nn.Module) -> list[Callable[[], TaskLosses]]:
+        """As `runs`; where the random states were not remembered, with random numbers of its own."""
+        if len(self._states) == len(self.batches):
+            return self.runs(model)
+        return [partial(self._forward, model, batch) for batch in self.batches]
+
     def _run(self, model: nn.Module, number: int) -> TaskLosses:
         now = RandomState.capture(self._device)
         self._states[number].restore()

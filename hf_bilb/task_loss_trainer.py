@@ -48,15 +48,23 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        check_settings(self)
         self.task_loss_func = task_loss_func
-        self.task_names = resolve_task_names(self)
-        self._item_counter = ItemCounter(task_item_counts, self.label_names, self.task_names)
-        # None = not known yet.
-        self._ordinary: bool | None = None
-        self._settle_ordinary(None if len(self.task_names) == 1 and task_loss_func is None else False)
-        self._columns = ForwardColumns(self.accelerator.unwrap_model(self.model), self.label_names)
+        self._task_item_counts = task_item_counts
+        self._ordinary: bool | None = None  # None = not known yet
         self._evaluation: EvaluationLosses | None = None
+        self._settle_tasks()
+
+    def _settle_tasks(self) -> None:
+        """What follows from the arguments and the model; called again where they may have been changed."""
+        check_settings(self)
+        self.task_names = resolve_task_names(self)
+        self.args.settle_best_metric(self.task_names, evaluation_names(self.eval_dataset))
+        self._item_counter = ItemCounter(self._task_item_counts, self.label_names, self.task_names)
+        if len(self.task_names) > 1 or self.task_loss_func is not None:
+            self._settle_ordinary(False)
+        elif self._ordinary is False:
+            self._settle_ordinary(None)
+        self._columns = ForwardColumns(self.accelerator.unwrap_model(self.model), self.label_names)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """`Trainer`'s, or that of `step_lr`."""
@@ -198,6 +206,12 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
             return batch
         again = self._task_losses(self._run(model, part), part)
         return again if own > 0 else TaskLosses(again.losses, torch.zeros_like(again.num_items))
+
+
+def evaluation_names(eval_dataset: Any) -> list[str]:
+    """The names of several evaluation sets, which go before those of their metrics."""
+    named = isinstance(eval_dataset, Mapping) or type(eval_dataset).__name__ == "DatasetDict"
+    return [str(name) for name in eval_dataset] if named else []
 
 
 def tensors_in(outputs: Any) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """`BilevelMTLTrainer`: `transformers.Trainer` for K tasks in balance, at the cost of one backward pass.
 
 The way of a batch: model -> K losses (`compute_loss`) -> global losses -> objective -> coefficients -> one backward
-pass (`training_step`) -> optimizer -> router (`BalancerCallback.on_optimizer_step`) -> logs -> checkpoint.
+pass (`training_step`) -> optimizer -> router (`BalancerCallbackHandler`) -> logs -> checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import DataCollator, EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
 from hf_bilb import checkpointing, distributed
@@ -24,15 +27,18 @@ from hf_bilb.balancers.registry import build_balancer
 from hf_bilb.decision import Decision, share_of_window
 from hf_bilb.diagnostics import LowerLevelDiagnostics
 from hf_bilb.epochs import EpochDataset
-from hf_bilb.errors import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError, TrainerError
+from hf_bilb.gradient_check import tasks_with_nonfinite_slope
 from hf_bilb.micro_batches import MicroBatches
+from hf_bilb.passes import buffers_kept
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
-from hf_bilb.task_loss_trainer import TaskLossTrainer, tensors_in
+from hf_bilb.task_loss_trainer import TaskItemCounts, TaskLossFunc, TaskLossTrainer, tensors_in
 from hf_bilb.task_losses import TaskLosses
 from hf_bilb.task_sampler import build_task_sampler, set_sampler_epoch
-from hf_bilb.trainer_callback import BalancerCallback, pass_balancer
-from hf_bilb.trainer_checks import check_balancer, check_sampling, plain_optimizer, with_num_features
-from hf_bilb.update import Update
+from hf_bilb.trainer_callback import BalancerCallbackHandler
+from hf_bilb.trainer_checks import RunSettings, check_balancer, check_sampling, plain_optimizer
+from hf_bilb.training_args import AS_IT_IS, OWN_FIELDS, as_bilevel_arguments
+from hf_bilb.update import GRADIENT, Update
 from hf_bilb.validity import Phase
 
 logger = logging.getLogger(__name__)
@@ -42,7 +48,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
     """Drop-in for `transformers.Trainer` that balances K task losses.
 
     Args:
-        *args, **kwargs: those of `transformers.Trainer`; `args` is a `BilevelMTLTrainingArguments`.
+        model, ..., preprocess_logits_for_metrics: those of `transformers.Trainer`, in its order. `args` may be plain
+            `TrainingArguments` or None: `trainer.args` is then a copy with the fields of `BilevelMTLTrainingArguments`.
         task_loss_func: `(outputs, batch) -> losses` or `-> (losses, num_items)`; losses a tensor `[K]` or a dict of
             scalars, num_items likewise. Without it the model's output fields `losses`, `num_items`, `router_features`,
             `auxiliary_loss` are taken (the contract stands in `hf_bilb.task_losses`).
@@ -66,38 +73,126 @@ class BilevelMTLTrainer(TaskLossTrainer):
         NonFiniteLossError: in training, naming task, step and value (`nonfinite_loss: raise`).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    balancer: LossBalancer
+    callback_handler: CallbackHandler
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        task_loss_func: TaskLossFunc | None = None,
+        task_item_counts: TaskItemCounts | None = None,
+    ) -> None:
+        # Not every Trainer that may stand between ours and `Trainer` takes it (`Seq2SeqTrainer` does not).
+        rarely = {} if optimizer_cls_and_kwargs is None else {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs}
+        super().__init__(
+            model=model,
+            args=as_bilevel_arguments(args),
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            task_loss_func=task_loss_func,
+            task_item_counts=task_item_counts,
+            **rarely,
+        )
+        self._diagnostics: LowerLevelDiagnostics | None = None
+        self._gradient_norm: Tensor | float | None = None
+        self._dropped_in_a_row = 0
+        self._calls: int | None = None  # of compute_loss in the micro-batch under way; None between two
+        self._settings: RunSettings | None = None
+        self._settle_balancing()
+        self._adopt_callbacks()
+
+    # --- set-up --------------------------------------------------------------------------------------------------
+
+    def _settle_balancing(self) -> None:
+        """Build everything that follows from the arguments, unless they are those it was built from.
+
+        `hyperparameter_search` and users change arguments of a Trainer that is already built; a balancer of the same
+        method, options and tasks goes on with what it has learned, any other one starts from nothing.
+        """
+        self.args.check_settings()
+        self._settle_tasks()
+        settings = RunSettings.of(self)
+        if settings == self._settings:
+            return
+        former, self._settings = self._settings, settings
+        learned = None if former is None or former.method != settings.method else self.balancer.snapshot()
         self._task_sampling = check_sampling(self)
-        self.balancer = self._build_balancer()
+        self.balancer = self._build_balancer(settings)
         check_balancer(self)
-        if self.args.balancer_init_from is not None:
+        if learned is not None:
+            self.balancer.rollback(learned)
+        elif self.args.balancer_init_from is not None:
             checkpointing.start_balancer_from(self.args.balancer_init_from, self.balancer)
+        if former is not None and self.model_init is None:
+            goes_on = "goes on" if learned is not None else "starts fresh"
+            logger.warning("the arguments were changed since the last training: balancer %s %s", settings.name, goes_on)
         self._initial_state = self.balancer.snapshot()
         self._restored = False
         self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
         self._update: Update | None = None
         self._decision: Decision | None = None
         self._announce([])
-        pass_balancer(self.callback_handler, self.balancer)
-        self.callback_handler.callbacks.insert(0, BalancerCallback(self))
-        diagnostics = self.args.diagnostics_options()
-        if diagnostics is not None:
-            self.add_callback(LowerLevelDiagnostics(self, diagnostics))
+        self._settle_diagnostics()
 
-    # --- set-up --------------------------------------------------------------------------------------------------
+    def _settle_diagnostics(self) -> None:
+        if self._diagnostics in self.callback_handler.callbacks:
+            self.remove_callback(self._diagnostics)
+        options = self.args.diagnostics_options()
+        self._diagnostics = None if options is None else LowerLevelDiagnostics(self, options)
+        if self._diagnostics is not None:
+            self.add_callback(self._diagnostics)
 
-    def _build_balancer(self) -> LossBalancer:
-        name, options = self.args.balancer_name_and_options()
-        exact = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
+    def _adopt_callbacks(self) -> None:
+        """Let the handler of callbacks do our part, too; one that was put in its place does it from the next run on."""
+        if not isinstance(self.callback_handler, BalancerCallbackHandler):
+            self.callback_handler = BalancerCallbackHandler(self.callback_handler, self)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As in `Trainer`, which casts a trial's values to the type of the old ones: not those of our own arguments.
+
+        Every `train` comes here, with the run's model in place and before a checkpoint is loaded.
+        """
+        old = {key: getattr(self.args, key) for key in OWN_FIELDS}
+        for key in OWN_FIELDS:
+            setattr(self.args, key, AS_IT_IS)
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            for key, value in old.items():
+                if getattr(self.args, key) is AS_IT_IS:
+                    setattr(self.args, key, value)
+        self._settle_balancing()
+
+    def _build_balancer(self, settings: RunSettings) -> LossBalancer:
         return build_balancer(
-            name,
+            settings.name,
             task_names=self.task_names,
             absent_tasks=self.args.absent_tasks,
             task_priors=self.args.task_priors,
             device=self.args.device,
-            dtype=torch.float64 if exact else torch.float32,
-            **with_num_features(name, options, self.model),
+            dtype=settings.dtype,
+            **settings.options,
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -168,9 +263,23 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if self._micro_batch == 0:
             self._begin_update(model)
         self._micro_batches.begin(self._micro_batch)
-        return super().training_step(model, inputs, num_items_in_batch)
+        self._calls = 0
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._check_balanced()
+        finally:
+            self._calls = None
+        return loss
+
+    def _check_balanced(self) -> None:
+        if self._ordinary is False and self._calls == 0:
+            raise TrainerError(
+                f"compute_loss of {type(self).__name__} never called that of BilevelMTLTrainer: the tasks would not be "
+                "balanced; call super().compute_loss, or give the Trainer a task_loss_func"
+            )
 
     def _begin_update(self, model: nn.Module) -> None:
+        self._gradient_norm = None
         self.balancer.phase = self._phase()
         self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
         self._decision = None
@@ -228,7 +337,12 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        """In training the balanced loss of a micro-batch; in evaluation the unweighted mean of the tasks' losses."""
+        """In training mode the balanced loss of a micro-batch; in evaluation the unweighted mean of the tasks' losses.
+
+        It is pure but where `training_step` calls it, once for each micro-batch: only then does the balancer learn from
+        the losses, and only then are they logged. Called by hand it returns what the loss of this rank's batch would
+        be, without communication; its gradients reach the model's parameters as in a step.
+        """
         loss, outputs = self._ordinary_loss(model, inputs, num_items_in_batch)
         if loss is None:
             outputs = self._run(model, inputs) if outputs is None else outputs
@@ -240,6 +354,9 @@ class BilevelMTLTrainer(TaskLossTrainer):
         return (loss, self._named_outputs(outputs)) if return_outputs else loss
 
     def _balanced_loss(self, model: nn.Module, batch: TaskLosses, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        if self._calls is None:
+            return self.balancer.preview(batch)
+        self._calls += 1
         if self._decision is not None:
             share = share_of_window(batch, self._decision, len(self._micro_batches))
             loss = self.balancer.attach(batch, self._decision, share=share)
@@ -260,31 +377,76 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if self._window is not None:
             self._item_counter.check(inputs, batch)
             share = self._window.share(max(self._micro_batch, 0))
+        if self._calls != 1:
+            # Two passes in one step, with other dropout masks: the balancer learns from the first one.
+            return self.balancer.preview(batch, share, alone=False)
         loss, decision = self.balancer.surrogate(batch, share=share)
         self._running_log.add(decision, loss, share, batch.auxiliary_loss is not None)
         if self._update is not None:
             self._update.add(decision)
         return loss
 
-    # --- one update (called by BalancerCallback) -----------------------------------------------------------------
+    # --- one update (called by BalancerCallbackHandler) ----------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in `Trainer`, which asks for it in every step before the optimizer's; also looked at."""
+        self._gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._gradient_norm
 
     def update_is_valid(self) -> bool:
-        """Look at the update's losses, one host read; raise or drop it as `nonfinite_loss` says when one is invalid."""
+        """Look at the update's losses and gradient, one host read; raise or drop it as `nonfinite_loss` says when one
+        is not finite."""
         update = self._update
-        problem = None if update is None else update.problem(self.state.global_step + 1)
-        if update is None or problem is None:
+        if update is None:
+            self._check_begun()
             return True
-        message, task, outside_domain = problem
-        if self.args.nonfinite_loss == "raise" or outside_domain:
+        problem = None if update.empty else update.problem(self.state.global_step + 1, self._norm_to_look_at())
+        if problem is None:
+            return True
+        if self.args.nonfinite_loss == "raise" or problem.refused:
+            message = (
+                problem.message if problem.task != GRADIENT else f"{problem.message}: {self._say_whose_gradient()}"
+            )
             raise NonFiniteLossError(message)
-        self._drop_update(update, task)
+        self._drop_update(update, problem.task)
         return False
+
+    def _check_begun(self) -> None:
+        if self._ordinary is False:
+            raise TrainerError(
+                f"training_step of {type(self).__name__} never called that of BilevelMTLTrainer: the tasks would not "
+                "be balanced; call super().training_step"
+            )
+
+    def _norm_to_look_at(self) -> Tensor | None:
+        """The gradient's norm; None where a GradScaler looks at the gradient, and skips the step when it overflows."""
+        norm, scaler = self._gradient_norm, self.accelerator.scaler
+        if norm is None or (scaler is not None and scaler.is_enabled()):
+            return None
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return norm if isinstance(norm, Tensor) else torch.tensor(norm)
+
+    def _say_whose_gradient(self) -> str:
+        """Which tasks have a gradient that is not finite, from one more pass over the update's batches."""
+        tasks: list[str] = []
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            with buffers_kept(self.model):
+                tasks = tasks_with_nonfinite_slope(self._micro_batches.again(self.model), parameters, self.task_names)
+        shown = ", ".join(repr(task) for task in tasks[:8])
+        whose = f"that of task {shown} has none that is defined" if tasks else "which task has it is not known"
+        return (
+            f"{whose}; look for a root or a norm at 0, and for a mean over no items that is masked afterwards (mask "
+            "before the mean), or set nonfinite_loss: skip"
+        )
 
     def _drop_update(self, update: Update, task: str) -> None:
         update.undo()
         self._update = None
         self._running_log.drop(task)
-        logger.warning("step %d is dropped: the loss of task %r is not finite", self.state.global_step + 1, task)
+        whose = "the gradient" if task == GRADIENT else f"the loss of task {task!r}"
+        logger.warning("step %d is dropped: %s is not finite", self.state.global_step + 1, whose)
         scaler = self.accelerator.scaler
         if scaler is not None:
             # Clipping may have begun the scaler's round; closed at the same scale, it takes the next one.
@@ -298,14 +460,25 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if dropped:
             self.optimizer._is_overflow = False
             self.accelerator.gradient_state._set_sync_gradients(True)
+            self._count_dropped()
         elif self._update is not None and not self._update.empty:
             if self.accelerator.optimizer_step_was_skipped:
                 self.balancer.discard()
+                self._count_dropped()
             else:
+                self._dropped_in_a_row = 0
                 with self._step_named():
                     self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_reevaluation else None)
             self._running_log.commit()
         self._update = self._decision = self._window = None
+
+    def _count_dropped(self) -> None:
+        self._dropped_in_a_row += 1
+        if self._dropped_in_a_row >= self.args.max_dropped_steps:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step}: the last {self._dropped_in_a_row} steps were dropped because losses "
+                "or gradients were not finite; nothing is learned any more (max_dropped_steps)"
+            )
 
     def reevaluations(self) -> list[Callable[[], TaskLosses]]:
         """For each micro-batch of the current update a function that runs the model on it once more, with the same
@@ -320,7 +493,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self.balancer.restart(self._initial_state)
             self._running_log.reset()
         self._restored = False
-        self._update = None
+        self._update, self._calls, self._dropped_in_a_row = None, None, 0
         if self.is_world_process_zero() and len(self.task_names) > MAX_TASKS_IN_LOG:
             truncate_vectors(self.args.output_dir, self.state.global_step)
 
@@ -341,15 +514,27 @@ class BilevelMTLTrainer(TaskLossTrainer):
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As in `Trainer`, from complete checkpoints only; a damaged, foreign or other-task checkpoint is refused with
-        one line (`CheckpointError`) before anything is loaded. `training_loss` is the mean F of the whole run."""
+        one line (`CheckpointError`) before anything is loaded. `training_loss` is the mean F of the whole run.
+
+        Arguments that were changed since the last training, or are changed by a trial of `hyperparameter_search`, hold
+        for this one: `balancer`, `task_names` and the others.
+        """
+        if self.model is not None:  # a search sets it to None between its trials; `_hp_search_setup` comes later
+            self._settle_balancing()
+        self._adopt_callbacks()
         if self.model_init is None:
             # Like the optimizer, the balancer goes on from a former `train`; a model built anew gets a fresh one.
             self._initial_state = self.balancer.snapshot()
             self.balancer.bind(self.model)
         self._restored = False
-        output = super().train(*args, **kwargs)
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
 
     def _check_checkpoint(self, checkpoint: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +105,48 @@ def check_sampling(trainer: Trainer) -> TaskSamplingOptions | None:
             # Said now, not when training starts.
             example_tasks(trainer.train_dataset, trainer.task_names)
     return options
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a Trainer's balancer, its sampler and its logs are built from; another one means to build them again.
+
+    Attributes:
+        name, options: of the method, as given, with D of a feature router.
+        resolved: the method's options with their defaults.
+        task_names: the K tasks.
+        dtype: the balancer's.
+        others: the other arguments that are read when things are built.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    resolved: object
+    task_names: tuple[str, ...]
+    dtype: torch.dtype
+    others: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, trainer: BilevelMTLTrainer) -> RunSettings:
+        """Those of `trainer` as its arguments are now."""
+        args = trainer.args
+        name, given = args.balancer_name_and_options()
+        options = with_num_features(name, given, trainer.model)
+        exact = any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters())
+        keys = ("absent_tasks", "task_priors", "balancer_init_from", "task_sampling", "diagnostics")
+        return cls(
+            name=name,
+            options=options,
+            resolved=resolve_options(name, options),
+            task_names=trainer.task_names,
+            dtype=torch.float64 if exact else torch.float32,
+            others={key: copy.deepcopy(getattr(args, key)) for key in keys},
+        )
+
+    @property
+    def method(self) -> tuple[object, ...]:
+        """What decides whether a balancer's state fits another one."""
+        return (self.name, self.resolved, self.task_names, self.dtype)
 
 
 def with_num_features(name: str, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers import SchedulerType, TrainingArguments
@@ -34,7 +35,9 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         absent_tasks: what F does with tasks that have no items in a step: `skip` them, or `hold` their last known loss;
             `auto` holds where no batch of any rank holds more than one task, and skips otherwise.
         nonfinite_loss: `raise` an error that names task, step and value, or `skip` the whole step (model, optimizer
-            and balancer stay as they were; it is counted and logged).
+            and balancer stay as they were; it is counted and logged). A gradient that is not finite behind losses that
+            are is treated alike (under a GradScaler the scaler does it).
+        max_dropped_steps: raise after so many steps in a row were dropped: nothing is learned any more.
         task_priors: K fixed factors of the tasks' coefficients, whatever the method.
         balancer_warmup_steps: updates on the plain sum of the losses before balancing begins; the balancer's references
             are taken when it begins.
@@ -57,6 +60,9 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS, "balancer", "diagnostics", "task_sampling", "step_lr",
     ]  # fmt: skip
 
+    #: Whether nobody has said `greater_is_better`, so that it may still follow from the metric's name.
+    _better_is_undecided = False
+
     # `| None` because transformers' argument parser takes the first type of a union of two, which would be dict.
     balancer: dict | str | None = field(
         default="bilb", metadata={"help": "Balancer: a name, or a mapping with name and options."}
@@ -73,6 +79,9 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     nonfinite_loss: NonfiniteLoss = field(
         default="raise", metadata={"help": "A NaN or infinite loss: raise or skip the step."}
     )
+    max_dropped_steps: int = field(
+        default=100, metadata={"help": "Stop after so many steps in a row were dropped as not finite."}
+    )
     task_priors: list[float] | None = field(default=None, metadata={"help": "K fixed factors of the tasks."})
     balancer_warmup_steps: int = field(default=0, metadata={"help": "Updates on the plain sum before balancing."})
     balancer_freeze_after: int | None = field(
@@ -86,12 +95,19 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     step_lr: dict | str | None = field(default=None, metadata={"help": "Learning rate times factor every n epochs."})
 
     def __post_init__(self) -> None:
-        undecided = self.greater_is_better is None  # type: ignore[has-type]
-        metric = self.metric_for_best_model or ""
+        # Trainer's rule looks at the end of the name alone; ours is applied where the tasks are known, too.
+        undecided = self.greater_is_better is None
         super().__post_init__()
-        if undecided and "loss" in metric.split("_"):
-            # `eval_loss_<task>` too: TrainingArguments takes for a loss only what ends with the word.
-            self.greater_is_better = False
+        self._better_is_undecided = undecided
+        self.check_settings()
+        self.settle_best_metric(self.task_names or ())
+
+    def check_settings(self) -> None:
+        """Check the fields that this class adds; called again when a training begins, since they may have been set.
+
+        Raises:
+            OptionError: one line with the key, the value and what was expected.
+        """
         for key, kind in (
             ("balance_over", BalanceOver),
             ("absent_tasks", AbsentTasks),
@@ -119,7 +135,20 @@ class BilevelMTLTrainingArguments(TrainingArguments):
                     "package.module:function"
                 )
 
+    def settle_best_metric(self, task_names: Sequence[str], data_sets: Sequence[str] = ()) -> None:
+        """Let a lower `metric_for_best_model` be better where it is a task's loss and nobody has said otherwise.
+
+        Args:
+            task_names: the K tasks; a loss is `[eval_][<data set>_]loss[_<task>]` of one of them, or of all.
+            data_sets: names of the evaluation sets, where there are several.
+        """
+        if self._better_is_undecided and is_task_loss(self.metric_for_best_model or "", task_names, data_sets):
+            self.greater_is_better = False
+
     def _check_steps(self) -> None:
+        self.max_dropped_steps = check_value(self.max_dropped_steps, int, "max_dropped_steps")
+        if self.max_dropped_steps < 1:
+            raise OptionError(f"max_dropped_steps: {self.max_dropped_steps} is not valid, expected an integer >= 1")
         self.balancer_warmup_steps = check_value(self.balancer_warmup_steps, int, "balancer_warmup_steps")
         self.balancer_freeze_after = check_value(self.balancer_freeze_after, int | None, "balancer_freeze_after")
         first, last = self.balancer_warmup_steps, self.balancer_freeze_after
@@ -160,3 +189,72 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         if not isinstance(self.balancer, dict) or "name" not in self.balancer:
             raise OptionError(f"balancer: {self.balancer!r} is not valid, expected a name or a mapping with `name`")
         return self.balancer["name"], {key: value for key, value in self.balancer.items() if key != "name"}
+
+
+#: The fields that this package adds to `TrainingArguments`.
+OWN_FIELDS = frozenset(
+    {one.name for one in fields(BilevelMTLTrainingArguments)} - {one.name for one in fields(TrainingArguments)}
+)
+
+
+class _AsItIs:
+    """Stands for a value whose replacement is taken as it is: `type(old)(new)` gives `new`."""
+
+    def __new__(cls, value: Any) -> Any:
+        return value
+
+
+#: In place of each of `OWN_FIELDS` while a trial of `hyperparameter_search` sets its values.
+AS_IT_IS: Any = object.__new__(_AsItIs)
+
+
+def is_task_loss(metric: str, task_names: Sequence[str], data_sets: Sequence[str] = ()) -> bool:
+    """Whether `metric` is `[eval_][<data set>_]loss[_<task>]`, and no metric of the user's with `loss` in its name."""
+    name = metric.removeprefix("eval_")
+    losses = {"loss", *(f"loss_{task}" for task in task_names)}
+    return name in losses or any(name.removeprefix(f"{data_set}_") in losses for data_set in data_sets)
+
+
+def as_bilevel_arguments(args: TrainingArguments | None) -> BilevelMTLTrainingArguments:
+    """`args` as `BilevelMTLTrainingArguments`: as they are, or a copy with our fields at their defaults.
+
+    Every field and whatever else is set on `args` is kept; arguments of a subclass (`Seq2SeqTrainingArguments`) become
+    a subclass of both classes. None gives Trainer's own default, the output folder `tmp_trainer`.
+    """
+    if args is None:
+        return BilevelMTLTrainingArguments(output_dir="tmp_trainer")
+    if isinstance(args, BilevelMTLTrainingArguments):
+        return args
+    upgraded = object.__new__(_joined_class(type(args)))
+    for added in fields(BilevelMTLTrainingArguments):
+        if added.name in OWN_FIELDS:
+            value = added.default if added.default_factory is MISSING else added.default_factory()
+            setattr(upgraded, added.name, value)
+    upgraded.__dict__.update(vars(args))
+    # A task's loss for which a higher value is better is Trainer's guess from its name, which does not end in "loss".
+    upgraded._better_is_undecided = upgraded.greater_is_better is not False
+    upgraded.check_settings()
+    return upgraded
+
+
+_JOINED: dict[Any, Any] = {TrainingArguments: BilevelMTLTrainingArguments}
+
+
+def _joined_class(kind: Any) -> Any:
+    """A class of arguments that is both `BilevelMTLTrainingArguments` and `kind`."""
+    if kind in _JOINED:
+        return _JOINED[kind]
+    # It has no module to be found in: a pickle (training_args.bin) makes it again from `kind`.
+    body = {
+        "__doc__": f"{kind.__name__} with the fields of BilevelMTLTrainingArguments.",
+        "__module__": __name__,
+        "__reduce__": lambda self: (_restore_joined, (kind, vars(self))),
+    }
+    _JOINED[kind] = dataclass(type(f"BilevelMTL{kind.__name__}", (BilevelMTLTrainingArguments, kind), body))
+    return _JOINED[kind]
+
+
+def _restore_joined(kind: type[TrainingArguments], state: dict[str, Any]) -> BilevelMTLTrainingArguments:
+    restored = object.__new__(_joined_class(kind))
+    restored.__dict__.update(state)
+    return restored

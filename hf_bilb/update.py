@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.decision import Decision
+from hf_bilb.validity import is_finite
+
+#: What stands for the task where losses are finite and their gradient is not.
+GRADIENT = "gradient"
+
+
+class Problem(NamedTuple):
+    """Why a step cannot be taken.
+
+    Attributes:
+        message: one line.
+        task: whose loss it is, `auxiliary_loss`, or `gradient`.
+        refused: whether the value is finite, but none that the method can take: no dropped step mends it.
+    """
+
+    message: str
+    task: str
+    refused: bool
 
 
 class Update:
@@ -34,12 +54,17 @@ class Update:
         """Take in one micro-batch's decision (K numbers, detached)."""
         self._decisions.append(decision)
 
-    def problem(self, step: int) -> tuple[str, str, bool] | None:
-        """None when all losses are valid, else (message, task, whether a logarithm cannot take it). One host read."""
-        if self.empty or bool(torch.stack([decision.valid for decision in self._decisions]).all()):
+    def problem(self, step: int, gradient_norm: Tensor | None = None) -> Problem | None:
+        """What is wrong with the losses, or with the gradient of this norm; None when nothing is. One host read."""
+        flags = [decision.valid for decision in self._decisions]
+        if gradient_norm is not None:
+            flags.append(is_finite(gradient_norm.to(flags[0].device)) if flags else is_finite(gradient_norm))
+        if not flags or bool(torch.stack(flags).all()):
             return None
-        first = next(decision for decision in self._decisions if not bool(decision.valid))
-        return self._balancer.describe_invalid(first, step)
+        invalid = next((decision for decision in self._decisions if not bool(decision.valid)), None)
+        if invalid is None:
+            return Problem(f"the gradient is not finite at step {step}, though all losses are", GRADIENT, False)
+        return Problem(*self._balancer.describe_invalid(invalid, step))
 
     def undo(self) -> None:
         """Bring the balancer and the model's buffers back to where they were (parameters have not moved yet)."""

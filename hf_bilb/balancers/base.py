@@ -7,7 +7,8 @@ A method supplies its objective F (`hf_bilb.objective.Objective`); `LossBalancer
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -169,6 +170,35 @@ class LossBalancer(BalancerDriver):
         """
         decision = self.decide([batch], process_group)
         return self.attach(batch, decision, process_group, share), decision
+
+    def preview(self, batch: TaskLosses, share: WindowShare | None = None, alone: bool = True) -> Tensor:
+        """What `surrogate` would return; the balancer is as before afterwards.
+
+        Args:
+            batch, share: as in `surrogate`.
+            alone: for this rank's batch alone, without communication, so that one rank may call it without the others.
+
+        Cost: a copy of the state.
+        """
+        with self._no_trace():
+            decision = self.decide([batch], alone=alone)
+        return surrogate_loss(batch, decision, 1 if alone else distributed.data_parallel_size(), share)
+
+    @contextmanager
+    def _no_trace(self) -> Iterator[None]:
+        """Decisions that are taken inside leave nothing behind, whatever is under way."""
+        before, last, whole = self.snapshot(), self._last, self._whole
+        counted, is_open = self._counted, self._open
+        started = self._lower_level is not None and self._lower_level.started
+        try:
+            with self._optimizer.accumulation_kept():
+                yield
+        finally:
+            with self._optimizer.accumulation_kept():
+                self.rollback(before)
+            self._last, self._whole, self._counted, self._open = last, whole, counted, is_open
+            if self._lower_level is not None:
+                self._lower_level.started = started
 
     def attach(
         self,

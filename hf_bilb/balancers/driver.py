@@ -124,16 +124,22 @@ class BalancerDriver(BalancerState):
         self._parts.to(device=device, dtype=dtype)
         self._optimizer.to(device=device, dtype=dtype)
 
-    def decide(self, micro_batches: Sequence[TaskLosses], process_group: dist.ProcessGroup | None = None) -> Decision:
+    def decide(
+        self,
+        micro_batches: Sequence[TaskLosses],
+        process_group: dist.ProcessGroup | None = None,
+        alone: bool = False,
+    ) -> Decision:
         """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.
 
         Args:
             micro_batches: this rank's part of the global batch: one batch, or all micro-batches of a window.
             process_group: the ranks that share it.
+            alone: take this rank's batch for the whole one; no all-reduce.
 
         Cost: one all-reduce; no device synchronisation.
         """
-        whole = self._reduce(micro_batches, process_group)
+        whole = self._reduce(micro_batches, process_group, alone)
         # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
         valid = self._validity.valid(whole, whole.auxiliary_loss, self.phase)
         active = self._observe(whole, valid)
@@ -145,11 +151,13 @@ class BalancerDriver(BalancerState):
         self._counted = any(batch.counted for batch in micro_batches)
         return decision
 
-    def _reduce(self, micro_batches: Sequence[TaskLosses], group: dist.ProcessGroup | None) -> GlobalBatch:
+    def _reduce(
+        self, micro_batches: Sequence[TaskLosses], group: dist.ProcessGroup | None, alone: bool = False
+    ) -> GlobalBatch:
         """The global batch, in the balancer's precision."""
         for batch in micro_batches:
             self._validity.check(batch, self.device)
-        whole = distributed.reduce_losses(micro_batches, self.objective.num_features > 0, group)
+        whole = distributed.reduce_losses(micro_batches, self.objective.num_features > 0, group, alone)
         return whole._replace(
             losses=whole.losses.to(self.dtype),
             num_items=whole.num_items.to(self.dtype),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -92,6 +93,16 @@ class OwnOptimizer:
             parameter.grad = gradient.to(parameter.dtype)
         self._optimizer.step()
         self.discard()
+
+    @contextmanager
+    def accumulation_kept(self) -> Iterator[None]:
+        """Whatever is accumulated, stepped or discarded inside, the accumulated gradients are as before afterwards."""
+        mean, weight = self._mean, self._weight
+        try:
+            yield
+        finally:
+            self.discard()
+            self._mean, self._weight = mean, weight
 
     def discard(self) -> None:
         """Forget the accumulated gradients."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, OptionError
-from tests.trainer.harness import FLOAT, TASK_NAMES, arguments, build_data, build_model, plain_settings
+from tests.trainer.harness import FLOAT, TASK_NAMES, arguments, build_data, build_model
 
 
 def build(folder: Path, model: Any = None, trainer_arguments: Any = None, **settings: Any) -> BilevelMTLTrainer:
@@ -83,12 +83,6 @@ def test_compute_loss_func_with_several_tasks(tmp_path: Path) -> None:
         build(tmp_path, trainer_arguments={"compute_loss_func": lambda *args, **kwargs: None})
 
 
-def test_plain_training_arguments(tmp_path: Path) -> None:
-    args = TrainingArguments(**plain_settings(tmp_path))
-    with pytest.raises(OptionError, match=r"^args: got TrainingArguments, expected BilevelMTLTrainingArguments"):
-        BilevelMTLTrainer(model=build_model(FLOAT), args=args)
-
-
 def test_data_parallel(tmp_path: Path) -> None:
     args = arguments(tmp_path)
     args._n_gpu = 2
@@ -133,12 +127,3 @@ def test_arguments_survive_their_own_dictionary_and_a_command_line(tmp_path: Pat
     assert parsed.task_priors == [1.0, 0.2] and parsed.absent_tasks == "hold"
     (named,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "--balancer", "si"])
     assert named.balancer_name_and_options() == ("si", {})
-
-
-@pytest.mark.parametrize(
-    ("metric", "lower"),
-    [("loss_alpha", True), ("eval_loss_alpha", True), ("eval_loss", True), ("mae", False), ("eval_near_loss_a", True)],
-)
-def test_a_tasks_loss_is_better_when_lower(metric: str, lower: bool, tmp_path: Path) -> None:
-    assert arguments(tmp_path, metric_for_best_model=metric).greater_is_better is not lower
-    assert arguments(tmp_path, metric_for_best_model=metric, greater_is_better=lower).greater_is_better is lower
