@@ -132,12 +132,13 @@ class BilevelMTLTrainer(TaskLossTrainer):
         """
         self.args.check_settings()
         self._settle_tasks()
+        self._task_sampling = check_sampling(self)
         settings = RunSettings.of(self)
         if settings == self._settings:
+            check_balancer(self)
             return
         former, self._settings = self._settings, settings
         learned = None if former is None or former.method != settings.method else self.balancer.snapshot()
-        self._task_sampling = check_sampling(self)
         self.balancer = self._build_balancer(settings)
         check_balancer(self)
         if learned is not None:
@@ -182,7 +183,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             for key, value in old.items():
                 if getattr(self.args, key) is AS_IT_IS:
                     setattr(self.args, key, value)
-        self._settle_balancing()
+        if self.model_init is not None:  # a model built anew, and a trial's arguments; else `train` has done it
+            self._settle_balancing()
 
     def _build_balancer(self, settings: RunSettings) -> LossBalancer:
         return build_balancer(

@@ -281,6 +281,34 @@ def poisoned(policy: str) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+MARK = 7.0
+
+
+def steep(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The model's losses; a marked row gives the third one the root of a sum that is 0: no value, an infinite slope."""
+    marked = outputs.logits[batch["features"][:, 0] == MARK]
+    root = (marked * 0).square().sum().sqrt()
+    third = torch.eye(len(TASK_NAMES), dtype=root.dtype)[2]
+    return torch.where(third > 0, outputs.losses + root, outputs.losses), outputs.num_items
+
+
+def steep_on_one_rank(policy: str) -> dict[str, Any]:
+    data = uneven_data(torch.float64)
+    data.features[9 * 8 + 5, 0] = MARK
+    try:
+        return train(
+            build_model(torch.float64),
+            data,
+            balancer=BALANCERS["bilb"],
+            num_train_epochs=1,
+            nonfinite_loss=policy,
+            task_loss_func=steep,
+            **optimizer_settings(torch.float64),
+        )
+    except NonFiniteLossError as error:
+        return {"error": str(error)}
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +353,7 @@ def all_scenarios() -> dict[str, Scenario]:
     found["accumulated/bilb/2"] = partial(accumulated, 2, BALANCERS["bilb"])
     for policy in ("skip", "raise"):
         found[f"poisoned/{policy}"] = partial(poisoned, policy)
+        found[f"steep/{policy}"] = partial(steep_on_one_rank, policy)
     for rows in (3, 13, 16, 21):
         found[f"evaluated/{rows}"] = partial(evaluated, rows)
         found[f"evaluated_stream/{rows}"] = partial(evaluated, rows, stream=True)

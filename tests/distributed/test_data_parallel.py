@@ -98,8 +98,8 @@ def test_heads_that_are_not_connected_on_one_rank(runs: Runs, name: str) -> None
     assert_same_logs(found["logs"], expected["logs"], 1e-11)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_drops_the_step_on_both(runs: Runs) -> None:
-    name = "poisoned/skip"
+@pytest.mark.parametrize("name", ["poisoned/skip", "steep/skip"])
+def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_drops_the_step_on_both(runs: Runs, name: str) -> None:
     found, expected = runs.ranks[0][name], runs.one[name]
     assert_ranks_agree(runs, name)
     assert found["parameters"].isfinite().all()
@@ -112,6 +112,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_raises_the_same_on_both(runs: Run
     errors = {results["poisoned/raise"]["error"] for results in (runs.one, *runs.ranks)}
     assert len(errors) == 1
     assert "task 'alpha' is nan at step 10" in errors.pop()
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_raises_the_same_on_both(runs: Runs) -> None:
+    errors = {results["steep/raise"]["error"] for results in (runs.one, *runs.ranks)}
+    assert len(errors) == 1
+    assert "the gradient is not finite at step 10, though all losses are: that of task 'gamma'" in errors.pop()
 
 
 @pytest.mark.parametrize("rows", [3, 13, 16, 21])

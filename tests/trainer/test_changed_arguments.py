@@ -104,6 +104,16 @@ def test_another_method_by_hand_starts_fresh(tmp_path: Path, caplog: pytest.LogC
         trainer.train()
 
 
+def test_what_does_not_go_together_is_refused_after_a_change_too(tmp_path: Path) -> None:
+    trainer = run(tmp_path, data=build_data(ROWS, dtype=FLOAT), balancer="famo").trainer
+    trainer.args.gradient_accumulation_steps = 2
+    with pytest.raises(OptionError, match=r"^balance_over: 'micro_batch' is not valid with reevaluate: 'same_batch'"):
+        trainer.train()
+    trainer.args.balance_over = "windw"
+    with pytest.raises(OptionError, match=r"^balance_over: 'windw' is not valid"):
+        trainer.train()
+
+
 def test_other_priors_by_hand_keep_what_was_learned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = run(tmp_path, data=build_data(ROWS, dtype=FLOAT), balancer="uw").trainer
     learned = trainer.balancer.state_dict()
