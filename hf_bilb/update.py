@@ -62,10 +62,11 @@ class Update:
         flags = [decision.valid for decision in self._decisions]
         dtype = torch.float32 if gradient_norm is None else gradient_norm.dtype
         norms = [] if gradient_norm is None else [gradient_norm.detach().to(flags[0].device)]
-        *valid, norm = [*torch.stack([*(flag.to(dtype) for flag in flags), *norms]).tolist(), *([] if norms else [0.0])]
+        numbers = torch.stack([*(flag.to(dtype) for flag in flags), *norms]).tolist()
+        valid, norm = numbers[: len(flags)], numbers[len(flags) :]
         if not all(valid):
             return Problem(*self._balancer.describe_invalid(self._decisions[valid.index(0.0)], step))
-        if not math.isfinite(norm):
+        if not all(map(math.isfinite, norm)):
             return Problem(f"the gradient is not finite at step {step}, though all losses are", GRADIENT, False)
         return None
 
