@@ -26,6 +26,7 @@ from tests.distributed.training import (
     SmallestGap,
     arguments,
     optimizer_settings,
+    rank,
     train,
     train_plain,
     train_standalone,
@@ -309,6 +310,29 @@ def steep_on_one_rank(policy: str) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+# --- a look at the loss by one rank alone -------------------------------------------------------------------------
+
+
+class LookOnOneRank(BilevelMTLTrainer):
+    """Rank 0 looks at the loss of its batch before each step; the other one does not, and must not be waited for."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if rank() == 0:
+            assert self.compute_loss(self.model.train(), {k: v * 100 for k, v in inputs.items()}).isfinite()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def looked_at() -> dict[str, Any]:
+    return train(
+        build_model(torch.float64),
+        uneven_data(torch.float64),
+        trainer_class=LookOnOneRank,
+        balancer=BALANCERS["bilb"],
+        num_train_epochs=1,
+        **optimizer_settings(torch.float64),
+    )
+
+
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +378,7 @@ def all_scenarios() -> dict[str, Scenario]:
     for policy in ("skip", "raise"):
         found[f"poisoned/{policy}"] = partial(poisoned, policy)
         found[f"steep/{policy}"] = partial(steep_on_one_rank, policy)
+    found["looked_at"] = looked_at
     for rows in (3, 13, 16, 21):
         found[f"evaluated/{rows}"] = partial(evaluated, rows)
         found[f"evaluated_stream/{rows}"] = partial(evaluated, rows, stream=True)

@@ -13,6 +13,7 @@ from tests.distributed.checks import (
     LOG_TOLERANCE,
     MARGIN,
     TOLERANCE,
+    assert_equals_one_process,
     assert_ranks_agree,
     assert_same_balancer,
     assert_same_logs,
@@ -118,6 +119,10 @@ def test_a_gradient_that_is_not_finite_on_one_rank_raises_the_same_on_both(runs:
     errors = {results["steep/raise"]["error"] for results in (runs.one, *runs.ranks)}
     assert len(errors) == 1
     assert "the gradient is not finite at step 10, though all losses are: that of task 'gamma'" in errors.pop()
+
+
+def test_a_look_of_one_rank_alone_changes_nothing_and_waits_for_nobody(runs: Runs) -> None:
+    assert_equals_one_process(runs, "looked_at")
 
 
 @pytest.mark.parametrize("rows", [3, 13, 16, 21])

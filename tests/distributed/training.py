@@ -112,6 +112,7 @@ def train(
     task_loss_func: Callable[..., Any] | None = None,
     resume_from: Path | None = None,
     wrapper: type = DistributedDataParallel,
+    trainer_class: type[BilevelMTLTrainer] = BilevelMTLTrainer,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train with the Trainer on global batches of `global_batch` rows in all, and return what is compared."""
@@ -120,7 +121,7 @@ def train(
     args = arguments(per_device_train_batch_size=per_rank, gradient_accumulation_steps=accumulation, **settings)
     assert args.world_size == world_size()
     recorder = Recorder()
-    trainer = BilevelMTLTrainer(
+    trainer = trainer_class(
         model=model, args=args, train_dataset=data, callbacks=[recorder], task_loss_func=task_loss_func
     )
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
