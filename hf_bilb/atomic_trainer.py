@@ -180,7 +180,7 @@ class AtomicCheckpointTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(staged / STATE))
         except Exception as error:
-            raise self._explained(error, staged) from None
+            raise self._save_failure or self._explained(error, staged) from None
         finally:
             self._staging = None
 

@@ -130,6 +130,8 @@ def verify(checkpoint: str | Path, *, thorough: bool = True, model_alone: bool =
         _check_dispensable(folder, name, gone)
     for name, how in different.items():
         _check_harmless(folder / name, how)
+    if DESCRIPTION in different and marker is not None:
+        _check_same_run(folder / DESCRIPTION, marker, different[DESCRIPTION])
     if marker is None:
         _check_unmarked(folder, model_alone)
     if not model_alone and (thorough or marker is None):
@@ -272,6 +274,14 @@ def _check_harmless(path: Path, how: str) -> None:
             _read_json(path)
         except CheckpointError:
             raise CheckpointError(f"{path}: {how}") from None
+
+
+def _check_same_run(description: Path, marker: Marker, how: str) -> None:
+    """Somebody may have edited it; it may not come from another run."""
+    content = _read_json(description)
+    run = content.get("run") if isinstance(content, dict) else None
+    if run != marker.run:
+        raise CheckpointError(f"{description}: {how}")
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """`checkpoint_complete.json`: written last into a checkpoint, it says what belongs to it and what the files hold.
 
     {"format": 3, "run": "5f0c...", "saved": 1760000000.0, "finite_weights": true,
-     "files": {"model.safetensors": 1234, ...}, "sha256": {"model.safetensors": "9b3e...", ...}}
+     "files": {"model.safetensors": 1234, ...}, "sha256": {"model.safetensors": "9b3e...", ...}, "of_this": "77a0..."}
 
 `files` are sizes in bytes; formats 1 and 2 have them alone. `run` is the same in all checkpoints of a run, and after it
 was resumed in its own folder; a run that goes on in another folder is another run. `finite_weights` is null where it
-was not looked at.
+was not looked at. `of_this` is the SHA-256 of all the rest as JSON with sorted keys.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def read_marker(folder: Path) -> Marker | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         sizes = {str(name): int(size) for name, size in found["files"].items()}
         digests = {str(name): str(digest) for name, digest in found.get("sha256", {}).items()}
+        if "of_this" in found and found.pop("of_this") != _digest_of(found):
+            raise ValueError("other content than was written")
         if digests and digests.keys() != sizes.keys():
             raise ValueError("sizes and digests of other files")
         return Marker(sizes, digests, found.get("run"), found.get("saved"), found.get("finite_weights"))
@@ -92,11 +94,16 @@ def write_marker(folder: Path, run: str, finite_weights: bool | None) -> None:
         "files": {name: path.stat().st_size for name, path in files.items()},
         "sha256": hashed,
     }
+    content["of_this"] = _digest_of(content)
     (folder / MARKER).write_text(json.dumps(content, indent=1), encoding="utf-8")
     sync(folder / MARKER)
     for path in sorted(path for path in folder.rglob("*") if path.is_dir()):
         sync(path)
     sync(folder)
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # --- SHA-256 ------------------------------------------------------------------------------------------------------

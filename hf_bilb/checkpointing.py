@@ -189,8 +189,9 @@ def _finish_renames(folder: Path) -> None:
 # --- the balancer's files -----------------------------------------------------------------------------------------
 
 
-def save_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog) -> None:
-    """Write `balancer.safetensors` and `balancer.json` into `folder`, which is created if need be."""
+def save_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog, run: str | None = None) -> None:
+    """Write `balancer.safetensors` and `balancer.json` into `folder`, which is created if need be; `run` is the run's
+    id."""
     from hf_bilb import __version__
 
     path = Path(folder)
@@ -199,6 +200,7 @@ def save_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog) -
     description = {
         "format": _FORMAT,
         "hf_bilb": __version__,
+        "run": run,
         "balancer": balancer.name,
         "options": repr(balancer.options),
         "task_names": list(balancer.task_names),

@@ -558,7 +558,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             with self._writing(output_dir, checkpointing.TENSORS):
-                checkpointing.save_balancer(output_dir, self.balancer, self._running_log)
+                checkpointing.save_balancer(output_dir, self.balancer, self._running_log, self._run_id)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

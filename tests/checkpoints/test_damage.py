@@ -126,6 +126,23 @@ def test_a_file_of_another_run(run_folder: Path, other_run: Path, name: str) -> 
     assert_refused(run_folder, f"{name}: is damaged or (another run's|truncated)")
 
 
+def test_the_description_of_another_run(run_folder: Path, other_run: Path) -> None:
+    shutil.copy(other_run / "checkpoint-11" / DESCRIPTION, run_folder / "checkpoint-11")
+    assert_refused(run_folder, f"{DESCRIPTION}: is damaged or (another run's|truncated)")
+
+
+@pytest.mark.parametrize("old", ['"finite_weights": true', '"run": "', '"model.safetensors": "', '"saved": 1'])
+def test_a_flipped_bit_in_the_marker(run_folder: Path, old: str) -> None:
+    path = run_folder / "checkpoint-11" / MARKER
+    text = path.read_text()
+    new = (
+        text.replace("true", "null") if "true" in old else text.replace(old, f"{old}0" if old[-1] == "1" else old + "a")
+    )
+    assert new != text
+    path.write_text(new)
+    assert_refused(run_folder, f"{MARKER}: is damaged")
+
+
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
