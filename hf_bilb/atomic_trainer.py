@@ -43,6 +43,7 @@ class AtomicCheckpointTrainer(Trainer):
         self._save_failure: CheckpointError | None = None
         self._held: contextlib.ExitStack | None = None
         self._run_id = ""
+        self._bytes_of_last = 0
         super().__init__(*args, **kwargs)
 
     # --- a run ---------------------------------------------------------------------------------------------------
@@ -145,6 +146,8 @@ class AtomicCheckpointTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         staged, final = run_folder / checkpointing.STAGING / name, run_folder / name
         self._hold(run_folder)  # where saving was not foreseen when the run began
+        if not self._run_id:  # outside a run
+            self._run_id = from_first_rank(lambda: checkpointing.run_id(run_folder, None))
         finite = weights_are_finite(self.model, self.args.device)
         best_before = self.state.best_model_checkpoint
         try:
@@ -157,6 +160,7 @@ class AtomicCheckpointTrainer(Trainer):
             if self.args.should_save:
                 checkpointing.discard_staging(staged)
             raise
+        self._bytes_of_last = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
         if not finite and self.is_world_process_zero():
             logger.warning("%s: its weights are NOT FINITE; the last checkpoint with finite weights is kept", final)
         if self.args.push_to_hub:
@@ -200,7 +204,9 @@ class AtomicCheckpointTrainer(Trainer):
         shown = folder.parent.parent / folder.name if staged else None
 
         def needed() -> int:
-            return bytes_of_model(self.model) + (bytes_of_optimizer(self.optimizer) if staged else 0)
+            model = bytes_of_model(self.model)
+            # What the last one took says most; before the first one, the tensors.
+            return max(model + bytes_of_optimizer(self.optimizer), self._bytes_of_last) if staged else model
 
         return disk_full_error(error, folder, needed=needed, shown=shown, file=file) or error
 

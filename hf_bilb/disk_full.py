@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -47,8 +48,13 @@ def disk_full_error(
     place = (folder if shown is None else shown) / (file if named is None else os.path.relpath(named, folder))
     asked = "" if needed is None else f": about {needed():,} bytes are needed"
     # What has been written of it goes away, when it is in a folder of its own.
-    left = _free(folder, 0 if shown is None else sum(path.stat().st_size for path in written))
+    left = _free(folder, 0 if shown is None else sum(_on_disk(path) for path in written))
     return CheckpointError(f"{place}: cannot be written to its end ({reason}){asked}{',' if asked else ':'} {left}")
+
+
+def _on_disk(path: Path) -> int:
+    found = path.stat()
+    return found.st_size if sys.platform == "win32" else found.st_blocks * 512
 
 
 def _free(folder: Path, more: int = 0) -> str:
