@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hf_bilb.balancers import LossBalancer, build_balancer, list_balancers, register_balancer
 from hf_bilb.errors import (
     CheckpointError,
+    FolderInUseError,
     HfBilbError,
     MetricError,
     MissingPackageError,
@@ -26,6 +27,7 @@ __all__ = [
     "BilevelMTLTrainer",
     "BilevelMTLTrainingArguments",
     "CheckpointError",
+    "FolderInUseError",
     "HfBilbError",
     "LossBalancer",
     "MetricError",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_bilb import checkpointing
+from hf_bilb import checkpointing, folder_lock
 from hf_bilb.errors import OptionError
 from hf_bilb.recipe import Recipe, differences, load_yaml, read_recipe
 from hf_bilb.reporting.results import FILE_NAME, read_results
@@ -20,7 +20,7 @@ LOG_FILE = "train.log"
 RECIPE_FILE = "recipe.yaml"
 #: What a run leaves before its first checkpoint; nothing is lost when it is started over.
 _WITHOUT_VALUE = re.compile(
-    rf"{re.escape(LOG_FILE)}|{re.escape(RECIPE_FILE)}|{re.escape(VECTORS_FILE)}|{checkpointing.STAGING}|runs|\..*"
+    rf"{re.escape(LOG_FILE)}|{re.escape(RECIPE_FILE)}|{re.escape(VECTORS_FILE)}|{checkpointing.STAGING}|{folder_lock.LOCK_FILE}|runs|\..*"
 )
 
 State = Literal["finished", "resume", "fresh"]
@@ -205,7 +205,8 @@ def state_of(cell: Cell) -> State:
         _check_settings(cell, settings if isinstance(settings, Mapping) else {})
     if any(folder.glob("checkpoint-*")) or any(folder.glob(f"{checkpointing.STAGING}/checkpoint-*")):
         try:
-            checkpointing.last_complete_checkpoint(folder)
+            with folder_lock.hold(folder):
+                checkpointing.last_complete_checkpoint(folder, thorough=False)  # the run itself will look closer
             return "resume"
         except checkpointing.CheckpointError:
             if any(folder.glob("checkpoint-*")):

@@ -1,8 +1,9 @@
 """Checkpoints that are complete or not there, and the balancer's files in them.
 
 A checkpoint is written to `_incomplete/checkpoint-N`, gets a marker that lists its files, and is then renamed to
-`checkpoint-N`. The balancer's state lies in it as `balancer.safetensors` (tensors) and `balancer.json` (method,
-options, task names, running log): no pickle.
+`checkpoint-N`. What its marker says stands in `hf_bilb.checkpoint_marker`, how it is looked at before it is loaded in
+`hf_bilb.checkpoint_check`. The balancer's state lies in it as `balancer.safetensors` (tensors) and `balancer.json`
+(method, options, task names, running log): no pickle.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,35 +23,54 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_bilb.balancers.base import LossBalancer
+from hf_bilb.checkpoint_check import (
+    DESCRIPTION,
+    STAGING,
+    TENSORS,
+    check_as_saved,
+    has_balancer,
+    has_whole_balancer,
+    verify,
+)
+from hf_bilb.checkpoint_marker import MARKER, Marker, read_marker, sync, write_marker
 from hf_bilb.errors import CheckpointError, TaskLossError
 from hf_bilb.running_log import RunningLog
 
 logger = logging.getLogger(__name__)
 
-MARKER = "checkpoint_complete.json"
-STAGING = "_incomplete"
-TENSORS, DESCRIPTION = "balancer.safetensors", "balancer.json"
+__all__ = [
+    "DESCRIPTION", "MARKER", "STAGING", "TENSORS", "balancer_folder", "check_as_saved", "check_description",
+    "clear_staging", "discard_staging", "has_balancer", "has_whole_balancer", "last_complete_checkpoint",
+    "load_balancer", "publish", "read_balancer", "run_id", "save_balancer", "start_balancer_from", "verify",
+]  # fmt: skip
+
 _FORMAT = 2
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
-# --- completeness -------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------------
 
 
 def clear_staging(staged: Path) -> None:
     """Remove what interrupted saves have left beside the checkpoint `staged`, which is about to be written."""
-    shutil.rmtree(staged.parent, ignore_errors=True)
+    discard_staging(staged)
     staged.mkdir(parents=True)
 
 
-def publish(staged: Path, final: Path) -> None:
-    """Mark the finished checkpoint `staged` as complete and rename it to `final`, replacing an older one."""
-    files = {
-        str(p.relative_to(staged)): p.stat().st_size
-        for p in sorted(staged.rglob("*"))
-        if p.is_file() and p.name != MARKER
-    }
-    (staged / MARKER).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1), encoding="utf-8")
+def discard_staging(staged: Path) -> None:
+    """Remove the unfinished checkpoint `staged` and what lies beside it, as far as that can be done."""
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def publish(staged: Path, final: Path, run: str, finite_weights: bool | None) -> None:
+    """Mark the finished checkpoint `staged` as complete and rename it to `final`, replacing an older one.
+
+    Its files are on the disk before it gets the name; the name is, before this returns.
+
+    Args:
+        run, finite_weights: see `hf_bilb.checkpoint_marker`.
+    """
+    write_marker(staged, run, finite_weights)
     if final.exists():
         # Out of the way first, deleted last: at no moment is the only complete checkpoint gone.
         older = staged.parent / f"replaced-{final.name}"
@@ -59,80 +80,118 @@ def publish(staged: Path, final: Path) -> None:
         shutil.rmtree(older, ignore_errors=True)
     else:
         os.rename(staged, final)
-    if staged.parent.is_dir() and not any(staged.parent.iterdir()):
-        staged.parent.rmdir()
+    sync(final.parent)
+    with contextlib.suppress(OSError):
+        staged.parent.rmdir()  # only when nothing else is in it
 
 
-def verify(checkpoint: str | Path) -> None:
-    """Raise `CheckpointError` unless `checkpoint` is a folder whose marker's files are all there at their full size."""
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such checkpoint folder")
-    try:
-        sizes = dict(json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"].items())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: has no {MARKER}: writing it was not finished, or not by BilevelMTLTrainer"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{folder / MARKER}: is damaged") from None
-    for name, size in sizes.items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: is missing from the checkpoint")
-        found = (folder / name).stat().st_size
-        if found != size:
-            raise CheckpointError(f"{folder / name}: is damaged or truncated: {found} bytes, expected {size}")
+def run_id(run_folder: str | Path, resumed_from: str | Path | None) -> str:
+    """The id that the checkpoints of a run in `run_folder` get: that of the checkpoint it goes on from, when this lies
+    in the same folder and has one, else a new one."""
+    if resumed_from is not None and Path(resumed_from).absolute().parent == Path(run_folder).absolute():
+        marker = read_marker(Path(resumed_from))
+        if marker is not None and marker.run is not None:
+            return marker.run
+    return uuid.uuid4().hex
 
 
-def last_complete_checkpoint(run_folder: str | Path) -> str:
-    """The complete checkpoint with the highest step in `run_folder`; incomplete ones are passed over with a warning.
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+def last_complete_checkpoint(run_folder: str | Path, *, thorough: bool = True, finish_renames: bool = True) -> str:
+    """The checkpoint in `run_folder` that a run goes on from: of those that can be loaded the last one.
+
+    Passed over, with a warning: what was not finished, what is damaged (see `hf_bilb.checkpoint_check.verify`), those
+    of an earlier run in this folder, and those whose weights are not finite as long as there is another. One of
+    `Trainer` counts when it looks complete.
+
+    Args:
+        thorough: see `verify`.
+        finish_renames: take over a checkpoint that was stopped before its last rename; only for who holds the folder.
 
     Raises:
         CheckpointError: when there is none.
     """
     folder = Path(run_folder)
-    _finish_renames(folder)
-    last = _last_complete(folder)
+    if finish_renames:
+        _finish_renames(folder)
+    last = _last_complete(folder, thorough)
     if last is None:
-        raise CheckpointError(f"{folder}: has no complete checkpoint to resume from")
+        raise CheckpointError(
+            f"No valid checkpoint found in output directory ({folder}): it has no complete checkpoint to resume from"
+        )
     return str(last)
 
 
-def _last_complete(folder: Path) -> Path | None:
-    found = [
-        (int(m.group(1)), p) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := _CHECKPOINT.match(p.name))
-    ]
-    for _, path in sorted(found, reverse=True):
+def _last_complete(folder: Path, thorough: bool) -> Path | None:
+    not_finite = None
+    for path in _candidates(folder):
         try:
-            verify(path)
+            found = verify(path, thorough=thorough)
         except CheckpointError as error:
             logger.warning("passing over an incomplete checkpoint: %s", error)
             continue
-        return path
-    return None
+        if found.marker is None and has_balancer(path):
+            logger.warning("passing over an incomplete checkpoint: %s has no %s", path, MARKER)
+        elif found.finite:
+            if not_finite is not None:
+                logger.warning("passing over %s: its weights are not finite; those of %s are", not_finite, path.name)
+            return path
+        else:
+            not_finite = not_finite or path
+    return not_finite
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoints by step, the last one first; those of an earlier run in the same folder after all others."""
+    steps = {
+        p: int(m.group(1)) for p in (folder.iterdir() if folder.is_dir() else ()) if (m := _CHECKPOINT.match(p.name))
+    }
+    markers = {
+        path: marker for path in steps if (marker := _marker_or_none(path)) is not None and marker.run is not None
+    }
+    if not markers:
+        return sorted(steps, key=lambda path: -steps[path])
+    newest = max(markers, key=lambda path: markers[path].saved or 0.0)
+    earlier = {path for path, marker in markers.items() if marker.run != markers[newest].run}
+    if stale := sorted(path.name for path in earlier if steps[path] > steps[newest]):
+        logger.warning(
+            "%s: %s %s of an earlier run than %s: a resume goes on with the later run",
+            folder, ", ".join(stale), "are" if len(stale) > 1 else "is", newest.name,
+        )  # fmt: skip
+    return sorted(steps, key=lambda path: (path in earlier, -steps[path]))
+
+
+def _marker_or_none(path: Path) -> Marker | None:
+    try:
+        return read_marker(path)
+    except CheckpointError:
+        return None  # `verify` will say so
 
 
 def _finish_renames(folder: Path) -> None:
     """Take over checkpoints that were stopped between their marker and their rename; warn of the other ones."""
     staging = folder / STAGING
     for staged in sorted(staging.iterdir()) if staging.is_dir() else ():
+        if not _CHECKPOINT.match(staged.name):
+            continue  # was about to be deleted
         final = folder / staged.name
         try:
-            verify(staged)
+            if verify(staged).marker is None:
+                raise CheckpointError(f"{staged}: has no {MARKER}")
         except CheckpointError:
             logger.warning("%s was being written when a run stopped; it is passed over", staged)
             continue
-        if _CHECKPOINT.match(staged.name) and not final.exists():
-            # Every rank comes here; the first one does it.
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(staged, final)
+        if not final.exists():
+            os.rename(staged, final)
 
 
 # --- the balancer's files -----------------------------------------------------------------------------------------
 
 
-def save_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog) -> None:
-    """Write `balancer.safetensors` and `balancer.json` into `folder`, which is created if need be."""
+def save_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog, run: str | None = None) -> None:
+    """Write `balancer.safetensors` and `balancer.json` into `folder`, which is created if need be; `run` is the run's
+    id."""
     from hf_bilb import __version__
 
     path = Path(folder)
@@ -141,17 +200,13 @@ def save_balancer(folder: str | Path, balancer: LossBalancer, log: RunningLog) -
     description = {
         "format": _FORMAT,
         "hf_bilb": __version__,
+        "run": run,
         "balancer": balancer.name,
         "options": repr(balancer.options),
         "task_names": list(balancer.task_names),
         "log": log.state(),
     }
     (path / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
-
-
-def has_balancer(folder: str | Path) -> bool:
-    """Whether `folder` holds a balancer's files (a `save_only_model` checkpoint does not)."""
-    return (Path(folder) / TENSORS).is_file() or (Path(folder) / DESCRIPTION).is_file()
 
 
 def read_balancer(folder: str | Path, balancer: LossBalancer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,6 +225,13 @@ def read_balancer(folder: str | Path, balancer: LossBalancer) -> tuple[dict[str,
         tensors = load_file(path / TENSORS, device=str(balancer.device))
         balancer.check_state_dict(tensors)
     return tensors, description
+
+
+def check_description(folder: str | Path, balancer: LossBalancer) -> None:
+    """Raise `CheckpointError` when `folder` holds a description, and it is of another method or of other tasks."""
+    path = Path(folder) / DESCRIPTION
+    if path.is_file():
+        _check_description(path, _read_description(path), balancer)
 
 
 def _check_description(path: Path, description: dict[str, Any], balancer: LossBalancer) -> None:
@@ -219,7 +281,7 @@ def balancer_folder(path: str | Path) -> Path:
     if has_balancer(folder):
         return folder
     # That run may be under way: what it is writing there is left alone.
-    last = _last_complete(folder)
+    last = _last_complete(folder, thorough=False)
     if last is None or not has_balancer(last):
         raise CheckpointError(f"{last or folder}: holds no balancer state, expected a checkpoint that does")
     return last
@@ -235,7 +297,10 @@ def start_balancer_from(path: str | Path, balancer: LossBalancer) -> None:
     description = _read_description(folder / DESCRIPTION)
     _check_description(folder / DESCRIPTION, description, balancer)
     with _explained(folder / TENSORS):
-        balancer.start_from(load_file(folder / TENSORS, device=str(balancer.device)))
+        tensors = load_file(folder / TENSORS, device=str(balancer.device))
+    check_as_saved(folder, [TENSORS])
+    with _explained(folder / TENSORS):
+        balancer.start_from(tensors)
     _say_other_options(folder / DESCRIPTION, description, balancer)
 
 

@@ -19,8 +19,9 @@ from typing import IO, Any
 
 import click
 
+from hf_bilb import folder_lock
 from hf_bilb.cells import LOG_FILE, SINGLE_TASK, Cell, parse_balancers, parse_seeds, plan_cells, state_of, task_names
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import FolderInUseError, OptionError
 from hf_bilb.options import nearest
 from hf_bilb.recipe import Recipe, dump_recipe, read_recipe
 from hf_bilb.reporting.results import RunResults, read_results, write_text
@@ -139,9 +140,8 @@ def run_comparison(comparison: Comparison) -> tuple[Study | None, list[Cell]]:
         OptionError, CheckpointError: a cell's folder holds something else; before the first cell starts.
         Interrupted: by SIGINT or a request to end; the running cell is stopped.
     """
-    states = [state_of(cell) for cell in comparison.cells]
-    comparison.output.mkdir(parents=True, exist_ok=True)
     with _alone(comparison.output) as lock:
+        states = [state_of(cell) for cell in comparison.cells]
         shared = comparison.output / f"{comparison.recipe.name}.yaml"
         write_text(shared, f"# what all cells of this comparison share\n{dump_recipe(comparison.recipe)}")
         clock = _Estimate()
@@ -317,17 +317,12 @@ def _alone(folder: Path) -> Iterator[int | None]:
 
     The running cell holds it, too, so that one that outlives a killed comparison is not started a second time.
     """
-    if sys.platform == "win32":
-        yield None
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OptionError(f"--output: in {str(folder)!r} a comparison is running") from None
-        yield file.fileno()
+            lock = held.enter_context(folder_lock.hold(folder))
+        except FolderInUseError as error:
+            raise OptionError(f"--output: in {str(folder)!r} a comparison is running ({error})") from None
+        yield lock
 
 
 # ---------------------------------------------------------------------------------------------------- results

@@ -30,6 +30,10 @@ class CheckpointError(HfBilbError, ValueError):
     """A checkpoint that is incomplete, damaged, or belongs to another run. One line that names file and cause."""
 
 
+class FolderInUseError(HfBilbError, RuntimeError):
+    """Another run is writing into the output folder. One line that names the folder and, where known, the process."""
+
+
 class MissingPackageError(HfBilbError, ImportError):
     """A package that is needed is not installed. The message is one line and says what to install."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import inspect
 import logging
@@ -19,8 +20,10 @@ from torch import nn
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_bilb import checkpointing
+from hf_bilb import checkpointing, folder_lock
+from hf_bilb.agreement import from_first_rank
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
+from hf_bilb.disk_full import disk_full_explained
 from hf_bilb.errors import OptionError
 from hf_bilb.gallery import gallery_rows
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
@@ -55,7 +58,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
 
     Raises:
         OptionError: settings that do not fit together, or a folder that already holds a run (without `resume`).
-        CheckpointError: `resume` without a complete checkpoint, or one that belongs to another run.
+        CheckpointError: `resume` without a complete checkpoint, or one that belongs to another run; a full disk.
+        FolderInUseError: another run is writing into the folder.
         MissingPackageError: the data set's package is not installed.
     """
     started = time.perf_counter()
@@ -63,10 +67,18 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     args = training_arguments(recipe)  # before anything is loaded: finds settings that contradict each other
     data_options = resolve_data_options(recipe)
     check_model(recipe)
-    checkpoint = _check_folder(Path(args.output_dir), resume)
     state = PartialState()
-    if state.is_main_process:
-        _write_recipe(recipe, Path(args.output_dir), resume)
+    folder = Path(args.output_dir)
+    with contextlib.ExitStack() as held, disk_full_explained(folder):
+        checkpoint = from_first_rank(lambda: _enter_folder(folder, resume, held))
+        if state.is_main_process:
+            _write_recipe(recipe, folder, resume)
+        return _run(recipe, data_options, checkpoint, started)
+
+
+def _run(recipe: Recipe, data_options: Any, checkpoint: str | None, started: float) -> RunResults:
+    """Everything that comes when the settings are checked and the folder is this run's own."""
+    args, state = training_arguments(recipe), PartialState()
     set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
     with state.local_main_process_first():  # one process prepares the cache, the others read it
         data = DATA_SETS[recipe.data["name"]].load(data_options)
@@ -272,6 +284,13 @@ class ConciseProgress(ProgressCallback):
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
+
+
+def _enter_folder(folder: Path, resume: bool, held: contextlib.ExitStack) -> str | None:
+    """Hold the folder from now on, and look at what is in it; the first rank does it for all."""
+    if not resume or folder.is_dir():  # else there is nothing to resume, and no folder is left behind
+        held.enter_context(folder_lock.hold(folder))
+    return _check_folder(folder, resume)
 
 
 def _check_folder(folder: Path, resume: bool) -> str | None:

@@ -540,33 +540,38 @@ class BilevelMTLTrainer(TaskLossTrainer):
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
 
     def _check_checkpoint(self, checkpoint: str) -> None:
-        if checkpointing.has_balancer(checkpoint):
+        super()._check_checkpoint(checkpoint)
+        if checkpointing.has_whole_balancer(checkpoint):
             self.balancer.bind(self.model)
             checkpointing.read_balancer(checkpoint, self.balancer)
+        else:
+            checkpointing.check_description(checkpoint, self.balancer)
+
+    def _is_balancing(self) -> bool:
+        # An ordinary model is known as such after its first output only; what may be one has one task.
+        return self._ordinary is False
+
+    def _writes_into_folder(self) -> bool:
+        return super()._writes_into_folder() or len(self.task_names) > MAX_TASKS_IN_LOG
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            checkpointing.save_balancer(output_dir, self.balancer, self._running_log)
+            with self._writing(output_dir, checkpointing.TENSORS):
+                checkpointing.save_balancer(output_dir, self.balancer, self._running_log, self._run_id)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if checkpointing.has_balancer(checkpoint):
+        # Without its files it starts fresh, which has been said when the checkpoint was looked at.
+        if checkpoint is not None and checkpointing.has_whole_balancer(checkpoint):
             self.balancer.bind(self.model)
             checkpointing.load_balancer(checkpoint, self.balancer, self._running_log)
             self._restored = True
-        else:
-            logger.warning(
-                "%s holds no balancer state (save_only_model): the balancer starts FRESH, as the optimizer does",
-                checkpoint,
-            )
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         best = self.state.best_model_checkpoint
-        if checkpointing.has_balancer(best):
+        if checkpointing.has_whole_balancer(best):
             checkpointing.load_balancer(best, self.balancer)
-        else:
+        elif self._is_balancing():
             logger.warning("%s holds no balancer state (save_only_model): the balancer stays at the last step", best)

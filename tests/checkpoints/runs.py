@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import TrainerCallback
 
-from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, atomic_trainer, checkpointing
+from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, atomic_trainer, checkpointing, folder_lock
 from hf_bilb.running_log import VECTORS_FILE
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.models import FeatureModel, build
@@ -344,7 +344,9 @@ def kill_in_save(folder: Path, point: str) -> None:
     if point == POINTS[0]:
         assert in_processes(whole) == [0]
     assert in_processes(killed) == [-signal.SIGKILL], point
-    torch.save(sorted(path.name for path in (folder / "killed").iterdir()), folder / "left.pt")
+    # The lock's file stays behind, its lock died with the process.
+    left = {path.name for path in (folder / "killed").iterdir()} - {folder_lock.LOCK_FILE}
+    torch.save(sorted(left), folder / "left.pt")
 
 
 def resume_after_killed_save(folder: Path, point: str) -> None:

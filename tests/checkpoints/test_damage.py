@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
 
 from hf_bilb.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS, verify
 from hf_bilb.errors import CheckpointError
+from hf_bilb.folder_lock import LOCK_FILE
 from tests.checkpoints.runs import Begin, Run, build_trainer
-from tests.synthetic import build_data, build_model, flat_parameters
+from tests.synthetic import flat_parameters
 
 RUN = Run(0, 0, {"balancer": "bilb", "num_train_epochs": 1})
 
@@ -27,6 +28,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run with `checkpoint-5`, `checkpoint-10` and `checkpoint-11`."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     build_trainer(RUN, folder).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with another seed: files of the same sizes."""
+    folder = tmp_path_factory.mktemp("other") / "run"
+    build_trainer(RUN, folder, seed=6).train()
     return folder
 
 
@@ -46,6 +55,19 @@ def scramble(path: Path) -> None:
     path.write_bytes(b"\x93" * path.stat().st_size)
 
 
+def flip(path: Path, place: float = 0.5) -> None:
+    """One bit."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 0x40
+    path.write_bytes(content)
+
+
+def forget_digests(checkpoint: Path) -> None:
+    """As a former version marked it."""
+    marker = json.loads((checkpoint / MARKER).read_text())
+    (checkpoint / MARKER).write_text(json.dumps({"format": 2, "files": marker["files"]}))
+
+
 def delete(path: Path) -> None:
     path.unlink()
 
@@ -59,6 +81,7 @@ def assert_refused(
         trainer.train(resume_from_checkpoint=str(run_folder / last))
     assert "\n" not in str(caught.value)
     assert str(run_folder / last) in str(caught.value)
+    assert not (run_folder / LOCK_FILE).exists(), "a refused run lets the folder go"
     assert trainer.state.global_step == 0
     assert torch.equal(flat_parameters(trainer.model), before), "nothing may be loaded from it"
 
@@ -69,18 +92,93 @@ def test_a_truncated_file(run_folder: Path, name: str) -> None:
     assert_refused(run_folder, rf"{name}: is damaged or truncated: \d+ bytes, expected \d+")
 
 
-@pytest.mark.parametrize("name", [TENSORS, DESCRIPTION, "model.safetensors", "rng_state.pth"])
-def test_a_missing_file(run_folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
+def test_a_missing_file_without_which_nothing_goes_on(run_folder: Path, name: str) -> None:
     delete(run_folder / "checkpoint-11" / name)
-    assert_refused(run_folder, f"{name}: is missing")
+    assert_refused(run_folder, f"Can't find a valid checkpoint at .*checkpoint-11: .*{name}: is missing")
+
+
+@pytest.mark.parametrize("name", [TENSORS, DESCRIPTION, MARKER])
+def test_scrambled_content(run_folder: Path, name: str) -> None:
+    scramble(run_folder / "checkpoint-11" / name)
+    assert_refused(run_folder, f"{name}: is damaged")
+
+
+#: What a resume would load without noticing.
+OF_TENSORS = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", TENSORS]
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
+def test_a_flipped_bit_in_a_file_of_tensors(run_folder: Path, name: str, place: float) -> None:
+    flip(run_folder / "checkpoint-11" / name, place)
+    assert_refused(run_folder, rf"{name}: is damaged or another run's: its SHA-256 is \w+\.\.\., saved was \w+\.\.\.")
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_a_file_of_another_run(run_folder: Path, other_run: Path, name: str) -> None:
+    theirs, ours = other_run / "checkpoint-11" / name, run_folder / "checkpoint-11" / name
+    if name == "scheduler.pt":  # alike in both runs
+        theirs = run_folder / "checkpoint-10" / name
+    assert theirs.read_bytes() != ours.read_bytes()
+    assert theirs.stat().st_size == ours.stat().st_size or name == "rng_state.pth"
+    shutil.copy(theirs, ours)
+    assert_refused(run_folder, f"{name}: is damaged or (another run's|truncated)")
+
+
+def test_the_description_of_another_run(run_folder: Path, other_run: Path) -> None:
+    shutil.copy(other_run / "checkpoint-11" / DESCRIPTION, run_folder / "checkpoint-11")
+    assert_refused(run_folder, f"{DESCRIPTION}: is damaged or (another run's|truncated)")
+
+
+@pytest.mark.parametrize("old", ['"finite_weights": true', '"run": "', '"model.safetensors": "', '"saved": 1'])
+def test_a_flipped_bit_in_the_marker(run_folder: Path, old: str) -> None:
+    path = run_folder / "checkpoint-11" / MARKER
+    text = path.read_text()
+    new = (
+        text.replace("true", "null") if "true" in old else text.replace(old, f"{old}0" if old[-1] == "1" else old + "a")
+    )
+    assert new != text
+    path.write_text(new)
+    assert_refused(run_folder, f"{MARKER}: is damaged")
 
 
 @pytest.mark.parametrize(
-    ("name", "pattern"), [(TENSORS, "no safetensors file"), (DESCRIPTION, "damaged"), (MARKER, "is damaged")]
+    ("change", "pattern"),
+    [
+        (lambda text: text.replace('"global_step"', '"global_stop"'), "global_step is None, expected the number"),
+        (
+            lambda text: text.replace('"global_step": 11', '"global_step": "x"'),
+            "global_step is 'x', expected the number",
+        ),
+        (lambda text: text.replace('"max_steps"', '"may_steps"'), "damaged or of another version: .*'may_steps'"),
+        (lambda text: text.replace("{", "[", 1), "is damaged or another run's"),
+        (lambda text: "[]", "is damaged"),
+    ],
+    ids=["no step", "no number", "unknown key", "no JSON", "a list"],
 )
-def test_scrambled_content(run_folder: Path, name: str, pattern: str) -> None:
-    scramble(run_folder / "checkpoint-11" / name)
-    assert_refused(run_folder, f"{name}: .*{pattern}")
+def test_a_damaged_state(run_folder: Path, change: Callable[[str], str], pattern: str) -> None:
+    path = run_folder / "checkpoint-11" / "trainer_state.json"
+    path.write_text(change(path.read_text()))
+    assert_refused(run_folder, f"trainer_state.json: .*{pattern}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", TENSORS])
+@pytest.mark.parametrize("marker", [True, False], ids=["sizes alone", "no marker"])
+def test_damage_where_no_digest_was_saved(run_folder: Path, name: str, marker: bool) -> None:
+    checkpoint = run_folder / "checkpoint-11"
+    forget_digests(checkpoint)
+    if not marker:
+        delete(checkpoint / MARKER)
+    if name.endswith("safetensors"):  # without checksums of its own: only its form can be looked at
+        scramble(checkpoint / name)
+    else:  # its own checksums tell
+        content = (checkpoint / name).read_bytes()
+        third = len(content) // 3
+        (checkpoint / name).write_bytes(
+            content[:third] + bytes(255 - b for b in content[third:-third]) + content[-third:]
+        )
+    assert_refused(run_folder, f"{name}: is (truncated|damaged)")
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"files": []}', '{"files": 3}'])
@@ -89,9 +187,15 @@ def test_a_marker_of_another_form(run_folder: Path, content: str) -> None:
     assert_refused(run_folder, f"{MARKER}: is damaged")
 
 
-def test_no_marker(run_folder: Path) -> None:
-    delete(run_folder / "checkpoint-11" / MARKER)
-    assert_refused(run_folder, f"has no {MARKER}: writing it was not finished")
+def test_one_that_was_not_finished(run_folder: Path) -> None:
+    (run_folder / STAGING).mkdir()
+    shutil.copytree(run_folder / "checkpoint-11", run_folder / STAGING / "checkpoint-12")
+    delete(run_folder / STAGING / "checkpoint-12" / MARKER)
+    assert_refused(
+        run_folder,
+        f"valid checkpoint at .*: .*has no {MARKER}: writing it was not finished",
+        last=f"{STAGING}/checkpoint-12",
+    )
 
 
 def test_another_balancer(run_folder: Path) -> None:
@@ -113,26 +217,19 @@ def test_another_number_of_tasks(run_folder: Path) -> None:
     assert_refused(run_folder, f"{DESCRIPTION}: was saved for 4 tasks, this run has 3", other)
 
 
-def test_a_checkpoint_of_a_plain_trainer(tmp_path: Path) -> None:
-    class SumTrainer(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return model(**inputs).losses.sum()
-
-    args = TrainingArguments(str(tmp_path), max_steps=2, save_steps=2, report_to="none", use_cpu=True)
-    SumTrainer(model=build_model(), args=args, train_dataset=build_data(16)).train()
-    assert_refused(tmp_path, f"has no {MARKER}: .*not by BilevelMTLTrainer", last="checkpoint-2")
-
-
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert_refused(tmp_path, "there is no such checkpoint folder", last="checkpoint-7")
+    assert_refused(
+        tmp_path, "Can't find a valid checkpoint at .*: there is no such checkpoint folder", last="checkpoint-7"
+    )
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no complete checkpoint to resume from"):
+    with pytest.raises(CheckpointError, match="No valid checkpoint found in output directory") as caught:
         build_trainer(RUN, tmp_path).train(resume_from_checkpoint=True)
+    assert "has no complete checkpoint to resume from" in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [truncate, delete])
+@pytest.mark.parametrize("damage", [truncate, delete, flip])
 def test_resuming_from_the_last_passes_over_a_damaged_one(
     run_folder: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -167,8 +264,12 @@ def test_a_half_written_folder_of_an_older_tool_is_passed_over(run_folder: Path)
 
 def test_the_marker_lists_every_file(trained: Path) -> None:
     checkpoint = trained / "checkpoint-10"
-    listed = json.loads((checkpoint / MARKER).read_text())["files"]
+    marker = json.loads((checkpoint / MARKER).read_text())
+    listed = marker["files"]
     assert listed == {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.name != MARKER}
+    lines = subprocess.run(["sha256sum", *listed], cwd=checkpoint, capture_output=True, text=True, check=True).stdout
+    assert marker["sha256"] == {name: digest for digest, name in (line.split() for line in lines.splitlines())}
+    assert marker["format"] == 3 and marker["finite_weights"] is True
     assert {
         TENSORS,
         DESCRIPTION,

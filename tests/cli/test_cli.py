@@ -179,7 +179,9 @@ def test_the_resolved_recipe_of_a_run_runs_again(folder):
 
 
 def test_resume_without_a_complete_checkpoint_is_one_line(folder):
-    assert refused(hf_bilb("train", "small.yaml", "--resume")) == "run: has no complete checkpoint to resume from"
+    assert refused(hf_bilb("train", "small.yaml", "--resume")) == (
+        "No valid checkpoint found in output directory (run): it has no complete checkpoint to resume from"
+    )
     assert not (folder / "run").exists()
 
 
