@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_bilb import checkpointing
+from hf_bilb.weights_trainer import RestoringTrainer
 
 
-class AtomicCheckpointTrainer(Trainer):
+class AtomicCheckpointTrainer(RestoringTrainer):
     """Writes checkpoints aside and renames them when they are finished; resumes from complete ones only.
 
     `Trainer` writes into `checkpoint-N` itself, file by file; a run killed meanwhile leaves half a checkpoint with the
