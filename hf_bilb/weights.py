@@ -136,11 +136,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     _say_other_types(folder, found, live)
     bare.load_state_dict({name: found[name.replace(_COMPILED, "")] for name in bare.state_dict()})
     for names in shared(live):
-        for name in names:
-            if not same_bits(live[name], found[name].to(live[name])):
-                raise CheckpointError(
-                    f"{folder}: {' and '.join(names[:2])} are one tensor in the model, but differ there"
-                )
+        if not all(same_bits(live[name], found[name].to(live[name])) for name in names):
+            both = " and ".join(names[:2])
+            raise CheckpointError(f"{folder}: {both} share memory in the model, but not in these weights")
 
 
 def _matched(
@@ -198,9 +196,12 @@ def _renamed(
     unexpected: list[str] = []
     for key in sorted(saved, key=dot_natural_key):
         plain_key = key.replace(_COMPILED, "")
-        name, pattern = rename_source_key(plain_key, renamings, converters, model.base_model_prefix, live)
+        name, pattern = rename_source_key(plain_key, renamings, converters)
         if name not in live and plain_key in live:
             name, pattern = plain_key, None
+        elif name not in live:
+            # A prefix comes or goes only where nothing else fits: a model may have `layernorm` and `<prefix>.layernorm`.
+            name, pattern = rename_source_key(plain_key, renamings, converters, model.base_model_prefix, live)
         if name not in live or name in found:
             unexpected.append(key)
         elif pattern is None:
