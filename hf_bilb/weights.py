@@ -200,7 +200,7 @@ def _renamed(
         if name not in live and plain_key in live:
             name, pattern = plain_key, None
         elif name not in live:
-            # A prefix comes or goes only where nothing else fits: a model may have `layernorm` and `<prefix>.layernorm`.
+            # A prefix comes or goes where nothing else fits: a model may have `norm` and `<prefix>.norm` (Pixio).
             name, pattern = rename_source_key(plain_key, renamings, converters, model.base_model_prefix, live)
         if name not in live or name in found:
             unexpected.append(key)
