@@ -26,12 +26,13 @@ class MultiTaskModel(PreTrainedModel):
         Tensors that lie in a safetensors file in memory are not aligned, and matrix products round otherwise then.
 
         Raises:
-            CheckpointError: tensors that no file holds, and would be random, or that this model does not have. Shapes
-                may differ with `ignore_mismatched_sizes=True`, as there.
+            CheckpointError: tensors that no file holds, and would be random, or that this model does not have; but for
+                a caller who asks for the report (`output_loading_info=True`), which has both. Shapes may differ with
+                `ignore_mismatched_sizes=True`, as there.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         differences = Differences(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
-        if differences:
+        if differences and not output_loading_info:
             raise CheckpointError(f"{model.name_or_path}: its weights do not match {cls.__name__}: {differences}")
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
