@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
@@ -22,11 +21,12 @@ from hf_bilb.checkpoint_rotation import rotate_checkpoints
 from hf_bilb.disk_full import bytes_of_model, bytes_of_optimizer, disk_full_error, disk_full_explained
 from hf_bilb.errors import CheckpointError
 from hf_bilb.finite_weights import weights_are_finite
+from hf_bilb.weights_trainer import RestoringTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class AtomicCheckpointTrainer(Trainer):
+class AtomicCheckpointTrainer(RestoringTrainer):
     """Writes checkpoints aside and renames them when they are finished; resumes from what was saved and nothing else.
 
     `Trainer` writes into `checkpoint-N` itself, file by file; a run killed meanwhile leaves half a checkpoint with the

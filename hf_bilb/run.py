@@ -37,6 +37,7 @@ from hf_bilb.reporting.tables import compare, render_markdown, render_text
 from hf_bilb.step_clock import StepClock
 from hf_bilb.trainer import BilevelMTLTrainer
 from hf_bilb.training_args import BilevelMTLTrainingArguments
+from hf_bilb.weights import check_savable
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +235,7 @@ def build_model(recipe: Recipe, data: TaskData) -> nn.Module:
         rows = [data.train[0]]
         batch = rows[0] if data.data_collator is None else data.data_collator(rows)
         check_columns(model, batch, data.label_names)
+        check_savable(model)
         return model
     if spec.build is not None:
         return spec.build(parse_options(spec.options, options, "model"), **data.model_arguments)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models.outputs import MultiTaskOutput
+from hf_bilb.tensor_files import Differences
 
 _ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 
@@ -19,17 +20,24 @@ class MultiTaskModel(PreTrainedModel):
     accepts_loss_kwargs = False  # the losses are means over the valid items already; the Trainer shall not rescale
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`; on a CPU what is loaded computes bit for bit what was saved.
 
         Tensors that lie in a safetensors file in memory are not aligned, and matrix products round otherwise then.
+
+        Raises:
+            CheckpointError: tensors that no file holds, and would be random, or that this model does not have; but for
+                a caller who asks for the report (`output_loading_info=True`), which has both. Shapes may differ with
+                `ignore_mismatched_sizes=True`, as there.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        differences = Differences(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
+        if differences and not output_loading_info:
+            raise CheckpointError(f"{model.name_or_path}: its weights do not match {cls.__name__}: {differences}")
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
                 tensor.data = tensor.data.clone()
-        return loaded
+        return (model, info) if output_loading_info else model
 
     def _output(
         self,

@@ -105,7 +105,7 @@ def _pretrained(name: str, dtype: torch.dtype, attention: str | None) -> PreTrai
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last one: other shapes than the config's
         raise OptionError(f"model.model: {name!r} cannot be loaded: {_one_line(error)}") from None
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])

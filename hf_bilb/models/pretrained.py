@@ -94,7 +94,7 @@ def load_pretrained(
         if missing:
             advice = "; with pooling: mean it needs no pooler" if all("pooler" in key for key in missing) else ""
             raise ValueError(f"its files lack {', '.join(missing[:3])}{advice}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last one: other shapes than the config's
         raise _not_loaded(encoder, path, error) from None
     finally:
         transformers_logging.set_verbosity(level)

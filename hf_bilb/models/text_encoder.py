@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from hf_bilb.adapter_weights import check_adapters
 from hf_bilb.errors import OptionError
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.lora import LoraOptions, lora_config
@@ -312,6 +313,7 @@ def load_multi_task_text(folder: str | Path) -> MultiTaskTextModel | PeftModel:
     `encoder_name` again.
 
     Raises:
+        CheckpointError: what lies there does not match the model.
         OptionError: the encoder cannot be loaded.
         MissingPackageError: its package is not installed.
     """
@@ -327,4 +329,6 @@ def load_multi_task_text(folder: str | Path) -> MultiTaskTextModel | PeftModel:
         pooling=config.pooling,
         dropout=config.dropout,
     )
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+    check_adapters(adapted, folder)
+    return adapted

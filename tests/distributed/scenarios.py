@@ -21,6 +21,7 @@ from tests.distributed.double_loop import double_loop_scenarios
 from tests.distributed.feature_routers import feature_router_scenarios
 from tests.distributed.method_checks import sample, scenarios
 from tests.distributed.mixture_evaluation import mixture_scenarios
+from tests.distributed.restored import restored_scenarios
 from tests.distributed.sharded import sharded_scenarios
 from tests.distributed.training import (
     SmallestGap,
@@ -388,6 +389,7 @@ def all_scenarios() -> dict[str, Scenario]:
     found.update(double_loop_scenarios())
     found.update(absent_task_scenarios())
     found.update(sharded_scenarios())
+    found.update(restored_scenarios())
     found.update(scenarios(sample()))
     if world_size() > 1:
         for name in SABOTAGE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -27,7 +29,7 @@ from transformers import (
     ViTConfig,
 )
 
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, MultiTaskTextConfig, MultiTaskTextModel, MultiTaskTextOptions
 from hf_bilb.models.text_encoder import (
     LoraOptions,
@@ -341,6 +343,24 @@ def test_heads_of_other_tasks_are_not_loaded_silently(tmp_path: Path) -> None:
         tmp_path, config=MultiTaskTextConfig(bert(), ["qqp"], [2]), output_loading_info=True
     )
     assert set(report["missing_keys"]) == {"head_qqp.weight", "head_qqp.bias"}
+    with pytest.raises(
+        CheckpointError, match=r"2 are missing \(head_qqp\.bias, head_qqp\.weight\); \d are not of this"
+    ):
+        MultiTaskTextModel.from_pretrained(tmp_path, config=MultiTaskTextConfig(bert(), ["qqp"], [2]))
+
+
+def test_adapters_with_a_tensor_missing_are_refused(tmp_path: Path) -> None:
+    model = lora_model(tmp_path)
+    model.save_pretrained(tmp_path / "run")
+    model.get_base_model().config.save_pretrained(tmp_path / "run")
+    load_multi_task_text(tmp_path / "run")
+    file = tmp_path / "run" / "adapter_model.safetensors"
+    state = load_file(file)
+    gone = next(name for name in state if "head_" in name)
+    del state[gone]
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=f"1 is missing .{re.escape(gone)}"):
+        load_multi_task_text(tmp_path / "run")
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------------
