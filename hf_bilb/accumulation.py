@@ -1,8 +1,10 @@
 """Gradient accumulation: each micro-batch's exact share of its window's items.
 
 Under `balance_over: window` the counts come with the losses of a first pass. Under `micro_batch` the window's item
-counts must be known before its first backward pass. They come from `task_item_counts(batch)`, from label columns (-100
-or NaN = missing), or, where neither says anything, from the batch sizes.
+counts must be known before its first backward pass: they are read from the batches (`hf_bilb.item_counts`). The losses
+may come with counts of their own that say otherwise (labels coded -1, tasks left out of a dict): those count. So the
+first window of a run is looked at by a forward pass without gradients; where the two differ, every window's counts are
+taken from such a pass. Later windows are compared on the device, and a difference is read when the Trainer logs.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_pt_utils import find_batch_size
 
 from hf_bilb import distributed
 from hf_bilb.decision import WindowShare
-from hf_bilb.errors import TaskLossError
-from hf_bilb.task_losses import TaskLosses, valid_labels
+from hf_bilb.item_counts import ItemCounter, tasks_have
+from hf_bilb.task_losses import TaskLosses, short_names
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class AccumulationWindow:
 
         Cost: one all-reduce of M K numbers per update.
         """
-        local = torch.stack([count.to(dtype) for count in counts]).to(device)
+        local = _stack(counts, device, dtype)
         return cls(local, distributed.all_reduce_sum(local))
 
     def share(self, micro_batch: int) -> WindowShare:
@@ -48,66 +49,103 @@ class AccumulationWindow:
         return WindowShare(self.local[micro_batch] / totals, everywhere / totals, fraction, fraction, len(self.local))
 
 
-class ItemCounter:
-    """How many items each task has in a batch, known before its forward pass.
+def _stack(counts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.stack([count.to(device=device, dtype=dtype) for count in counts])
+
+
+class WindowCounter:
+    """Counts the windows of one run, and finds out whether the losses' own counts agree.
 
     Args:
-        given: the user's `task_item_counts(batch) -> [K]`, or None.
-        label_names: label columns, the second source.
+        counter: counts of a batch, from the batch alone.
         task_names: the K tasks.
+        device, dtype: of the shares, the balancer's.
+
+    State, on every rank alike: whether windows are counted by a forward pass of their own. Not saved: a resumed run
+    looks at its first window again.
     """
 
     def __init__(
-        self, given: Callable[[Mapping[str, Any]], Tensor] | None, label_names: Sequence[str], task_names: Sequence[str]
+        self, counter: ItemCounter, task_names: Sequence[str], device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._given = given
-        self._label_names = label_names
-        self._task_names = task_names
-        self._said = False
+        self._counter = counter
+        self._task_names = list(task_names)
+        self._device, self._dtype = device, dtype
+        self._checked = self._by_pass = False
+        # Tasks whose counts differed: on this rank since the last window, and on all ranks before it.
+        self._differs = torch.zeros(len(self._task_names), dtype=torch.bool, device=self._device)
+        self._differed: Tensor | None = None
 
-    def count(self, batch: Mapping[str, Any]) -> Tensor:
-        """Counts `[K]`; raises `TaskLossError` when `task_item_counts` returns something else."""
-        num_tasks = len(self._task_names)
-        if self._given is not None:
-            counts: object = self._given(batch)
-            if not isinstance(counts, Tensor) or counts.shape != (num_tasks,):
-                raise TaskLossError(f"task_item_counts: returned {counts!r}, expected a tensor [{num_tasks}]")
-            return counts
-        of_labels = label_counts(batch, self._label_names, self._task_names)
-        return torch.full((num_tasks,), batch_size(batch)) if of_labels is None else of_labels
+    def window(
+        self, batches: Sequence[Mapping[str, Any]], first_pass: Callable[[], list[TaskLosses]] | None
+    ) -> AccumulationWindow:
+        """The counts of the window that comes.
 
-    def check(self, batch: Mapping[str, Any], losses: TaskLosses) -> None:
-        """Say once that batch sizes stand in for counts that differ from those of `losses`."""
-        if self._said or self._given is not None or (losses.complete and not losses.counted):
-            return
-        self._said = True
-        if not losses.complete or label_counts(batch, self._label_names, self._task_names) is None:
-            logger.warning(
-                "gradient accumulation, but the label columns %s do not tell how many items each task has in a whole "
-                "window: micro-batches are weighted by size; give the Trainer task_item_counts(batch) -> [K]",
-                self._label_names,
-            )
+        Args:
+            batches: its micro-batches on this rank.
+            first_pass: runs the model on each without gradients; None where it cannot yet.
+
+        Cost: one all-reduce of (M + 1) K numbers; in the first window of a run, or where counts differ in every one, a
+        forward pass of each micro-batch.
+        """
+        if self._by_pass and first_pass is not None:
+            return self._of(first_pass())
+        counted = [self._counter.count(batch) for batch in batches]
+        # The flags travel with the counts.
+        local = _stack([*(each.num_items for each in counted), self._differs], self._device, self._dtype)
+        total = distributed.all_reduce_sum(local)
+        window, self._differed = AccumulationWindow(local[:-1], total[:-1]), total[-1]
+        if self._checked or first_pass is None:
+            return window
+        self._checked = True
+        return self._check_first(window, first_pass(), {task for each in counted for task in each.assumed})
+
+    def _check_first(
+        self, window: AccumulationWindow, losses: list[TaskLosses], assumed: set[str]
+    ) -> AccumulationWindow:
+        own = self._of(losses)
+        # Where batch sizes stand in for counts that the losses have, agreement in one window says little.
+        told = torch.tensor([bool(assumed) and any(each.counted for each in losses)], device=self._device)
+        doubt = torch.tensor([task in assumed for task in self._task_names], device=self._device) & told
+        differs = (own.local != window.local).any(dim=0) | doubt
+        tasks = self._named(distributed.all_reduce_sum(differs.to(self._dtype)))
+        if not tasks:
+            return window
+        self._by_pass = True
+        logger.warning(
+            "gradient accumulation: the batches do not tell how many items %s in a whole window, as num_items of the "
+            "losses do; %s",
+            tasks_have(tasks),
+            _BY_PASS,
+        )
+        return own
+
+    def _of(self, losses: Sequence[TaskLosses]) -> AccumulationWindow:
+        return AccumulationWindow.count([each.num_items for each in losses], self._device, self._dtype)
+
+    def compare(self, window: AccumulationWindow, micro_batch: int, losses: TaskLosses) -> None:
+        """Take in the losses of a micro-batch of `window`. No device synchronisation: `due_message` reads."""
+        if not self._by_pass:
+            self._differs |= losses.num_items.to(self._dtype) != window.local[micro_batch]
+
+    def due_message(self) -> str | None:
+        """What is to be said when the Trainer logs; from then on windows are counted by a pass. Reads K numbers."""
+        if self._by_pass or self._differed is None:
+            return None
+        tasks = self._named(self._differed)
+        if not tasks:
+            return None
+        self._by_pass = True
+        return (
+            f"gradient accumulation: since the last log the batches told other counts than num_items of the losses for "
+            f"{short_names(tasks)}, and the micro-batches were weighted by the former; from now on {_BY_PASS}"
+        )
+
+    def _named(self, flags: Tensor) -> list[str]:
+        return [task for task, flag in zip(self._task_names, flags.tolist(), strict=True) if flag]
 
 
-def batch_size(batch: Mapping[str, Any]) -> float:
-    """The number of examples of a batch, 1 where nothing in it tells."""
-    return float(find_batch_size(batch) or 1)
-
-
-def label_counts(batch: Mapping[str, Any], label_names: Sequence[str], task_names: Sequence[str]) -> Tensor | None:
-    """Valid labels per task `[K]`, or None when the columns do not say which label belongs to which task.
-
-    One column `[B, K]` holds all tasks; K columns hold one task each: that of their name where columns and tasks are
-    called alike, else in the order of `label_names`.
-    """
-    num_tasks = len(task_names)
-    names = task_names if set(label_names) == set(task_names) else label_names
-    columns = [batch.get(name) for name in names]
-    if not columns or not all(isinstance(column, Tensor) for column in columns):
-        return None
-    tensors = [column for column in columns if isinstance(column, Tensor)]
-    if len(tensors) == 1 and tensors[0].ndim == 2 and tensors[0].shape[1] == num_tasks:
-        return valid_labels(tensors[0]).sum(dim=0)
-    if len(tensors) == num_tasks:
-        return torch.stack([valid_labels(column).sum() for column in tensors])
-    return None
+_BY_PASS = (
+    "counts are taken from a forward pass without gradients over each window; give the Trainer task_item_counts(batch) "
+    "-> [K] that agrees with num_items to spare it"
+)

@@ -29,28 +29,29 @@ _MISSING_CLASS = -1
 _SHORTEST = 1e-12  # vectors below this have no direction
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood over the labelled pixels.
 
     Args:
         logits: `[B, C, H, W]`; log-probabilities do as well.
-        labels: int64 `[B, H, W]`, 0 to C - 1, below 0 where not labelled.
+        labels: integers `[B, H, W]`, 0 to C - 1, below 0 where not labelled.
+        ignore_index: a label that stands for "not labelled" too, 255 in many masks; None = there is no other.
 
     Returns:
         loss (zero, with zero gradients, where no pixel is labelled) and number of labelled pixels, scalars.
 
     Raises:
-        TaskLossError: shapes or types that do not fit.
+        TaskLossError: shapes or types that do not fit; on a CPU, a label that is no class, naming it.
     """
     _check("segmentation", logits, labels, dimensions=4, expected=(logits.shape[0], *logits.shape[2:]))
-    return _class_loss("segmentation", logits, labels)
+    return _class_loss("segmentation", logits, labels, ignore_index)
 
 
-def image_class_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean negative log-likelihood over the images with a class: `logits [B, C]`, int64 `labels [B]`, below 0 where
-    missing; returns and raises as `segmentation_loss`."""
+def image_class_loss(logits: Tensor, labels: Tensor, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean negative log-likelihood over the images with a class: `logits [B, C]`, int64 `labels [B]`, below 0 (or
+    `ignore_index`) where missing; returns and raises as `segmentation_loss`."""
     _check("image class", logits, labels, dimensions=2, expected=(logits.shape[0],))
-    return _class_loss("image class", logits, labels)
+    return _class_loss("image class", logits, labels, ignore_index)
 
 
 def depth_loss(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,6 @@ def unit_vectors(vectors: Tensor) -> Tensor:
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "segmentation": segmentation_loss,
     "depth": depth_loss,
     "normals": normals_loss,
 }
@@ -109,6 +109,7 @@ def dense_task_losses(
     labels: Mapping[str, Tensor | None],
     task_names: Sequence[str],
     image_tasks: Collection[str] = (),
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The losses of K tasks.
 
@@ -117,6 +118,7 @@ def dense_task_losses(
         labels: task -> labels; without an entry (or None) the task is absent: loss and gradients zero, no items.
         task_names: the K tasks, of `DENSE_TASKS` or `image_tasks`.
         image_tasks: those with one class per image.
+        ignore_index: a class number that stands for a missing label, beside those below 0.
 
     Returns:
         `losses [K]` and `num_items [K]` (pixels, or images).
@@ -134,7 +136,9 @@ def dense_task_losses(
             zero = _wide(prediction[:0]).sum()
             found.append((zero, zero.detach()))
         elif name in image_tasks:
-            found.append(_named(name, image_class_loss, prediction, given))
+            found.append(_named(name, image_class_loss, prediction, given, ignore_index))
+        elif name == "segmentation":
+            found.append(segmentation_loss(prediction, given, ignore_index))
         else:
             check_dense_task(name)
             found.append(_LOSSES[name](prediction, given))
@@ -142,11 +146,17 @@ def dense_task_losses(
     return torch.stack(losses), torch.stack(num_items)
 
 
-def dense_item_counts(batch: Mapping[str, Any], task_names: Sequence[str], image_tasks: Sequence[str] = ()) -> Tensor:
+def dense_item_counts(
+    batch: Mapping[str, Any],
+    task_names: Sequence[str],
+    image_tasks: Sequence[str] = (),
+    ignore_index: int | None = None,
+) -> Tensor:
     """How many items each task has in a batch, `[K]`: bound to the names, a `task_item_counts` of `TaskData`.
 
     Args:
         batch: with the tasks' label columns; `image_labels [B, M]` for the M `image_tasks`, in their order.
+        ignore_index: as in `dense_task_losses`.
 
     Raises:
         OptionError: a task that is not known.
@@ -158,7 +168,9 @@ def dense_item_counts(batch: Mapping[str, Any], task_names: Sequence[str], image
         if name not in image_tasks:
             check_dense_task(name)
         kind = "segmentation" if name in image_tasks else name
-        counts.append(torch.zeros((), dtype=torch.int64) if given is None else known_pixels(kind, given).sum())
+        counts.append(
+            torch.zeros((), dtype=torch.int64) if given is None else known_pixels(kind, given, ignore_index).sum()
+        )
     return torch.stack([count.to(counts[0].device) for count in counts])
 
 
@@ -180,10 +192,12 @@ def labels_by_task(columns: Mapping[str, Any], image_tasks: Sequence[str]) -> di
     return labels
 
 
-def known_pixels(task: str, labels: Tensor) -> Tensor:
-    """Bool mask of the labels that are there: `[B, H, W]`, or `[B]` for the classes of images ("segmentation")."""
+def known_pixels(task: str, labels: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Bool mask of the labels that are there: `[B, H, W]`, or `[B]` for the classes of images ("segmentation"), of
+    which `ignore_index` is none."""
     if task == "segmentation":
-        return labels >= 0
+        known = labels >= 0
+        return known if ignore_index is None else known & labels.ne(ignore_index)
     if task == "depth":
         return labels.ne(0) & ~labels.isnan()
     return labels.ne(0).any(dim=1) & ~labels.isnan().any(dim=1)
@@ -195,18 +209,23 @@ def check_dense_task(name: str, path: str = "task_names") -> None:
         raise unknown_name(path, name, DENSE_TASKS)
 
 
-def _class_loss(name: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _class_loss(name: str, logits: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TaskLossError(f"{name}: got labels of {labels.dtype}, expected class numbers (int64)")
     labels = labels.long().clamp(min=_MISSING_CLASS)
-    return masked_cross_entropy(_wide(logits), labels, ignore_index=_MISSING_CLASS)
+    if ignore_index is not None:
+        labels = labels.masked_fill(labels.eq(ignore_index), _MISSING_CLASS)
+    try:
+        return masked_cross_entropy(_wide(logits), labels, ignore_index=_MISSING_CLASS)
+    except TaskLossError as error:
+        raise TaskLossError(f"{name}: {error}") from None
 
 
 def _named(
-    name: str, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], prediction: Tensor, labels: Tensor
+    name: str, loss: Callable[..., tuple[Tensor, Tensor]], prediction: Tensor, labels: Tensor, ignore_index: int | None
 ) -> tuple[Tensor, Tensor]:
     try:
-        return loss(prediction, labels)
+        return loss(prediction, labels, ignore_index)
     except TaskLossError as error:
         raise TaskLossError(f"task {name!r}: {error}") from None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-#: Share of the total |c| beyond which one task drowns the others, and the share of steps from which that is said.
+#: Share of the sum of |c| beyond which one task drowns the others, and the share of steps from which that is said.
 DOMINATION, DOMINATED_STEPS = 0.9, 0.01
 #: Before this many steps one dominated step is no 1 % of anything.
 MIN_STEPS = 100
@@ -17,7 +17,7 @@ class Guards(nn.Module):
     """Counts suspicious steps without reading the device; `due_messages` reads and words them, each kind once.
 
     State: `counts [4]` (steps, steps with a negative coefficient, with lambda beyond its edge, with collapsed weights)
-    and `dominated [K]` (steps in which task k had over 90 % of the total coefficient).
+    and `dominated [K]` (steps in which task k had over 90 % of the sum of |coefficients|).
     """
 
     counts: Tensor
@@ -65,7 +65,7 @@ class Guards(nn.Module):
         share, k = max((count, k) for k, count in enumerate(dominated))
         if steps >= MIN_STEPS and share > DOMINATED_STEPS * steps:
             messages["dominated"] = (
-                f"task {task_names[k]!r} had over 90 % of the weight in {share:.0f} of {steps:.0f} steps"
+                f"task {task_names[k]!r} had over 90 % of the sum of |coefficients| in {share:.0f} of {steps:.0f} steps"
             )
         due = [text for kind, text in messages.items() if kind not in self._said]
         self._said.update(messages)

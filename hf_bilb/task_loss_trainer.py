@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_bilb.accumulation import ItemCounter, batch_size
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
+from hf_bilb.collation import with_missing_labels
 from hf_bilb.errors import TaskLossError
 from hf_bilb.evaluation import EvaluationLosses, own_part
+from hf_bilb.item_counts import ItemCounter, batch_size
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
 from hf_bilb.metrics.perplexity import LossMetrics
 from hf_bilb.metrics.streaming import StreamingMetrics
@@ -50,6 +52,9 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         super().__init__(*args, **kwargs)
         self.task_loss_func = task_loss_func
         self._task_item_counts = task_item_counts
+        #: Tasks whose counts are batch sizes, and what has been said of evaluations.
+        self._assumed: set[str] = set()
+        self._remarks: set[str] = set()
         self._ordinary: bool | None = None  # None = not known yet
         self._evaluation: EvaluationLosses | None = None
         self._settle_tasks()
@@ -59,7 +64,9 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         check_settings(self)
         self.task_names = resolve_task_names(self)
         self.args.settle_best_metric(self.task_names, evaluation_names(self.eval_dataset))
-        self._item_counter = ItemCounter(self._task_item_counts, self.label_names, self.task_names)
+        self._item_counter = ItemCounter(
+            self._task_item_counts, self.label_names, self.task_names, self.args.ignore_index
+        )
         if len(self.task_names) > 1 or self.task_loss_func is not None:
             self._settle_ordinary(False)
         elif self._ordinary is False:
@@ -81,6 +88,16 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         if self.task_loss_func is None or isinstance(outputs, Mapping):
             return outputs
         return {"logits": outputs} if isinstance(outputs, Tensor) else dict(enumerate(outputs))
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; labels that are None become NaN, or -100 among integers, where it chose the collator."""
+        given: Any = self.data_collator  # type: ignore[has-type]
+        several = len(self.task_names) > 1
+        self.data_collator = with_missing_labels(given, dataset, self.label_names, several, self._columns.takes)
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = given
 
     # --- losses --------------------------------------------------------------------------------------------------
 
@@ -124,7 +141,7 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         num_items = fields.get("num_items")
         if self.task_loss_func is not None:
             result = self.task_loss_func(outputs, inputs)
-            losses, num_items = result if isinstance(result, tuple) else (result, None)
+            losses, num_items = result if isinstance(result, tuple) else (result, self._counts_of_model(num_items))
         elif "losses" in fields:
             losses = fields["losses"]
         else:
@@ -133,14 +150,30 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
                 f"the model returned no `losses` (it returned: {got}); return a field `losses` "
                 f"[{len(self.task_names)}], or give the Trainer a task_loss_func(outputs, batch)"
             )
-        return as_task_losses(
+        counts = None if num_items is not None else self._item_counter.count(inputs)
+        batch = as_task_losses(
             losses,
-            num_items,
+            num_items if counts is None else counts.num_items,
             self.task_names,
-            default_items=batch_size(inputs),
             router_features=fields.get("router_features"),
             auxiliary_loss=fields.get("auxiliary_loss"),
         )
+        if counts is None or not counts.assumed:
+            return batch
+        assumed = [task for task in counts.assumed if not isinstance(losses, Mapping) or task in losses]
+        self._assumed.update(assumed)
+        several = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
+        if assumed and several and torch.is_grad_enabled():
+            self._say_assumed()
+        return dataclasses.replace(batch, counted=not assumed)
+
+    def _say_assumed(self) -> None:
+        self._item_counter.say_assumed([task for task in self.task_names if task in self._assumed])
+
+    def _counts_of_model(self, num_items: Any) -> Any:
+        """The model's output field `num_items`, where it is one of the contract's: `[K]`, or by task."""
+        vector = isinstance(num_items, Tensor) and num_items.shape == (len(self.task_names),)
+        return num_items if vector or isinstance(num_items, Mapping) else None
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
@@ -153,7 +186,7 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`."""
-        self._evaluation = EvaluationLosses(len(self.task_names), self.args.device)
+        evaluation = self._evaluation = EvaluationLosses(self.task_names, self.args.device)
         if isinstance(self.compute_metrics, StreamingMetrics):
             # What an evaluation that died has left must not count in this one.
             self.compute_metrics.reset()
@@ -162,14 +195,27 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
             prediction_loss_only = True  # a language model's predictions would not fit into memory
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._ordinary is False:
-            losses = self._evaluation.metrics(self.task_names, metric_key_prefix, of_losses)
+            losses = evaluation.losses()
             # Trainer's own is a mean of batch means, and zero where no task has a label.
             output.metrics.pop(f"{metric_key_prefix}_loss", None)
-            output.metrics.update(losses)
-            if not losses and description != "Prediction":
-                logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
+            output.metrics.update(evaluation.metrics(losses, metric_key_prefix, of_losses))
+            if losses or description != "Prediction":  # predictions need no labels
+                self._remark(evaluation, losses, metric_key_prefix)
         self._evaluation = None
         return output
+
+    def _remark(self, evaluation: EvaluationLosses, losses: Mapping[str, float], prefix: str) -> None:
+        """Say what is missing in the losses of an evaluation, once for each kind of it."""
+        if evaluation.num_batches == 0:
+            logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
+            return
+        remarks = evaluation.remarks(losses, prefix)
+        if evaluation.assumed and (evaluation.num_batches > 1 or self.args.world_size > 1):
+            self._say_assumed()
+        for remark in remarks:
+            if remark not in self._remarks:
+                self._remarks.add(remark)
+                logger.warning("%s", remark)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -19,6 +19,9 @@ from torch.nn import functional
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.options import nearest
 
+#: The integer label that stands for a missing one wherever nothing else is said (torch's and transformers' default).
+MISSING_INTEGER = -100
+
 
 @dataclass(frozen=True)
 class TaskLosses:
@@ -30,7 +33,7 @@ class TaskLosses:
         router_features: `[B, D]` or None.
         auxiliary_loss: scalar that is added to the objective as it is, or None.
         complete: False when tasks of a dict were missing or constant: their heads are not connected to `losses`.
-        counted: whether `num_items` was given; otherwise the batch size stands in.
+        counted: False where `num_items` was not known for some task and the batch size stands in.
     """
 
     losses: Tensor
@@ -75,7 +78,8 @@ def as_task_losses(
         if not isinstance(vector, Tensor) or vector.shape != (len(names),):
             got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
             raise TaskLossError(
-                f"losses: got {got}, expected a tensor [{len(names)}] or a dict, one loss for each of {_short(names)}"
+                f"losses: got {got}, expected a tensor [{len(names)}] or a dict, one loss for each of "
+                f"{short_names(names)}"
             )
     counts = _as_counts(num_items, losses, vector, names, default_items)
     if not vector.is_floating_point():
@@ -116,7 +120,7 @@ def _as_counts(
 
 def _stack(losses: Mapping[str, Tensor], names: list[str]) -> Tensor:
     if not losses:
-        raise TaskLossError(f"losses: the dict is empty, expected at least one of the tasks {_short(names)}")
+        raise TaskLossError(f"losses: the dict is empty, expected at least one of the tasks {short_names(names)}")
     for name, loss in losses.items():
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -127,10 +131,11 @@ def _stack(losses: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 def _check_names(what: str, given: Mapping[str, object], names: list[str]) -> None:
     for name in given.keys() - set(names):
-        raise TaskLossError(f"{what}: {name!r} is no task{nearest(str(name), names)}; tasks: {_short(names)}")
+        raise TaskLossError(f"{what}: {name!r} is no task{nearest(str(name), names)}; tasks: {short_names(names)}")
 
 
-def _short(names: Sequence[str]) -> str:
+def short_names(names: Sequence[str]) -> str:
+    """The names for a message, the first twelve where there are more."""
     shown = ", ".join(names[:12])
     return shown if len(names) <= 12 else f"{shown}, ... ({len(names)} in all)"
 
@@ -194,25 +199,47 @@ def masked_bce_with_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return masked_task_means(functional.binary_cross_entropy_with_logits(logits, labels, reduction="none"), mask)
 
 
-def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = MISSING_INTEGER) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of one task.
 
     Args:
         logits: `[N, C]` or `[N, C, ...]`.
-        labels: class indices `[N]` or `[N, ...]`, `ignore_index` where missing.
+        labels: class indices `[N]` or `[N, ...]`, `ignore_index` where missing (255 in many segmentation masks).
 
     Returns:
         scalar loss (zero when nothing is valid) and the scalar count of valid labels.
+
+    Raises:
+        TaskLossError: on a CPU, a label that is no class and not `ignore_index`, naming it (on a GPU, which is not
+            waited for, the device's own error).
     """
     num_items = labels.ne(ignore_index).sum().to(torch.promote_types(logits.dtype, torch.float32))
-    total = functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
+    total = class_losses(logits, labels, ignore_index, "sum")
     return total / num_items.clamp(min=1).to(logits.dtype), num_items
 
 
-def valid_labels(labels: Tensor) -> Tensor:
-    """Bool mask of the labels that are there: neither NaN nor -100."""
-    present = labels.ne(-100)
-    return present & ~labels.isnan() if labels.is_floating_point() else present
+def class_losses(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """`torch.nn.functional.cross_entropy`, whose error about a label that is no class says what to do."""
+    try:
+        return functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    except IndexError:
+        num_classes = logits.shape[1] if logits.ndim > 1 else logits.shape[0]
+        wrong = labels[(labels < 0).logical_or(labels >= num_classes) & labels.ne(ignore_index)]
+        if wrong.numel() == 0:
+            raise
+        value = int(wrong[0])
+        raise TaskLossError(
+            f"labels: {value} is no class, expected 0 to {num_classes - 1}; where it stands for missing labels, pass "
+            f"ignore_index={value} (it is {ignore_index})"
+        ) from None
+
+
+def valid_labels(labels: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Bool mask of the labels that are there: neither NaN nor -100, nor `ignore_index` where they are integers."""
+    present = labels.ne(MISSING_INTEGER)
+    if labels.is_floating_point():
+        return present & ~labels.isnan()
+    return present if ignore_index is None or ignore_index == MISSING_INTEGER else present & labels.ne(ignore_index)
 
 
 def _valid(predictions: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

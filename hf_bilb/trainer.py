@@ -21,7 +21,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
 from hf_bilb import checkpointing, distributed
-from hf_bilb.accumulation import AccumulationWindow
+from hf_bilb.accumulation import AccumulationWindow, WindowCounter
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
 from hf_bilb.decision import Decision, share_of_window
@@ -33,7 +33,7 @@ from hf_bilb.micro_batches import MicroBatches
 from hf_bilb.passes import buffers_kept
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.task_loss_trainer import TaskItemCounts, TaskLossFunc, TaskLossTrainer, tensors_in
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.task_losses import TaskLosses, short_names
 from hf_bilb.task_sampler import build_task_sampler, set_sampler_epoch
 from hf_bilb.trainer_callback import BalancerCallbackHandler
 from hf_bilb.trainer_checks import RunSettings, check_balancer, check_sampling, plain_optimizer
@@ -53,8 +53,9 @@ class BilevelMTLTrainer(TaskLossTrainer):
         task_loss_func: `(outputs, batch) -> losses` or `-> (losses, num_items)`; losses a tensor `[K]` or a dict of
             scalars, num_items likewise. Without it the model's output fields `losses`, `num_items`, `router_features`,
             `auxiliary_loss` are taken (the contract stands in `hf_bilb.task_losses`).
-        task_item_counts: `(batch) -> [K]`, how many items each task has in a batch, for gradient accumulation with
-            partial labels under `balance_over: micro_batch`; built in for label columns with -100 or NaN.
+        task_item_counts: `(batch) -> [K]`, how many items each task has in a batch, for losses that come without
+            `num_items`, and for windows of gradient accumulation; built in for label columns with -100 or NaN
+            (`hf_bilb.item_counts`).
 
     With one task and an ordinary model that returns `loss`, it trains exactly as `Trainer`.
 
@@ -151,6 +152,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._initial_state = self.balancer.snapshot()
         self._restored = False
         self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
+        self._window_counter = self._build_window_counter()
         self._update: Update | None = None
         self._decision: Decision | None = None
         self._announce([])
@@ -237,9 +239,6 @@ class BilevelMTLTrainer(TaskLossTrainer):
         replayed = balancer.needs_reevaluation or balancer.needs_look_ahead or self.args.diagnostics is not None
         self._micro_batches = MicroBatches(batches, self._forward, self.args.device, replayed)
         self._window: AccumulationWindow | None = None
-        if not self._ordinary and len(batches) > 1 and self.args.balance_over == "micro_batch":
-            counts = [self._item_counter.count(batch) for batch in batches]
-            self._window = AccumulationWindow.count(counts, self.args.device, self.balancer.dtype)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         # Counting labels for the model's own loss scaling would cost a gather; our shares come from the task counts.
@@ -285,12 +284,13 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self.balancer.phase = self._phase()
         self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
         self._decision = None
-        over_window = self.args.balance_over == "window" and len(self._micro_batches) > 1
+        several = len(self._micro_batches) > 1
+        over_window = self.args.balance_over == "window" and several
+        if several and not over_window:
+            self._count_window(model)
         if not over_window and not self.balancer.needs_look_ahead:
             return
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # schedule-free optimizers keep other parameters for evaluation
+        self._to_training(model)
         if self._is_ordinary(model, self._micro_batches.batches[0]):
             return
         losses = self._micro_batches.first_pass(model) if over_window else []
@@ -298,6 +298,28 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self._look_ahead()
         if over_window:
             self._decision = self._decide_for_window(losses, self._update)
+
+    def _build_window_counter(self) -> WindowCounter:
+        return WindowCounter(self._item_counter, self.task_names, self.balancer.device, self.balancer.dtype)
+
+    def _to_training(self, model: nn.Module) -> None:
+        """Before a pass that comes before `Trainer.training_step`."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers keep other parameters for evaluation
+
+    def _count_window(self, model: nn.Module) -> None:
+        """The shares of the micro-batches that come, each of which is balanced on its own."""
+        if self._ordinary:
+            return
+
+        def first_pass() -> list[TaskLosses]:
+            self._to_training(model)
+            return self._micro_batches.first_pass(model)
+
+        # Before a model with one task has run, nobody knows whether it has losses of ours.
+        known = self._ordinary is False
+        self._window = self._window_counter.window(self._micro_batches.batches, first_pass if known else None)
 
     def _look_ahead(self) -> None:
         """The step that the update will take, tried and undone: clipped and unscaled as the real one is."""
@@ -377,11 +399,12 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def _decide_for_micro_batch(self, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
         share = None
         if self._window is not None:
-            self._item_counter.check(inputs, batch)
             share = self._window.share(max(self._micro_batch, 0))
         if self._calls != 1:
             # Two passes in one step, with other dropout masks: the balancer learns from the first one.
             return self.balancer.preview(batch, share, alone=False)
+        if self._window is not None:
+            self._window_counter.compare(self._window, max(self._micro_batch, 0), batch)
         loss, decision = self.balancer.surrogate(batch, share=share)
         self._running_log.add(decision, loss, share, batch.auxiliary_loss is not None)
         if self._update is not None:
@@ -409,6 +432,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             message = (
                 problem.message if problem.task != GRADIENT else f"{problem.message}: {self._say_whose_gradient()}"
             )
+            message = self._item_counter.explain(message, problem.task, self._micro_batches.batches)
             raise NonFiniteLossError(message)
         self._drop_update(update, problem.task)
         return False
@@ -495,6 +519,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self.balancer.restart(self._initial_state)
             self._running_log.reset()
         self._restored = False
+        self._window_counter = self._build_window_counter()
         self._update, self._calls, self._dropped_in_a_row = None, None, 0
         if self.is_world_process_zero() and len(self.task_names) > MAX_TASKS_IN_LOG:
             truncate_vectors(self.args.output_dir, self.state.global_step)
@@ -508,10 +533,16 @@ class BilevelMTLTrainer(TaskLossTrainer):
             logs.update(ours)
             for message in self.balancer.diagnose():
                 logger.warning("balancer %s: %s", self.balancer.name, message)
+            told = self._window_counter.due_message()
+            if told is not None:
+                logger.warning("%s", told)
             if len(self.task_names) > MAX_TASKS_IN_LOG and self.is_world_process_zero():
                 append_vectors(self.args.output_dir, self.state.global_step, self.state.epoch, columns)
         if self._ordinary is False and "train_loss" in logs:
             logs["train_loss"] = self._running_log.run_mean()
+            unseen = self.balancer.unseen_tasks() if self.state.global_step > 0 else []
+            if unseen:
+                logger.warning("%s had no label in any step: not trained", short_names(unseen))
         super().log(logs, start_time)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------

@@ -186,6 +186,10 @@ class ForwardColumns:
         self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._label_names = set(label_names)
 
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward takes the column `name`."""
+        return bool(self.select({name: None}))
+
     def select(self, inputs: Mapping[str, Any], keep_labels: bool = False) -> dict[str, Any]:
         """The part of `inputs` to call the model with; `keep_labels`: a forward with `**kwargs` gets all of them."""
         if self._takes_any:

@@ -17,6 +17,7 @@ from hf_bilb.objective import Objective
 from hf_bilb.task_losses import TaskLosses
 
 Phase = Literal["warmup", "balancing", "frozen"]
+NOT_FINITE_ADVICE = "fix the data or the model, or set nonfinite_loss: skip"
 
 
 class Validity:
@@ -120,8 +121,7 @@ class Validity:
         for k in _numbers(present):
             if not math.isfinite(values[k]):
                 name = self._task_names[k]
-                advice = "fix the data or the model, or set nonfinite_loss: skip"
-                return f"the loss of task {name!r} is {values[k]}{where}; {advice}", name, False
+                return f"the loss of task {name!r} is {values[k]}{where}; {NOT_FINITE_ADVICE}", name, False
         return None
 
     def _outside_domain(self, losses: Tensor, present: Tensor, where: str) -> tuple[str, str, bool] | None:

@@ -352,9 +352,14 @@ class LossBalancer(BalancerDriver):
             self._epoch = epoch
             self.normalization.begin_epoch()
 
+    def unseen_tasks(self) -> list[str]:
+        """The tasks that have had no items in any step so far. Reads K flags on the host."""
+        return [task for task, seen in zip(self.task_names, self._memory.seen.tolist(), strict=True) if not seen]
+
     def diagnose(self) -> list[str]:
         """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
-        weights, one task with over 90 % of the weight. Reads counters on the host: call it when logging."""
+        weights, one task with over 90 % of the sum of |coefficients|. Reads counters on the host: call it when
+        logging."""
         return self._guards.due_messages(self.task_names)
 
     def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:

@@ -200,7 +200,7 @@ def test_a_task_that_does_dominate_is_named_where_each_comes_alone() -> None:
     for t in range(130):
         advance(balancer, losses, items(t % K).float())
     (message,) = balancer.diagnose()
-    assert message.startswith("task 'b' had over 90 % of the weight in 12")
+    assert message.startswith("task 'b' had over 90 % of the sum of |coefficients| in 12")
 
 
 def test_features_of_lone_tasks() -> None:

@@ -221,3 +221,22 @@ def test_shapes_and_types_that_do_not_fit_are_one_line() -> None:
         dense_item_counts(labels, ["normal"])
     with pytest.raises(TaskLossError, match=r"^image_labels: got shape \(4,\), expected \[B, 1\].*\(scene\)$"):
         dense_item_counts({"image_labels": torch.zeros(4)}, ["scene"], ["scene"])
+
+
+def test_masks_with_255() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, 4, 4), generator=generator)
+    labels[0, :2], labels[1, 3] = 255, -1
+    expected = torch.nn.functional.cross_entropy(logits, labels.masked_fill(labels == -1, 255), ignore_index=255)
+    names, batch = ["segmentation", "kind"], {"segmentation": labels, "image_labels": torch.tensor([[255], [1]])}
+    outputs = {"segmentation": logits, "kind": logits[:, :, 0, 0]}
+    by_task = {"segmentation": labels, "kind": batch["image_labels"][:, 0]}
+    losses, num_items = dense_task_losses(outputs, by_task, names, ["kind"], ignore_index=255)
+    assert float(losses[0]) == pytest.approx(float(expected), rel=1e-12)
+    counts = [2 * 16 - 8 - 4, 1]
+    assert num_items.tolist() == counts == dense_item_counts(batch, names, ["kind"], ignore_index=255).tolist()
+    with pytest.raises(
+        TaskLossError, match=r"^segmentation: labels: 255 is no class, expected 0 to 2; where it stands"
+    ):
+        dense_task_losses(outputs, by_task, names, ["kind"])

@@ -76,7 +76,7 @@ def test_domination_after_a_hundred_steps() -> None:
         advance(balancer, losses(0.01, 1.0) if t < 2 else losses(1.0, 1.0))
         assert balancer.diagnose() == []
     advance(balancer, losses(1.0, 1.0))
-    assert balancer.diagnose() == ["task 'small' had over 90 % of the weight in 2 of 100 steps"]
+    assert balancer.diagnose() == ["task 'small' had over 90 % of the sum of |coefficients| in 2 of 100 steps"]
     advance(balancer, losses(0.01, 1.0))
     assert balancer.diagnose() == []
 
@@ -112,4 +112,4 @@ def test_counters_are_state() -> None:
     second.load_state_dict(first.state_dict())
     for _ in range(40):
         advance(second, losses(1.0, 1.0))
-    assert second.diagnose() == ["task 'task_0' had over 90 % of the weight in 60 of 100 steps"]
+    assert second.diagnose() == ["task 'task_0' had over 90 % of the sum of |coefficients| in 60 of 100 steps"]

@@ -136,3 +136,18 @@ def test_masked_task_means_counts_per_column() -> None:
 def test_valid_labels() -> None:
     assert valid_labels(torch.tensor([0.0, torch.nan, -100.0, 1.0])).tolist() == [True, False, False, True]
     assert valid_labels(torch.tensor([0, -100, 2])).tolist() == [True, False, True]
+
+
+def test_a_label_that_is_no_class_is_named() -> None:
+    logits, mask = torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 255], [2, 255]]])
+    for labels, value in ((mask, 255), (mask.masked_fill(mask == 255, -1), -1)):
+        advice = f"where it stands for missing labels, pass ignore_index={value} "
+        with pytest.raises(TaskLossError, match=f"^labels: {value} is no class, expected 0 to 2; {advice}"):
+            masked_cross_entropy(logits, labels)
+        loss, num_items = masked_cross_entropy(logits, labels, ignore_index=value)
+        assert float(loss) == pytest.approx(np.log(3)) and float(num_items) == 2
+
+
+def test_valid_labels_with_another_value_for_missing() -> None:
+    assert valid_labels(torch.tensor([0, -100, 255]), ignore_index=255).tolist() == [True, False, False]
+    assert valid_labels(torch.tensor([0.0, torch.nan, 255.0]), ignore_index=255).tolist() == [True, False, True]

@@ -1,0 +1,220 @@
+"""Labels that are None in data sets of several tasks: NaN or -100, as their column has it, whatever a batch holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets, interleave_datasets
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset as TorchDataset
+from transformers import default_data_collator
+
+from hf_bilb import BilevelMTLTrainer
+from hf_bilb.collation import with_missing_labels
+from hf_bilb.errors import TaskLossError
+from hf_bilb.task_losses import masked_cross_entropy
+from tests.trainer.harness import BATCH, arguments, flat_parameters, run
+
+NAN = float("nan")
+LABELS = ["cls", "reg", "box", "flag", "tokens"]
+CLASSES = Dataset.from_dict(
+    {"x": [[0.0, 1.0]] * 3, "cls": [0, 1, 2], "flag": [True, False, True], "tokens": [[1, 2], [3, None], [5, 6]]},
+    features=Features(
+        x=List(Value("float64")),
+        cls=ClassLabel(names=["a", "b", "c"]),
+        flag=Value("bool"),
+        tokens=List(Value("int64")),
+    ),
+)
+NUMBERS = Dataset.from_dict(
+    {"x": [[2.0, 3.0]] * 3, "reg": [0.5, 1.5, 2.5], "box": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
+)
+JOINED = concatenate_datasets([CLASSES, NUMBERS])
+
+
+def collated(data: Any, rows: list[int], takes: Any = lambda name: name == "x") -> dict[str, Tensor]:
+    collate = with_missing_labels(default_data_collator, data, LABELS, several_tasks=True, takes=takes)
+    fetch = getattr(data, "__getitems__", None)
+    return collate(fetch(rows) if fetch else [data[i] for i in rows])
+
+
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+@pytest.mark.parametrize(
+    ("rows", "cls", "reg", "box", "flag", "tokens"),
+    [
+        ([1, 4], [1, -100], [NAN, 1.5], [[NAN] * 2, [3.0, 4.0]], [0, -100], [[3, -100], [-100] * 2]),
+        ([4, 1], [-100, 1], [1.5, NAN], [[3.0, 4.0], [NAN] * 2], [-100, 0], [[-100] * 2, [3, -100]]),
+        ([0, 2], [0, 2], [NAN] * 2, [[NAN] * 2] * 2, [1, 1], [[1, 2], [5, 6]]),
+        ([3, 5], [-100] * 2, [0.5, 2.5], [[1.0, 2.0], [5.0, 6.0]], [-100] * 2, [[-100] * 2] * 2),
+    ],
+)
+def test_none_has_the_type_of_its_column(
+    rows: list[int], cls: Any, reg: Any, box: Any, flag: Any, tokens: Any, form: str | None
+) -> None:
+    expected = {"cls": cls, "reg": reg, "box": box, "flag": flag, "tokens": tokens}
+    if form is not None:
+        # `datasets` itself fails on a list after a null one, in these formats.
+        expected = {name: values for name, values in expected.items() if name not in ("box", "tokens")}
+    batch = collated(JOINED.select_columns(["x", *expected]).with_format(form), rows)
+    assert batch.keys() == {"x", *expected}
+    for name, values in expected.items():
+        kind = torch.float32 if name in ("reg", "box") else torch.int64
+        torch.testing.assert_close(batch[name], torch.tensor(values, dtype=kind), equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("data", [CLASSES.select([0, 2]), NUMBERS, NUMBERS.with_format("torch")])
+def test_a_data_set_without_nulls_is_left_to_the_default(data: Dataset) -> None:
+    data = data.remove_columns("tokens") if "tokens" in data.column_names else data
+    assert with_missing_labels(default_data_collator, data, LABELS, True, lambda name: True) is default_data_collator
+
+
+def test_a_collator_of_ones_own_is_left_alone() -> None:
+    def own(rows: list[Any]) -> dict[str, Tensor]:
+        return default_data_collator(rows)
+
+    assert with_missing_labels(own, JOINED, LABELS, True, lambda name: True) is own
+
+
+def test_a_set_without_any_label_has_none() -> None:
+    # As with Trainer: its predictions need no labels.
+    unlabelled = JOINED.map(lambda row: dict.fromkeys(LABELS), features=JOINED.features)
+    assert collated(unlabelled, [0, 1]).keys() == {"x"}
+
+
+def test_a_stream_knows_its_types() -> None:
+    stream = JOINED.to_iterable_dataset()
+    rows = list(stream)
+    collate = with_missing_labels(default_data_collator, stream, LABELS, True, lambda name: name == "x")
+    with pytest.raises(
+        TaskLossError, match=r"^label column 'tokens': all 2 labels of a batch are None, and nothing says how"
+    ):
+        collate([rows[3], rows[4]])
+    assert collate([rows[0], rows[4]])["tokens"].tolist() == [[1, 2], [-100, -100]]
+    batch = collate([rows[3], rows[4]])
+    assert batch["cls"].tolist() == [-100, -100] and batch["cls"].dtype == torch.int64
+
+
+class Plain(TorchDataset):
+    """Rows that lack the labels of other tasks."""
+
+    def __init__(self, *rows: dict[str, Any]) -> None:
+        self.rows = [{"x": torch.zeros(2), **row} for row in rows]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def test_rows_of_ones_own_data_set() -> None:
+    data = Plain({"cls": 1}, {"reg": 0.5}, {"cls": 2, "reg": 1})
+    collate = with_missing_labels(default_data_collator, data, LABELS, True, lambda name: name == "x")
+    batch = collate([data[0], data[1]])
+    assert batch["cls"].tolist() == [1, -100] and batch["reg"].tolist() == pytest.approx([NAN, 0.5], nan_ok=True)
+    # What the columns hold was seen: whole numbers among floats, and a batch of missing ones.
+    later = collate([{**data[2], "cls": None}, {**data[0], "cls": None, "reg": None}])
+    assert later["cls"].tolist() == [-100, -100] and later["cls"].dtype == torch.int64
+    assert later["reg"].tolist() == pytest.approx([1.0, NAN], nan_ok=True)
+
+
+def test_what_nothing_tells_is_one_line() -> None:
+    with pytest.raises(TaskLossError, match=r"^label column 'cls': all 2 labels of a batch are None, and nothing says"):
+        collated(Plain({"cls": None, "reg": 0.5}, {"cls": None, "reg": 1.5}), [0, 1])
+    missing = Dataset.from_dict({"x": [[0.0], None, [1.0]], "reg": [1.0, 2.0, 3.0]})
+    for rows, place in (([0, 1], 1), ([1, 2], 0)):
+        with pytest.raises(TaskLossError, match=rf"^column 'x': row {place} of a batch of 2 is None, which the model "):
+            collated(missing, rows)
+    # Not what the model takes: Trainer withholds it.
+    assert collated(missing, [0, 2], takes=lambda name: False).keys() == {"x", "reg"}
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Three classes and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = nn.Linear(4, 4)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        outputs = self.heads(features)
+        return {"cls": outputs[:, :3], "reg": outputs[:, 3]}
+
+
+def losses(outputs: Any, batch: Any) -> dict[str, Tensor]:
+    there = ~batch["reg"].isnan()
+    return {
+        "cls": masked_cross_entropy(outputs["cls"], batch["cls"])[0],
+        "reg": functional.mse_loss(outputs["reg"][there], batch["reg"][there]),
+    }
+
+
+def tables() -> tuple[Dataset, Dataset]:
+    drawn = torch.randn(6 * BATCH, 4, generator=torch.Generator().manual_seed(0))
+    half = 3 * BATCH
+    return (
+        Dataset.from_dict({"features": drawn[:half].tolist(), "cls": [i % 3 for i in range(half)]}),
+        Dataset.from_dict({"features": drawn[half:].tolist(), "reg": drawn[half:].sum(1).tolist()}),
+    )
+
+
+def by_hand(data: Dataset) -> Tensor:
+    """SGD on the sum of the means over the rows that have a label, from the data set's rows."""
+    model = Heads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for start in range(0, len(data), BATCH):
+        total = torch.zeros(())
+        rows = [data[i] for i in range(start, start + BATCH)]
+        for name, loss in (("cls", functional.cross_entropy), ("reg", functional.mse_loss)):
+            labelled = [row for row in rows if row[name] is not None]
+            if labelled:
+                outputs = model(torch.tensor([row["features"] for row in labelled]))[name]
+                total = total + loss(outputs, torch.tensor([row[name] for row in labelled]))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    return flat_parameters(model)
+
+
+SETTINGS: dict[str, Any] = {"task_names": ["cls", "reg"], "label_names": ["cls", "reg"], "balancer": "ls"}
+
+
+@pytest.mark.parametrize("form", [None, "torch"])
+@pytest.mark.parametrize("join", [concatenate_datasets, interleave_datasets])
+def test_joined_data_sets_train_and_evaluate(join: Any, form: str | None, tmp_path: Path) -> None:
+    data = join(list(tables()))
+    found = run(
+        tmp_path,
+        Heads(),
+        data.with_format(form),
+        trainer_arguments={"task_loss_func": losses, "eval_dataset": data.with_format(form)},
+        eval_strategy="epoch",
+        **SETTINGS,
+    )
+    torch.testing.assert_close(found.parameters, by_hand(data), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        outputs = found.trainer.model(torch.tensor([row["features"] for row in data]))
+    there = [i for i, row in enumerate(data) if row["cls"] is not None]
+    expected = functional.cross_entropy(outputs["cls"][there], torch.tensor([data[i]["cls"] for i in there]))
+    evaluation = next(entry for entry in found.trainer.state.log_history if "eval_loss" in entry)
+    assert evaluation["eval_loss_cls"] == pytest.approx(float(expected), rel=1e-5)
+    assert found.trainer.data_collator is default_data_collator
+
+
+def test_batches_of_workers_and_of_one_task(tmp_path: Path) -> None:
+    # A set of one task among those of several: the other's column is full of None.
+    both = concatenate_datasets(list(tables()))
+    trainer = BilevelMTLTrainer(
+        model=Heads(),
+        args=arguments(tmp_path, dataloader_num_workers=1, **SETTINGS),
+        eval_dataset=both.select(range(2 * BATCH)),
+        task_loss_func=losses,
+    )
+    batch = next(iter(trainer.get_eval_dataloader()))
+    assert batch["cls"].dtype == torch.int64 and batch["reg"].isnan().all()
+    assert {key for key in trainer.evaluate() if "loss" in key} == {"eval_loss", "eval_loss_cls"}
