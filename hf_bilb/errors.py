@@ -18,6 +18,12 @@ class TaskLossError(HfBilbError, ValueError):
     """Losses, counts or features that do not keep the contract. The message names the task and what was expected."""
 
 
+class MissingColumnError(HfBilbError, KeyError):
+    """A function of the user's asks a batch for a column that it does not have. One line that says why."""
+
+    __str__ = Exception.__str__  # that of KeyError quotes the message
+
+
 class NonFiniteLossError(HfBilbError, ArithmeticError):
     """A loss with valid items is NaN, infinite or outside a logarithm's domain; the message names task and value."""
 

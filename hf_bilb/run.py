@@ -36,6 +36,7 @@ from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finit
 from hf_bilb.reporting.tables import compare, render_markdown, render_text
 from hf_bilb.step_clock import StepClock
 from hf_bilb.trainer import BilevelMTLTrainer
+from hf_bilb.trainer_checks import check_reporting
 from hf_bilb.training_args import BilevelMTLTrainingArguments
 from hf_bilb.weights import check_savable
 
@@ -188,6 +189,7 @@ def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelM
 
     Raises:
         OptionError: one line, for settings that do not fit together.
+        MissingPackageError: a package that `report_to` needs is not installed.
     """
     settings = dict(recipe.trainer)
     if data is not None:
@@ -195,9 +197,11 @@ def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelM
         settings.setdefault("batch_eval_metrics", data.metrics_by_batch)
         _settle_best_metric(settings, data)
     try:
-        return BilevelMTLTrainingArguments(**settings, balancer=recipe.balancer)
+        args = BilevelMTLTrainingArguments(**settings, balancer=recipe.balancer)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise OptionError(f"trainer: {one_line(error)}") from None
+    check_reporting(args.report_to, "trainer.report_to")
+    return args
 
 
 def _settle_best_metric(settings: dict[str, Any], data: TaskData) -> None:

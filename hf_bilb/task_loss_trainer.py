@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
 from hf_bilb.collation import with_missing_labels
-from hf_bilb.errors import TaskLossError
+from hf_bilb.columns import ForwardColumns, MissingColumns, config_of
+from hf_bilb.errors import MissingColumnError, TaskLossError
 from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.item_counts import ItemCounter, batch_size
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
@@ -22,7 +25,14 @@ from hf_bilb.metrics.streaming import StreamingMetrics
 from hf_bilb.passes import buffers_kept
 from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLosses, as_task_losses
-from hf_bilb.trainer_checks import ForwardColumns, check_settings, resolve_task_names
+from hf_bilb.trainer_checks import (
+    check_losses,
+    check_reporting,
+    check_settings,
+    has_task_names,
+    look_inside,
+    resolve_task_names,
+)
 from hf_bilb.training_args import BilevelMTLTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -37,7 +47,8 @@ TaskItemCounts = Callable[[Mapping[str, Any]], Tensor]
 class TaskLossTrainer(AtomicCheckpointTrainer):
     """Finds the K losses in a model's output, in training and in evaluation; see `BilevelMTLTrainer` for the arguments.
 
-    A model with one task may be an ordinary one that returns `loss`; its first output tells.
+    A model with one task may be an ordinary one, which is trained exactly as by `Trainer`: the first output with a loss
+    tells (`keeps_contract`).
     """
 
     args: BilevelMTLTrainingArguments
@@ -50,6 +61,7 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        look_inside(self)
         self.task_loss_func = task_loss_func
         self._task_item_counts = task_item_counts
         #: Tasks whose counts are batch sizes, and what has been said of evaluations.
@@ -64,14 +76,41 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         check_settings(self)
         self.task_names = resolve_task_names(self)
         self.args.settle_best_metric(self.task_names, evaluation_names(self.eval_dataset))
-        self._item_counter = ItemCounter(
-            self._task_item_counts, self.label_names, self.task_names, self.args.ignore_index
+        check_losses(self)
+        self._columns = ForwardColumns(self.model, self.label_names, withhold_labels=self.task_loss_func is not None)
+        self._missing_columns = MissingColumns(
+            self._columns,
+            self.label_names,
+            self.args.remove_unused_columns,
+            lambda: (self.train_dataset, self.eval_dataset),
         )
+        counts = self._task_item_counts
+        if counts is not None:
+            counts = self._missing_columns.watching(counts, "task_item_counts")
+        self._item_counter = ItemCounter(counts, self.label_names, self.task_names, self.args.ignore_index)
         if len(self.task_names) > 1 or self.task_loss_func is not None:
             self._settle_ordinary(False)
         elif self._ordinary is False:
             self._settle_ordinary(None)
-        self._columns = ForwardColumns(self.accelerator.unwrap_model(self.model), self.label_names)
+
+    def _validate_args(self) -> None:
+        super()._validate_args()
+        check_reporting(self.args.report_to)
+
+    # --- columns -------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Trainer would ask a wrapper's forward.
+        if self._signature_columns is None:  # type: ignore[has-type]
+            self._signature_columns = self._columns.signature
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return dataset if self._columns.takes_everything else super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if self._columns.takes_everything:
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """`Trainer`'s, or that of `step_lr`."""
@@ -85,9 +124,18 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
     def _named_outputs(self, outputs: Any) -> Any:
         """What a model without losses of its own returned, in the form that `Trainer` takes predictions from: it would
         take the first row of a tensor, or the first entry of a tuple, for the loss."""
-        if self.task_loss_func is None or isinstance(outputs, Mapping):
+        if isinstance(outputs, Mapping) or self._ordinary is not False:
             return outputs
-        return {"logits": outputs} if isinstance(outputs, Tensor) else dict(enumerate(outputs))
+        if self.task_loss_func is None or is_dataclass(outputs):
+            return fields_of(outputs)
+        if isinstance(outputs, (list, tuple)):
+            return dict(enumerate(outputs))
+        if not isinstance(outputs, Tensor):
+            raise TaskLossError(
+                f"the model returned a {type(outputs).__name__}, which predictions cannot be taken from; expected a "
+                "mapping, a dataclass, a tuple or a tensor"
+            )
+        return {"logits": outputs}
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; labels that are None become NaN, or -100 among integers, where it chose the collator."""
@@ -112,24 +160,45 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         """Trainer's own loss and outputs for an ordinary model; else None and, where it has run, its outputs."""
         if self._ordinary is False:
             return None, None
-        if self._ordinary is None and self.compute_loss_func is None and self.label_smoother is None:
-            watched = _Watched(model, self._columns)
-            loss, outputs = super().compute_loss(watched, inputs, True, num_items_in_batch)
-            self._settle_ordinary("losses" not in outputs if isinstance(outputs, Mapping) else True)
-        else:
+        given = self._columns.select(inputs)
+        if self._trainer_makes_loss:
             self._settle_ordinary(True)
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        return (loss if self._ordinary else None), outputs
+            if "labels" in inputs:
+                given["labels"] = inputs["labels"]  # which Trainer takes away before it calls the model
+        if self._ordinary:
+            return super().compute_loss(model, given, True, num_items_in_batch)
+        watched = _Watched(model)
+        loss, _ = super().compute_loss(watched, given, True, num_items_in_batch)
+        self._settle_by(watched.outputs)
+        return (loss if self._ordinary else None), watched.outputs
+
+    @property
+    def _trainer_makes_loss(self) -> bool:
+        """Whether Trainer makes the loss of one task itself, from the model's predictions."""
+        return self._ordinary is not False and (self.compute_loss_func is not None or self.label_smoother is not None)
 
     def _is_ordinary(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Whether Trainer's own loss is taken, found out by a forward pass without gradients where it is not known."""
-        if self._ordinary is None and self.compute_loss_func is None and self.label_smoother is None:
+        if self._ordinary is None and self._trainer_makes_loss:
+            self._settle_ordinary(True)
+        elif self._ordinary is None:
             with torch.no_grad(), buffers_kept(model), self.compute_loss_context_manager():
                 now = RandomState.capture(self.args.device)
-                outputs = model(**self._columns.select(self._prepare_inputs(dict(inputs)), keep_labels=True))
+                outputs = self._run(model, self._prepare_inputs(dict(inputs)))
                 now.restore()
-            self._settle_ordinary("losses" not in outputs if isinstance(outputs, Mapping) else True)
+            self._settle_by(outputs)
         return self._ordinary is not False
+
+    def _settle_by(self, outputs: Any) -> None:
+        self._settle_ordinary(not keeps_contract(outputs, self.task_names[0], has_task_names(self)))
+        losses = fields_of(outputs).get("losses")
+        if self._ordinary and losses is not None and not has_task_names(self):
+            shape = f" of shape {list(losses.shape)}" if isinstance(losses, Tensor) else ""
+            logger.warning(
+                "the model returns `loss` and `losses`%s, and there are no task_names: it is trained on `loss`, as by "
+                "Trainer; name the tasks in task_names to balance `losses`",
+                shape,
+            )
 
     def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """The model's outputs for the columns that it takes."""
@@ -137,10 +206,10 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
 
     def _task_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> TaskLosses:
         """The K losses in a model's outputs, or those that `task_loss_func` makes of them."""
-        fields = outputs if isinstance(outputs, Mapping) else {}
+        fields = fields_of(outputs)
         num_items = fields.get("num_items")
         if self.task_loss_func is not None:
-            result = self.task_loss_func(outputs, inputs)
+            result = self._result_of_task_loss_func(self.task_loss_func, outputs, inputs)
             losses, num_items = result if isinstance(result, tuple) else (result, self._counts_of_model(num_items))
         elif "losses" in fields:
             losses = fields["losses"]
@@ -175,6 +244,26 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         vector = isinstance(num_items, Tensor) and num_items.shape == (len(self.task_names),)
         return num_items if vector or isinstance(num_items, Mapping) else None
 
+    def _result_of_task_loss_func(self, func: TaskLossFunc, outputs: Any, inputs: Mapping[str, Any]) -> Any:
+        batch = self._missing_columns.watched(inputs, "task_loss_func")
+        try:
+            result = func(outputs, batch)
+        except MissingColumnError:
+            raise
+        except KeyError as error:
+            of_model = ", ".join(map(str, fields_of(outputs))) or type(outputs).__name__
+            raise TaskLossError(
+                f"task_loss_func: KeyError {error}; the model's outputs are: {of_model}; the batch's columns: "
+                f"{', '.join(inputs)}"
+            ) from error
+        losses = result[0] if isinstance(result, tuple) and result else result
+        if not has_task_names(self) and isinstance(losses, Mapping) and set(losses) != set(self.task_names):
+            raise TaskLossError(
+                f"task_names: not given, so that there is one task; task_loss_func returned losses of {list(losses)}: "
+                f"set task_names={list(losses)}"
+            )
+        return result
+
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -207,7 +296,7 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
     def _remark(self, evaluation: EvaluationLosses, losses: Mapping[str, float], prefix: str) -> None:
         """Say what is missing in the losses of an evaluation, once for each kind of it."""
         if evaluation.num_batches == 0:
-            logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
+            logger.warning("no evaluation losses: %s", self._why_no_losses())
             return
         remarks = evaluation.remarks(losses, prefix)
         if evaluation.assumed and (evaluation.num_batches > 1 or self.args.world_size > 1):
@@ -217,19 +306,60 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
                 self._remarks.add(remark)
                 logger.warning("%s", remark)
 
+    def _why_no_losses(self) -> str:
+        if not self.label_names:
+            return "label_names is empty; name the columns there that the losses are taken from"
+        return f"the batches do not hold all of label_names {self.label_names}"
+
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **generate_arguments: Any,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As in `Trainer`; the contract's fields are no predictions, unknown columns are withheld from the model."""
-        if self._ordinary:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if ignore_keys is None:
-            ignore_keys = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", None) or [
-                "past_key_values"
-            ]
-        if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
+        """As in `Trainer`; the contract's fields are no predictions, unknown columns are withheld from the model.
+
+        `generate_arguments` are those of `Seq2SeqTrainer`, before which this class may stand.
+        """
+        labelled = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
+        ordinary = self._ordinary
+        if ordinary is None and (labelled or self._trainer_makes_loss):
+            # One more pass over the first batch: which of its outputs are predictions must be known before.
+            ordinary = self._is_ordinary(model, inputs)
+        if not ordinary:
+            if ignore_keys is None:
+                ignore_keys = getattr(config_of(self.model), "keys_to_ignore_at_inference", None) or ["past_key_values"]
+            ignore_keys = [*ignore_keys, *CONTRACT_FIELDS]
+        if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
+            return self._generated(model, inputs, labelled, ignore_keys, **generate_arguments)
+        called: Any = model
+        if not labelled:
             inputs = self._columns.select(inputs)
-        return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, *CONTRACT_FIELDS])
+            called = _Named(model, self._named_outputs)
+        return super().prediction_step(called, inputs, prediction_loss_only, ignore_keys, **generate_arguments)
+
+    def _generated(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        labelled: bool,
+        ignore_keys: list[str] | None,
+        **generate_arguments: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """`Seq2SeqTrainer`'s generated tokens, beside the loss of `compute_loss`.
+
+        It would take `loss` from a pass of its own, and give `generate` every column. Cost: as there, one forward pass.
+        """
+        columns = self._columns.select_to_generate(inputs)
+        if self._ordinary:
+            return super().prediction_step(model, columns, False, ignore_keys, **generate_arguments)
+        loss = super().prediction_step(model, inputs, True, ignore_keys)[0] if labelled else None
+        _, tokens, labels = super().prediction_step(_no_loss, columns, False, ignore_keys, **generate_arguments)
+        if labelled and labels is None and tokens is not None:
+            labels = self._prepare_inputs(inputs).get("labels")
+        return loss, tokens, labels
 
     def _evaluated_loss(self, model: nn.Module, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
         """The unweighted mean of the tasks' losses in one batch, which is also taken into the exact ones."""
@@ -264,23 +394,75 @@ def tensors_in(outputs: Any) -> Iterator[Tensor]:
     """The tensors in a model's nested outputs."""
     if isinstance(outputs, Tensor):
         yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
+    elif isinstance(outputs, Mapping) or is_dataclass(outputs):
+        for value in fields_of(outputs).values():
             yield from tensors_in(value)
     elif isinstance(outputs, (list, tuple)):
         for value in outputs:
             yield from tensors_in(value)
 
 
-class _Watched:
-    """Calls the model for `Trainer.compute_loss`, which insists on a `loss` that a multi-task model need not return."""
+def fields_of(outputs: Any) -> Mapping[Any, Any]:
+    """A model's outputs by name, where they have names: a mapping, a dataclass or a named tuple; else nothing."""
+    if isinstance(outputs, Mapping):
+        return outputs
+    if is_dataclass(outputs):
+        return {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    return outputs._asdict() if isinstance(outputs, tuple) and hasattr(outputs, "_asdict") else {}
 
-    def __init__(self, model: nn.Module, columns: ForwardColumns) -> None:
+
+def keeps_contract(outputs: Any, task_name: str, named: bool) -> bool:
+    """Whether the model of one task keeps the contract of losses, or is an ordinary one, trained on its `loss`.
+
+    Without `losses` it is ordinary, and so is a tuple. With `losses` and no `loss` it keeps the contract. With both it
+    is ordinary (`losses` are then whatever its author calls so: of each example, each layer, each part), unless
+    `losses` are [1], or a dict of the one task, and are said to be of tasks: by `num_items` beside them or task names.
+
+    Args:
+        outputs: of the model, with labels.
+        task_name: the one task.
+        named: whether arguments or config name it.
+    """
+    found = {key: value for key, value in fields_of(outputs).items() if value is not None}
+    losses = found.get("losses")
+    if losses is None or "loss" not in found:
+        return losses is not None
+    one = list(losses) == [task_name] if isinstance(losses, Mapping) else getattr(losses, "shape", None) == (1,)
+    return one and (named or "num_items" in found)
+
+
+def _no_loss(**columns: Any) -> dict[str, Tensor]:
+    """Called in place of a model whose loss is known already."""
+    return {"loss": torch.zeros(())}
+
+
+class _Named:
+    """Calls the model for `Trainer.prediction_step` and gives its outputs the form that predictions are taken from."""
+
+    training = False
+
+    def __init__(self, model: nn.Module, name: Callable[[Any], Any]) -> None:
         self.model = model
-        self.columns = columns
+        self.name = name
 
     def __call__(self, **inputs: Any) -> Any:
-        outputs = self.model(**self.columns.select(inputs, keep_labels=True))
-        if isinstance(outputs, Mapping) and "loss" not in outputs and "losses" in outputs:
-            return {**outputs, "loss": outputs["losses"].sum()}
-        return outputs
+        return self.name(self.model(**inputs))
+
+
+class _Watched:
+    """Calls the model for `Trainer.compute_loss`, which insists on a `loss` that a multi-task model need not return.
+
+    Attributes:
+        outputs: what the model returned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.outputs: Any = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.outputs = self.model(**inputs)
+        named = fields_of(self.outputs)
+        if named.get("loss") is None and named.get("losses") is not None:
+            return {"loss": torch.zeros(())}
+        return self.outputs

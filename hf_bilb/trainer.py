@@ -226,11 +226,24 @@ class BilevelMTLTrainer(TaskLossTrainer):
 
     # --- one batch -----------------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As in `Trainer`; keeps the micro-batches of the update, and counts their items under accumulation."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._announce(batches)
-        return batches, num_items
+    @contextmanager
+    def _batches_announced(self) -> Iterator[None]:
+        """While training, announce whatever `get_batch_samples` returns: Trainer's, a subclass's, one put there."""
+        own = vars(self).get("get_batch_samples")
+        collect = self.get_batch_samples  # type: ignore[has-type]
+
+        def collected(*args: Any, **kwargs: Any) -> tuple[list, Any]:
+            batches, num_items = collect(*args, **kwargs)
+            self._announce(batches)
+            return batches, num_items
+
+        self.get_batch_samples = collected
+        try:
+            yield
+        finally:
+            del self.get_batch_samples
+            if own is not None:
+                self.get_batch_samples = own
 
     def _announce(self, batches: list) -> None:
         """These are the micro-batches of the next update, which `training_step` gets one after the other."""
@@ -256,9 +269,13 @@ class BilevelMTLTrainer(TaskLossTrainer):
         Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step
         (`finish_update`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
         """
-        if self._micro_batch + 1 >= len(self._micro_batches):  # a trainer with a `get_batch_samples` of its own
-            if self.args.gradient_accumulation_steps > 1 and not self._ordinary:
-                raise RuntimeError("gradient accumulation: get_batch_samples must call super(), to know an update")
+        if self._micro_batch + 1 >= len(self._micro_batches):  # called by hand
+            if self.args.gradient_accumulation_steps > 1 and not self._is_ordinary(model, inputs):
+                raise TrainerError(
+                    f"gradient_accumulation_steps: {self.args.gradient_accumulation_steps} micro-batches make an "
+                    "update, and balancing needs all of them: training_step was called with one that get_batch_samples "
+                    "did not return"
+                )
             self._announce([inputs])
         self._micro_batch += 1
         if self._micro_batch == 0:
@@ -567,7 +584,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self._initial_state = self.balancer.snapshot()
             self.balancer.bind(self.model)
         self._restored = False
-        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with self._batches_announced():
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
 
     def _check_checkpoint(self, checkpoint: str) -> None:

@@ -3,28 +3,75 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from peft import PeftModel
 from torch import nn
 from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import OptimizerNames
+from transformers.utils.generic import can_return_loss, find_labels
 
 from hf_bilb.balancers.bilb import BilbOptions
 from hf_bilb.balancers.registry import resolve_options
-from hf_bilb.errors import OptionError
+from hf_bilb.columns import config_of, innermost, takes_any
+from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.objective import ProgressObjective
+from hf_bilb.options import unknown_name
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.task_sampler import TaskSamplingOptions, example_tasks, refuse_other_sampling
 from hf_bilb.training_args import BilevelMTLTrainingArguments
 
 if TYPE_CHECKING:
+    from hf_bilb.task_loss_trainer import TaskLossTrainer
     from hf_bilb.trainer import BilevelMTLTrainer
+
+
+#: What a reporter of `report_to` needs: the package, and modules of which one is enough; by default of its own name.
+_REPORTERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml-sdk", "azureml"),
+    "comet_ml": ("comet-ml", "comet_ml"),
+    "flyte": ("flytekit", "flytekit"),
+    "tensorboard": ("tensorboard", "tensorboard", "tensorboardX"),
+}
+
+
+def check_reporting(report_to: str | list[str] | None, key: str = "report_to") -> None:
+    """Look whether `report_to` can be done.
+
+    Raises:
+        MissingPackageError: the package that a reporter needs is not installed.
+        OptionError: Trainer knows no reporter of that name.
+    """
+    named = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in (name for name in named if name not in ("none", "all")):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name(key, name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+        package, *modules = _REPORTERS.get(name, (name, name))
+        # What "kubeflow" needs is the cluster's.
+        if name != "kubeflow" and not any(find_spec(module) for module in modules):
+            raise MissingPackageError(
+                f"{key}: {name!r} needs the package {package}, which is not installed; `pip install {package}`, or set "
+                'report_to: "none"'
+            )
+
+
+def look_inside(trainer: Trainer) -> None:
+    """Let `trainer` take from the model inside a wrapper (`torch.compile`, DataParallel) what it takes from signatures:
+    the wrapper's own forward takes anything, which would hide label columns."""
+    inner = innermost(trainer.model)
+    if inner is unwrap_peft_model(trainer.model):
+        return
+    if trainer.args.label_names is None:
+        trainer.label_names = find_labels(type(inner))
+    trainer.can_return_loss = can_return_loss(type(inner))
+    if not hasattr(inner, "accepts_loss_kwargs"):  # as Trainer asks
+        trainer.model_accepts_loss_kwargs = takes_any(inner)
 
 
 def check_settings(trainer: Trainer) -> None:
@@ -46,6 +93,20 @@ def check_settings(trainer: Trainer) -> None:
     if args.nonfinite_loss == "skip" and trainer.is_deepspeed_enabled:
         raise OptionError(
             "nonfinite_loss: 'skip' is not valid with DeepSpeed, which steps inside its backward pass; use 'raise'"
+        )
+
+
+def check_losses(trainer: TaskLossTrainer) -> None:
+    """Raise `OptionError` for what Trainer's own loss would be made of, where the tasks' losses take its place."""
+    where = "with several tasks" if len(trainer.task_names) > 1 else "beside a task_loss_func"
+    if len(trainer.task_names) == 1 and trainer.task_loss_func is None:
+        return
+    if trainer.compute_loss_func is not None:
+        raise OptionError(f"compute_loss_func: would be ignored {where}; use task_loss_func")
+    if trainer.args.label_smoothing_factor != 0:
+        raise OptionError(
+            f"label_smoothing_factor: {trainer.args.label_smoothing_factor} would be ignored {where}; "
+            "smooth in the model's or the task_loss_func's own losses"
         )
 
 
@@ -153,45 +214,25 @@ def with_num_features(name: str, options: Mapping[str, Any], model: nn.Module) -
     """The balancer's `options`, with D of a feature router from `model.config.num_router_features` where not given."""
     resolved = resolve_options(name, options)
     wanted = isinstance(resolved, BilbOptions) and resolved.router == "features" and resolved.num_features is None
-    length = getattr(getattr(model, "config", None), "num_router_features", None) if wanted else None
+    length = getattr(config_of(model), "num_router_features", None) if wanted else None
     return dict(options) if length is None else {**options, "num_features": length}
+
+
+def has_task_names(trainer: Trainer) -> bool:
+    """Whether the arguments or the model's config name the tasks."""
+    return trainer.args.task_names is not None or _task_names_of_model(trainer) is not None
+
+
+def _task_names_of_model(trainer: Trainer) -> list[str] | None:
+    return getattr(config_of(trainer.model), "task_names", None)
 
 
 def resolve_task_names(trainer: Trainer) -> tuple[str, ...]:
     """The K task names: those of the arguments, else of `model.config.task_names`, else one task."""
-    of_model = getattr(getattr(trainer.model, "config", None), "task_names", None)
+    of_model = _task_names_of_model(trainer)
     names = trainer.args.task_names if trainer.args.task_names is not None else of_model
     if names is None:
         return ("task_0",)
     if of_model is not None and list(of_model) != list(names):
         raise OptionError(f"task_names: {list(names)} do not match model.config.task_names {list(of_model)}")
-    if len(names) > 1 and trainer.compute_loss_func is not None:
-        raise OptionError("compute_loss_func: would be ignored with several tasks; use task_loss_func")
-    if len(names) > 1 and trainer.args.label_smoothing_factor != 0:
-        raise OptionError(
-            f"label_smoothing_factor: {trainer.args.label_smoothing_factor} would be ignored with several tasks; "
-            "smooth in the model's or the task_loss_func's own losses"
-        )
     return check_task_names(names)
-
-
-class ForwardColumns:
-    """Which columns of a batch the model's forward takes; labels it does not name go to `task_loss_func` alone."""
-
-    def __init__(self, model: nn.Module, label_names: list[str]) -> None:
-        # A peft model's own forward takes anything; what counts is the model inside.
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        parameters = inspect.signature(base.forward).parameters
-        self._names = set(parameters)
-        self._takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._label_names = set(label_names)
-
-    def takes(self, name: str) -> bool:
-        """Whether the model's forward takes the column `name`."""
-        return bool(self.select({name: None}))
-
-    def select(self, inputs: Mapping[str, Any], keep_labels: bool = False) -> dict[str, Any]:
-        """The part of `inputs` to call the model with; `keep_labels`: a forward with `**kwargs` gets all of them."""
-        if self._takes_any:
-            return {k: v for k, v in inputs.items() if keep_labels or k in self._names or k not in self._label_names}
-        return {k: v for k, v in inputs.items() if k in self._names}

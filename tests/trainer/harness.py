@@ -20,7 +20,7 @@ from tests.synthetic import TASK_NAMES, build_data, build_model, flat_parameters
 BATCH = 4
 FLOAT = torch.float64
 #: Log entries that time decides.
-TIMED = ("runtime", "per_second", "flos")
+TIMED = ("runtime", "per_second", "preparation_time", "flos")
 
 
 def arguments(folder: Path, **settings: Any) -> BilevelMTLTrainingArguments:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_bilb import BilevelMTLTrainer
+from hf_bilb.errors import MissingColumnError, TaskLossError, TrainerError
 from tests.trainer.harness import BATCH, arguments, flat_parameters, run
 
 NAMES = ["income", "education"]
@@ -107,6 +108,192 @@ def test_a_wrong_label_name_is_said_aloud(tmp_path: Path, caplog: pytest.LogCapt
     metrics = trainer.evaluate()
     assert not any("loss" in key for key in metrics)
     assert "no evaluation losses: the batches do not hold all of label_names ['income', 'eduction']" in caplog.text
+
+
+def test_without_label_names_it_is_said_what_they_are_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"task_names": NAMES, "remove_unused_columns": False}
+    trainer = BilevelMTLTrainer(
+        model=TwoHeads(), args=arguments(tmp_path, **settings), eval_dataset=rows(6), task_loss_func=losses
+    )
+    assert trainer.label_names == [] and not any("loss" in key for key in trainer.evaluate())
+    assert "no evaluation losses: label_names is empty; name the columns there" in caplog.text
+
+
+class Batchwise(TwoHeads):
+    """Takes whatever a batch holds, and names nothing."""
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        self.calls.append(set(batch))
+        return {"logits": self.heads(batch["features"])}
+
+
+class LossesBatchwise(Batchwise):
+    def forward(self, **batch: Any) -> dict[str, Any]:  # type: ignore[override]
+        outputs: dict[str, Any] = super().forward(**batch)
+        return {**outputs, "losses": losses(outputs, batch)} if "income" in batch else outputs
+
+
+def test_a_forward_that_names_nothing_is_given_every_column(tmp_path: Path) -> None:
+    # As a data set of the table kind, and as a list.
+    for data in (rows(), list(rows().with_format("torch"))):
+        vectors = []
+        for cls, func in ((TwoHeads, losses), (Batchwise, losses), (LossesBatchwise, None)):
+            model = cls()
+            trainer = run(
+                tmp_path, model, data, trainer_arguments={"task_loss_func": func, "eval_dataset": data}, **COMMON
+            ).trainer
+            assert {"eval_loss_income", "eval_loss_education"} <= trainer.evaluate().keys()
+            vectors.append(flat_parameters(model))
+            # `label_names` go to the loss alone, where a function makes it.
+            labels = set(NAMES) if func is None else set()
+            takes = {"features"} if cls is TwoHeads else {"features", "weight", *labels}
+            assert all(call == takes for call in model.calls)
+        assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
+
+
+# --- a column that is not there ---------------------------------------------------------------------------------------
+
+
+def asking(key: str, how: str = "item") -> Any:
+    def weighted(outputs: Any, batch: Any) -> dict[str, Tensor]:
+        values = {"item": lambda: batch[key], "get": lambda: batch.get(key), "pop": lambda: batch.pop(key)}
+        there = how != "in" or key in batch
+        weight = values[how]() if how != "in" and there else None
+        factor = weight.mean() if isinstance(weight, Tensor) else 1.0
+        return {name: factor * loss for name, loss in losses(outputs, batch).items()}
+
+    return weighted
+
+
+DROPPED = (
+    "the batch has no column 'weight': remove_unused_columns dropped it, for the model's forward does not take it; "
+    "keep it by label_names=['income', 'education', 'weight'], or by remove_unused_columns=False"
+)
+
+
+@pytest.mark.parametrize("how", ["item", "pop"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_column_that_only_the_loss_needs(how: str, accumulation: int, tmp_path: Path) -> None:
+    settings = {**COMMON, "gradient_accumulation_steps": accumulation}
+    given = {"task_loss_func": asking("weight", how), "eval_dataset": rows(6)}
+    for data in (rows(), list(rows().with_format("torch"))):
+        model = TwoHeads()
+        before = flat_parameters(model)
+        with pytest.raises(MissingColumnError) as caught:
+            run(tmp_path, model, data, trainer_arguments=given, **settings)
+        assert str(caught.value) == f"task_loss_func: {DROPPED}"
+        assert torch.equal(flat_parameters(model), before)
+    # Both ways out, followed, give the same; and the column is the weight.
+    ways = ({"remove_unused_columns": False}, {"label_names": [*NAMES, "weight"]})
+    vectors = []
+    for way in ways:
+        model = TwoHeads()
+        trainer = run(tmp_path, model, rows(), trainer_arguments=given, **{**COMMON, **way}).trainer
+        vectors.append(flat_parameters(model))
+        assert {"eval_loss_income", "eval_loss_education"} <= trainer.evaluate().keys()
+    model = TwoHeads()
+    run(tmp_path, model, rows(), trainer_arguments={"task_loss_func": losses}, **COMMON)
+    assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], flat_parameters(model))
+
+
+@pytest.mark.parametrize("how", ["get", "in"])
+def test_asking_whether_a_dropped_column_is_there(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = {"task_loss_func": asking("weight", how)}
+    run(tmp_path, TwoHeads(), rows(), trainer_arguments=given, **COMMON)
+    assert [r.getMessage() for r in caplog.records if r.name == "hf_bilb.columns"] == [
+        f"task_loss_func asks for the column 'weight': {DROPPED.split(': ', 1)[1]}"
+    ]
+    caplog.clear()
+    run(tmp_path, TwoHeads(), rows(), trainer_arguments=given, remove_unused_columns=False, **COMMON)
+    run(tmp_path, TwoHeads(), rows(), trainer_arguments={"task_loss_func": asking("of_some_sets", how)}, **COMMON)
+    assert not [r for r in caplog.records if r.name == "hf_bilb.columns"]
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "message"),
+    [
+        (
+            "incme",
+            {},
+            "the batch has no column 'incme' (did you mean \"income\"?); it has: features, income, education",
+        ),
+        (
+            "label",
+            {},
+            "the batch has no column 'label', though the data set has it: the data collator calls it 'labels'",
+        ),
+        (
+            "name",
+            {"remove_unused_columns": False},
+            "the batch has no column 'name', though the data set has it: the data collator left it out",
+        ),
+    ],
+)
+def test_a_column_that_no_batch_has(key: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    data = rows().add_column("name", ["x"] * len(rows()))
+    if key == "label":
+        data = data.add_column("label", [0] * len(data))
+    trainer = BilevelMTLTrainer(
+        model=TwoHeads(),
+        args=arguments(tmp_path, **{**COMMON, **settings}),
+        eval_dataset={"one": data},
+        task_loss_func=asking(key),
+    )
+    with pytest.raises(KeyError) as caught:  # it is one of those, too
+        trainer.evaluate()
+    assert str(caught.value) == f"task_loss_func: {message}"
+
+
+def test_label_columns_in_no_label_names(tmp_path: Path) -> None:
+    with pytest.raises(MissingColumnError, match=r"'income'.*keep it by label_names=\['income'\]"):
+        run(
+            tmp_path,
+            TwoHeads(),
+            rows(),
+            trainer_arguments={"task_loss_func": lambda outputs, batch: {"income": batch["income"].sum()}},
+            task_names=NAMES,
+        )
+
+
+def test_task_item_counts_of_a_dropped_column(tmp_path: Path) -> None:
+    with pytest.raises(MissingColumnError) as caught:
+        run(
+            tmp_path,
+            TwoHeads(),
+            rows(),
+            trainer_arguments={
+                "task_loss_func": losses,
+                "task_item_counts": lambda batch: batch["weight"].sum().expand(2),
+            },
+            gradient_accumulation_steps=2,
+            **COMMON,
+        )
+    assert str(caught.value) == f"task_item_counts: {DROPPED}"
+
+
+def test_other_mistakes_in_a_task_loss_func(tmp_path: Path) -> None:
+    def failing(func: Any, **settings: Any) -> str:
+        with pytest.raises(TaskLossError) as caught:
+            run(tmp_path, TwoHeads(), rows(), trainer_arguments={"task_loss_func": func}, **settings)
+        return str(caught.value)
+
+    assert failing(lambda outputs, batch: {"income": outputs["logit"].sum()}, **COMMON) == (
+        "task_loss_func: KeyError 'logit'; the model's outputs are: logits; the batch's columns: features, income, "
+        "education"
+    )
+    unnamed = failing(losses, label_names=NAMES)
+    assert unnamed == (
+        "task_names: not given, so that there is one task; task_loss_func returned losses of ['income', 'education']: "
+        "set task_names=['income', 'education']"
+    )
+
+
+def test_a_batch_that_is_no_mapping(tmp_path: Path) -> None:
+    def pair(examples: list[Any]) -> Any:
+        return torch.tensor([e["features"] for e in examples]), torch.zeros(len(examples))
+
+    with pytest.raises(TrainerError, match=r"^batch: got a tuple, expected a mapping column -> values"):
+        run(tmp_path, TwoHeads(), rows(), trainer_arguments={"task_loss_func": losses, "data_collator": pair}, **COMMON)
 
 
 @pytest.mark.parametrize("label_names", [NAMES, NAMES[::-1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import UserDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
+from hf_bilb.task_loss_trainer import keeps_contract
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (
     BATCH,
@@ -51,6 +59,35 @@ class Tuples(Ordinary):
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Any:
         return tuple(super().forward(features, labels).values())
+
+
+class PerExample(Ordinary):
+    """With the loss of each example beside the loss."""
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Any:
+        outputs = super().forward(features, labels)
+        if labels is not None:
+            outputs["losses"] = nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
+        return outputs
+
+
+class Parts(Ordinary):
+    """With what the loss is made of beside the loss."""
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Any:
+        outputs = super().forward(features, labels)
+        if labels is None:
+            return outputs
+        parts = {"entropy": outputs["loss"], "size": outputs["logits"].square().mean()}
+        return {**outputs, "loss": parts["entropy"] + 0.1 * parts["size"], "losses": parts}
+
+
+class NamedTuples(Ordinary):
+    Outputs = namedtuple("Outputs", ["loss", "logits"])
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Any:
+        outputs = super().forward(features, labels)
+        return self.Outputs(**outputs) if labels is not None else outputs
 
 
 def ordinary(cls: type[nn.Module] = Ordinary) -> nn.Module:
@@ -93,7 +130,17 @@ def token_rows() -> list[dict[str, Tensor]]:
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+
+
+def same_arrays(first: Any, second: Any) -> bool:
+    """Whether nested predictions are the same to the last bit."""
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(same_arrays, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_arrays(first[key], second[key]) for key in first)
+    return np.array_equal(first, second)
 
 
 def loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -104,6 +151,22 @@ def loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
     "plain": (ordinary, feature_rows, {}, {}),
     "tuples": (lambda: ordinary(Tuples), feature_rows, {}, {}),
+    "named_tuples": (lambda: ordinary(NamedTuples), feature_rows, {}, {}),
+    "losses_too": (lambda: ordinary(PerExample), feature_rows, {}, {}),
+    "losses_too_in_batches_of_one": (
+        lambda: ordinary(PerExample),
+        feature_rows,
+        {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "num_train_epochs": 1},
+        {},
+    ),
+    "losses_too_accumulation": (
+        lambda: ordinary(PerExample),
+        feature_rows,
+        {"gradient_accumulation_steps": 3, "eval_on_start": True},
+        {},
+    ),
+    "parts_too": (lambda: ordinary(Parts), feature_rows, {}, {}),
+    "user_dict": (ordinary, feature_rows, {}, {"data_collator": lambda rows: UserDict(default_data_collator(rows))}),
     "accumulation": (ordinary, feature_rows, {"gradient_accumulation_steps": 3}, {}),
     "compute_loss_func": (
         ordinary,
@@ -143,20 +206,91 @@ def test_bit_for_bit_as_trainer(case: str, balancer: str, tmp_path: Path) -> Non
         trainer = cls(
             model=model, args=args, train_dataset=rows(), eval_dataset=rows(), compute_metrics=accuracy, **more
         )
+        # Before anything is trained, and without labels, too.
+        predicted = [trainer.predict([{k: v for k, v in row.items() if k != "labels"} for row in rows()[:5]])]
+        predicted.append(trainer.predict(rows()[:6]))
         output = trainer.train()
-        predicted = trainer.predict(rows()[:7])
+        predicted.append(trainer.predict(rows()[:7]))
         results.append((model, trainer.state.log_history, output.training_loss, predicted))
     (plain, logs, loss, predicted), (other, our_logs, our_loss, our_predicted) = results
     assert torch.equal(flat_parameters(plain), flat_parameters(other))
     assert untimed(our_logs) == untimed(logs) and our_loss == loss
-    assert np.array_equal(our_predicted.predictions, predicted.predictions)
-    assert untimed([our_predicted.metrics]) == untimed([predicted.metrics])
+    for theirs, ours_ in zip(predicted, our_predicted, strict=True):
+        assert same_arrays(theirs.predictions, ours_.predictions)
+        assert untimed([ours_.metrics]) == untimed([theirs.metrics])
 
 
 def test_logs_of_an_ordinary_model_hold_nothing_of_ours(tmp_path: Path) -> None:
     found = run(tmp_path, ordinary(), feature_rows(), trainer_arguments={"callbacks": []})
     assert set(found.steps[0]) == {"loss", "grad_norm", "learning_rate", "epoch", "step"}
     assert found.trainer.balancer.coefficients is None
+
+
+def test_unknown_columns_are_withheld_in_every_batch(tmp_path: Path) -> None:
+    # Trainer would stop at the first one: the forward does not take them.
+    rows = [{**row, "number": torch.tensor(i)} for i, row in enumerate(feature_rows())]
+    vectors = []
+    for data, settings in ((feature_rows(), {}), (rows, {"remove_unused_columns": False})):
+        model = ordinary()
+        trainer = run(
+            tmp_path, model, data, trainer_arguments={"callbacks": [], "eval_dataset": data}, **settings
+        ).trainer
+        bare = [{k: v for k, v in row.items() if k != "labels"} for row in data]
+        vectors.append((flat_parameters(model), trainer.evaluate()["eval_loss"], trainer.predict(bare).predictions))
+    assert torch.equal(vectors[0][0], vectors[1][0]) and vectors[0][1] == vectors[1][1]
+    assert np.array_equal(vectors[0][2], vectors[1][2])
+
+
+def test_losses_beside_a_loss_are_mentioned_where_no_tasks_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, ordinary(PerExample), feature_rows(), trainer_arguments={"callbacks": []})
+    said = [r.getMessage() for r in caplog.records if "`losses`" in r.getMessage()]
+    assert len(said) == 1 and "of shape [4], and there are no task_names: it is trained on `loss`" in said[0]
+    caplog.clear()
+    found = run(tmp_path, ordinary(PerExample), feature_rows(), trainer_arguments={"callbacks": []}, task_names=["a"])
+    assert "loss/a" not in found.steps[0] and "`losses`" not in caplog.text
+
+
+ONE, FOUR, COUNT = torch.ones(1), torch.ones(4), torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "named", "contract"),
+    [
+        ({"losses": ONE}, False, True),
+        ({"losses": FOUR}, False, True),  # refused afterwards, with its shape
+        ({"losses": {"a": ONE}}, False, True),
+        ({"loss": None, "losses": ONE}, False, True),
+        ({"loss": ONE}, True, False),
+        ({"loss": ONE, "losses": None}, True, False),
+        ({"logits": ONE}, True, False),
+        ((ONE, FOUR), True, False),
+        ({"loss": ONE, "losses": ONE}, False, False),
+        ({"loss": ONE, "losses": ONE}, True, True),
+        ({"loss": ONE, "losses": ONE, "num_items": COUNT}, False, True),
+        ({"loss": ONE, "losses": FOUR, "num_items": COUNT}, True, False),
+        ({"loss": ONE, "losses": {"a": ONE}}, True, True),
+        ({"loss": ONE, "losses": {"a": ONE, "b": ONE}}, True, False),
+        ({"loss": ONE, "losses": [ONE]}, True, False),
+    ],
+)
+def test_which_model_of_one_task_keeps_the_contract(outputs: Any, named: bool, contract: bool) -> None:
+    assert keeps_contract(outputs, "a", named) is contract
+
+
+def test_one_task_in_a_dict_of_losses(tmp_path: Path) -> None:
+    class InADict(Ordinary):
+        def forward(self, features: Tensor, labels: Tensor | None = None) -> Any:
+            outputs = super().forward(features, labels)
+            return {"losses": {"a": outputs["loss"]}, "logits": outputs["logits"]}
+
+    vectors = []
+    for cls in (Ordinary, InADict):
+        model = ordinary(cls)
+        run(tmp_path, model, feature_rows(), trainer_arguments={"callbacks": []}, balancer="ls", task_names=["a"])
+        vectors.append(flat_parameters(model))
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-6, atol=1e-7)
 
 
 # --- one task with `losses` ---------------------------------------------------------------------------------------

@@ -726,17 +726,6 @@ def test_a_subclass_with_its_own_batches_still_balances_every_update(tmp_path: P
     assert untimed(trainers[0].state.log_history) == untimed(trainers[1].state.log_history)
 
 
-def test_a_subclass_with_its_own_batches_cannot_accumulate(tmp_path: Path) -> None:
-    for balance_over in ("window", "micro_batch"):
-        trainer = OwnSamples(
-            model=build_model(FLOAT),
-            args=arguments(tmp_path, balance_over=balance_over, gradient_accumulation_steps=2),
-            train_dataset=build_data(16, dtype=FLOAT),
-        )
-        with pytest.raises(RuntimeError, match=r"^gradient accumulation: get_batch_samples must call super\(\)"):
-            trainer.train()
-
-
 def test_a_loss_asked_for_after_training_is_a_batch_of_its_own(tmp_path: Path) -> None:
     for balance_over in ("window", "micro_batch"):
         trainer = split(tmp_path, 4, data=build_data(64, dtype=FLOAT), balance_over=balance_over, balancer="ls").trainer
