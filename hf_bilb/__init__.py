@@ -12,6 +12,7 @@ from hf_bilb.errors import (
     MissingPackageError,
     NonFiniteLossError,
     OptionError,
+    StorageError,
     TaskLossError,
     TrainerError,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteLossError",
     "OptionError",
+    "StorageError",
     "TaskLossError",
     "TrainerError",
     "build_balancer",

@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hf_bilb import checkpointing
+from hf_bilb.folders import check_output_folder
 
 
 class AtomicCheckpointTrainer(Trainer):
@@ -22,14 +23,26 @@ class AtomicCheckpointTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Trainer's constructor already asks for the output folder.
         self._staging: Path | None = None
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except OSError:
+            self._check_output()  # what Trainer makes its folder with says less
+            raise
+        self._check_output()
+
+    def _check_output(self) -> None:
+        """Raise `StorageError` where this process shall write into a folder that it cannot write to."""
+        if self.args.should_save:
+            check_output_folder(self.args.output_dir, "output_dir")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`; `resume_from_checkpoint=True` takes the last *complete* checkpoint.
 
         Raises:
             CheckpointError: no complete checkpoint, or the given one is incomplete or damaged; nothing is loaded then.
+            StorageError: the output folder cannot be written to.
         """
+        self._check_output()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = checkpointing.last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:

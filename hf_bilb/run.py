@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import inspect
 import logging
 import platform
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
@@ -21,12 +24,14 @@ from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import HfBilbError, OptionError
+from hf_bilb.folders import check_output_folder, make_output_folder
 from hf_bilb.gallery import gallery_rows
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns
 from hf_bilb.options import nearest, parse_options
-from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
+from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml
+from hf_bilb.references import own_code
 from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run
 from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finite, write_results, write_text
@@ -68,21 +73,26 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     if state.is_main_process:
         _write_recipe(recipe, Path(args.output_dir), resume)
     set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
-    with state.local_main_process_first():  # one process prepares the cache, the others read it
+    # one process prepares the cache, the others read it
+    with state.local_main_process_first(), _preparing("data"):
         data = DATA_SETS[recipe.data["name"]].load(data_options)
+        _check_parts(data)
+    with _preparing("model"):
+        model = build_model(recipe, data)
     clock = StepClock()
-    trainer = BilevelMTLTrainer(
-        model=build_model(recipe, data),
-        args=training_arguments(recipe, data),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.data_collator,
-        compute_metrics=data.compute_metrics,
-        processing_class=data.processing_class,
-        task_item_counts=data.task_item_counts,
-        task_loss_func=task_loss_func(recipe, data),
-        callbacks=[clock],
-    )
+    with _preparing("trainer"):
+        trainer = BilevelMTLTrainer(
+            model=model,
+            args=training_arguments(recipe, data),
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=data.data_collator,
+            compute_metrics=data.compute_metrics,
+            processing_class=data.processing_class,
+            task_item_counts=data.task_item_counts,
+            task_loss_func=task_loss_func(recipe, data),
+            callbacks=[clock],
+        )
     training = _train(trainer, checkpoint)
     _save(trainer)
     part = getattr(data, recipe.evaluation.split)
@@ -99,6 +109,27 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         _write_gallery(recipe, data, drawn)
     state.wait_for_everyone()
     return results
+
+
+@contextlib.contextmanager
+def _preparing(section: str) -> Iterator[None]:
+    """Whatever fails before the first step is one line with the recipe's section: nothing is lost, and it is mostly the
+    recipe's settings that a library or somebody's own code stumbles over. The error itself is the line's cause."""
+    try:
+        yield
+    except (HfBilbError, MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
+        raise
+    except Exception as error:
+        place = own_code(error)
+        where = f"{place}: " if place is not None else ""
+        raise OptionError(f"{section}: {where}{type(error).__name__}: {error}") from error
+
+
+def _check_parts(data: TaskData) -> None:
+    """Raise `OptionError` for a part without rows; training would end before its first step, or measure nothing."""
+    parts = {"training": data.train, "validation": data.validation, "test": data.test}
+    if empty := [name for name, part in parts.items() if len(part) == 0]:  # type: ignore[arg-type]  # map-style
+        raise OptionError(f"data: the {empty[0]} part has no rows")
 
 
 def _quieten() -> None:
@@ -183,8 +214,8 @@ def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelM
         _settle_best_metric(settings, data)
     try:
         return BilevelMTLTrainingArguments(**settings, balancer=recipe.balancer)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise OptionError(f"trainer: {one_line(error)}") from None
+    except Exception as error:  # of transformers: whatever it makes of settings that do not fit together
+        raise OptionError(f"trainer: {error}") from None
 
 
 def _settle_best_metric(settings: dict[str, Any], data: TaskData) -> None:
@@ -276,6 +307,7 @@ class ConciseProgress(ProgressCallback):
 
 def _check_folder(folder: Path, resume: bool) -> str | None:
     """The checkpoint to resume from, or None for a fresh start; refuses to start over in the folder of another run."""
+    check_output_folder(folder, "trainer.output_dir")
     if resume:
         return checkpointing.last_complete_checkpoint(folder)
     held = [path.name for path in (folder / FILE_NAME, *sorted(folder.glob("checkpoint-*"))) if path.exists()]
@@ -285,14 +317,14 @@ def _check_folder(folder: Path, resume: bool) -> str | None:
             "another folder starts anew"
         )
     path = folder / RECIPE_FILE
-    if path.is_file() and not path.read_text(encoding="utf-8").startswith(_RECIPE_HEAD):
+    if path.is_file() and not path.read_bytes().startswith(_RECIPE_HEAD.encode()):
         raise OptionError(f"trainer.output_dir: {str(path)!r} was not written by a run and would be lost")
     return None
 
 
 def _write_recipe(recipe: Recipe, folder: Path, resume: bool) -> None:
     """Write the resolved recipe; on a resume, say where it differs from the one that the run was started with."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output_folder(folder, "trainer.output_dir")
     path = folder / RECIPE_FILE
     if resume and path.is_file():
         before = load_yaml(path.read_text(encoding="utf-8"), str(path))
