@@ -13,7 +13,7 @@ from hf_bilb import checkpointing
 from hf_bilb.errors import OptionError
 from hf_bilb.options import shown
 from hf_bilb.recipe import Recipe, differences, load_yaml, read_recipe
-from hf_bilb.reporting.results import FILE_NAME, read_results
+from hf_bilb.reporting.results import FILE_NAME, as_json, read_results
 from hf_bilb.running_log import VECTORS_FILE
 
 SINGLE_TASK = "stl"  # label of the cells that train one task
@@ -230,10 +230,10 @@ def state_of(cell: Cell) -> State:
 
 
 def _check_settings(cell: Cell, found: Mapping[str, Any]) -> None:
-    planned = json.loads(json.dumps(cell.recipe.to_dict()))
+    planned = as_json(cell.recipe.to_dict())
     # The same folder can be called by another name: it has been moved, or the current folder is another one.
     before = {**found, "trainer": {**found.get("trainer", {}), "output_dir": planned["trainer"]["output_dir"]}}
-    odd = differences(json.loads(json.dumps(before)), planned)
+    odd = differences(as_json(before), planned)
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise OptionError(

@@ -50,6 +50,21 @@ _MANAGED_TRAINER_KEYS = {
 }
 
 
+_SEED = (lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
+_ONE_OR_MORE = (lambda value: value >= 1, "1 or more")
+# What TrainingArguments takes, and what Trainer or a library stumbles over once the data are loaded, or trains nothing.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "per_device_train_batch_size": _ONE_OR_MORE,
+    "per_device_eval_batch_size": _ONE_OR_MORE,
+    "gradient_accumulation_steps": _ONE_OR_MORE,
+    "eval_accumulation_steps": _ONE_OR_MORE,
+    "num_train_epochs": (lambda value: 0 < value < math.inf, "a number above 0"),
+    "learning_rate": (lambda value: 0 <= value < math.inf, "a number, 0 or more"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
     """What stands at the end of a run. Which model is measured is said by `trainer.load_best_model_at_end`.
@@ -203,6 +218,7 @@ def _resolve_trainer(section: Mapping[str, Any]) -> dict[str, Any]:
             raise OptionError(f"{path}: unknown option, value {shown(value)}{nearest(str(key), hints)}")
         resolved[key] = check_value(value, hints[key], path)
         _check_enum(resolved[key], hints[key], path)
+        _check_range(resolved[key], key, path)
     for key, options in _nested_trainer_options().items():
         if isinstance(resolved.get(key), Mapping):
             parse_options(options, resolved[key], f"trainer.{key}")
@@ -226,6 +242,13 @@ def _check_enum(value: Any, hint: Any, path: str) -> None:
         raise OptionError(
             f"{path}: {shown(value)} is not valid, expected one of {', '.join(known)}{nearest(value, known)}"
         )
+
+
+def _check_range(value: Any, key: str, path: str) -> None:
+    if key in _RANGES and isinstance(value, (int, float)):
+        fits, expected = _RANGES[key]
+        if not fits(value):
+            raise OptionError(f"{path}: {shown(value)} is not valid, expected {expected}")
 
 
 def _trainer_hints() -> dict[str, Any]:

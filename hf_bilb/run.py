@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing
@@ -34,7 +34,7 @@ from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml
 from hf_bilb.references import own_code
 from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run
-from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finite, write_results, write_text
+from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, as_json, finite, write_results, write_text
 from hf_bilb.reporting.tables import compare, render_markdown, render_text
 from hf_bilb.step_clock import StepClock
 from hf_bilb.trainer import BilevelMTLTrainer
@@ -112,14 +112,16 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
 
 
 @contextlib.contextmanager
-def _preparing(section: str) -> Iterator[None]:
+def _preparing(section: str, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Whatever fails before the first step is one line with the recipe's section: nothing is lost, and it is mostly the
     recipe's settings that a library or somebody's own code stumbles over. The error itself is the line's cause."""
     try:
         yield
     except (HfBilbError, MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if begun():
+            raise
         place = own_code(error)
         where = f"{place}: " if place is not None else ""
         raise OptionError(f"{section}: {where}{type(error).__name__}: {error}") from error
@@ -139,12 +141,14 @@ def _quieten() -> None:
 
 
 def _train(trainer: BilevelMTLTrainer, checkpoint: str | None) -> dict[str, float]:
-    progress = ConciseProgress()
+    progress, first_step = ConciseProgress(), FirstStep()
+    trainer.add_callback(first_step)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(progress)
     try:
-        return trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with _preparing("trainer", lambda: first_step.begun):
+            return trainer.train(resume_from_checkpoint=checkpoint).metrics
     finally:
         if progress.training_bar is not None:  # training failed: what is said about it starts on a line of its own
             progress.training_bar.close()
@@ -280,6 +284,18 @@ def task_loss_func(recipe: Recipe, data: TaskData) -> Callable[..., Any] | None:
     return data.task_loss_func
 
 
+class FirstStep(TrainerCallback):
+    """Knows whether training has really begun, with loaders, optimizer and checkpoint in place."""
+
+    begun = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """It has."""
+        self.begun = True
+
+
 class ConciseProgress(ProgressCallback):
     """The Trainer's progress bar, with the loss beside it and a line per evaluation instead of every logged number."""
 
@@ -374,7 +390,7 @@ def collect_results(
         ],
         losses={split: losses},
         training=dict(training),
-        settings=recipe.to_dict(),
+        settings=as_json(recipe.to_dict()),
         versions=_versions(),
         trivial_predictor=data.trivial_predictor,
         base_source=data.single_task_source,

@@ -98,6 +98,18 @@ def finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+def as_json(value: Any) -> Any:
+    """Nested plain values as strict JSON holds them: lists for tuples, and as words, as in YAML, what JSON has no
+    number for (`.inf`, `-.inf`, `.nan`)."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all: aside, flushed to the disk, renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
