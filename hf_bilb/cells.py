@@ -12,7 +12,7 @@ from typing import Any, Literal
 from hf_bilb import checkpointing
 from hf_bilb.errors import OptionError
 from hf_bilb.options import shown
-from hf_bilb.recipe import Recipe, differences, load_yaml, read_recipe
+from hf_bilb.recipe import Recipe, differences, load_yaml, read_recipe, read_yaml
 from hf_bilb.reporting.results import FILE_NAME, as_json, read_results
 from hf_bilb.running_log import VECTORS_FILE
 
@@ -211,7 +211,7 @@ def state_of(cell: Cell) -> State:
         return "finished"
     path = folder / RECIPE_FILE
     if path.is_file():
-        settings = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        settings = read_yaml(path)
         _check_settings(cell, settings if isinstance(settings, Mapping) else {})
     if any(folder.glob("checkpoint-*")) or any(folder.glob(f"{checkpointing.STAGING}/checkpoint-*")):
         try:

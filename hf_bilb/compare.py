@@ -20,7 +20,7 @@ from typing import IO, Any
 import click
 
 from hf_bilb.cells import LOG_FILE, SINGLE_TASK, Cell, parse_balancers, parse_seeds, plan_cells, state_of, task_names
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import OptionError, one_line
 from hf_bilb.folders import check_output_folder, make_output_folder
 from hf_bilb.options import nearest, shown
 from hf_bilb.recipe import Recipe, dump_recipe, read_recipe
@@ -377,7 +377,10 @@ def _histories(comparison: Comparison, methods: Mapping[str, Runs]) -> dict[str,
     for cell in comparison.cells:
         path = cell.folder / "trainer_state.json"
         if cell.seed in methods.get(cell.label, {}) and path.is_file():
-            histories[cell.label].append(json.loads(path.read_text(encoding="utf-8"))["log_history"])
+            try:
+                histories[cell.label].append(json.loads(path.read_text(encoding="utf-8"))["log_history"])
+            except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+                click.echo(f"{path}: cannot be read, left out of progress.png: {one_line(error, 200)}", err=True)
     return histories
 
 

@@ -6,6 +6,7 @@ answered in the same words everywhere. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -115,8 +116,9 @@ def check_value(value: Any, annotation: Any, path: str) -> Any:
     """
     accepted, result = _convert(value, annotation, path)
     if not accepted:
-        limit = " of at most 64 bits" if type(value) is int and value not in _INT64 else ""
-        raise OptionError(f"{path}: {shown(value)} is not valid, expected {describe_type(annotation)}{limit}")
+        expected = describe_type(annotation)
+        limit = " of at most 64 bits" if type(value) is int and value not in _INT64 and "integer" in expected else ""
+        raise OptionError(f"{path}: {shown(value)} is not valid, expected {expected}{limit}")
     return result
 
 
@@ -213,7 +215,10 @@ def _convert_number(value: int | float | str, annotation: type[int] | type[float
         return not math.isnan(number), number
     if not math.isfinite(number) or number != int(number):
         return False, None
-    whole = value if isinstance(value, int) else int(number)
+    whole = int(number)
+    if not isinstance(value, float):
+        with contextlib.suppress(ValueError):  # "1e3"; all digits of the others, of which a float has 53 bits
+            whole = int(value)
     return whole in _INT64, whole
 
 

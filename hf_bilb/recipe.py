@@ -112,7 +112,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         OptionError: one line that names the key path (or file and line), the value and the nearest valid name.
     """
     file = Path(path)
-    raw = load_yaml(_read_text(file), str(path))
+    raw = read_yaml(file)
     if not isinstance(raw, dict):
         raise OptionError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     for override in overrides:
@@ -134,7 +134,8 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
     for section in SECTIONS[:-1]:
         if raw.get(section) is None:
             raise OptionError(f"{section}: this section is missing (a recipe has {', '.join(SECTIONS)})")
-    evaluation = parse_options(EvaluationOptions, raw.get("evaluation") or {}, "evaluation")
+    given = raw.get("evaluation")
+    evaluation = parse_options(EvaluationOptions, {} if given is None else given, "evaluation")
     trainer = _mapping(raw["trainer"], "trainer")
     if trainer.get("output_dir") in (None, ""):
         raise OptionError("trainer.output_dir: is required, expected the folder of the run, such as runs/qm9_mlp_bilb")
@@ -220,7 +221,7 @@ def _resolve_trainer(section: Mapping[str, Any]) -> dict[str, Any]:
         _check_enum(resolved[key], hints[key], path)
         _check_range(resolved[key], key, path)
     for key, options in _nested_trainer_options().items():
-        if isinstance(resolved.get(key), Mapping):
+        if resolved.get(key) is not None:
             parse_options(options, resolved[key], f"trainer.{key}")
     return resolved
 
@@ -320,7 +321,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             f"{shown(override)} is no override, expected KEY.PATH=VALUE, such as trainer.learning_rate=5e-4"
         )
     if len(keys) > DEEPEST:
-        raise OptionError(f"{path}: is nested deeper than {DEEPEST} levels")
+        raise OptionError(f"{path}: {_TOO_DEEP}")
     value = load_yaml(text, f"override {path}")
     if keys[0] not in (*SECTIONS, IMPORTS):
         raise OptionError(f"{path}: unknown section, value {shown(value)}{_nearest_path(path)}")
@@ -345,6 +346,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 DEEPEST = 30
 MOST_VALUES = 100_000
 LONGEST_NUMBER = 400
+_TOO_DEEP = f"is nested deeper than {DEEPEST} levels"
 
 _TAG = "tag:yaml.org,2002:"
 # The core schema of YAML 1.2. PyYAML reads YAML 1.1, where 1e-3 is a string, `no` is false and 1:30 is ninety.
@@ -377,6 +379,17 @@ class _Loader(yaml.SafeLoader):
         node: yaml.Node | None = super().get_single_node()
         if node is not None:
             _Extent().of(node)
+        return node
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """A part of the document; stops at once where it is nested too deep, which costs PyYAML the square of it."""
+        if self._level > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+        self._level += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._level -= 1
         return node
 
     def construct_core(self, node: yaml.ScalarNode) -> Any:
@@ -445,7 +458,7 @@ class _Extent:
         size = 1 + sum(size for size, _ in parts)
         levels = 1 + max((levels for _, levels in parts), default=0)
         if levels > DEEPEST:
-            raise _problem(f"is nested deeper than {DEEPEST} levels", node)
+            raise _problem(_TOO_DEEP, node)
         if size > MOST_VALUES:
             raise _problem(f"stands for more than {MOST_VALUES:,} values", node)
         self._known[node] = size, levels
@@ -481,6 +494,11 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
+def read_yaml(file: Path) -> Any:
+    """What the file holds; raises `OptionError` as `load_yaml` does, and where it is missing or no text in UTF-8."""
+    return load_yaml(_read_text(file), str(file))
+
+
 def load_yaml(text: str, source: str) -> Any:
     """Read YAML 1.2 (core schema), refusing a key that stands twice and Python objects.
 
@@ -494,10 +512,10 @@ def load_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise OptionError(f"{source}{where}: {error.problem or error.context}") from None
-    except RecursionError:
-        raise OptionError(f"{source}: is nested deeper than {DEEPEST} levels") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of PyYAML, beyond its own: "\\UFFFFFFFF"
+    except yaml.YAMLError as error:
         raise OptionError(f"{source}: {error}") from None
+    except (ValueError, OverflowError) as error:  # PyYAML takes every escape for a character: "\\UFFFFFFFF" is none
+        raise OptionError(f"{source}: is no YAML: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- small things

@@ -30,7 +30,7 @@ from hf_bilb.gallery import gallery_rows
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns
 from hf_bilb.options import nearest, parse_options
-from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml
+from hf_bilb.recipe import Recipe, differences, dump_recipe, read_yaml
 from hf_bilb.references import own_code
 from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run
@@ -343,7 +343,7 @@ def _write_recipe(recipe: Recipe, folder: Path, resume: bool) -> None:
     make_output_folder(folder, "trainer.output_dir")
     path = folder / RECIPE_FILE
     if resume and path.is_file():
-        before = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        before = read_yaml(path)
         for difference in differences(before, recipe.to_dict()) if isinstance(before, Mapping) else []:
             logger.warning("%s: this folder's run was started with another value: %s", path, difference)
     write_text(path, f"{_RECIPE_HEAD} the recipe {recipe.name!r} by hf-bilb\n{dump_recipe(recipe)}")

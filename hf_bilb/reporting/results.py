@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options
+from hf_bilb.options import parse_options, shown
 
 FILE_NAME = "results.json"
 FORMAT = 1
@@ -138,14 +138,21 @@ def read_results(run_dir: str | Path) -> RunResults:
     """
     path = Path(run_dir) / FILE_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_float=_number, parse_constant=_number)
     except FileNotFoundError:
         raise OptionError(f"{run_dir}: holds no {FILE_NAME}, so it is no run, or one that has not finished") from None
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise OptionError(f"{path}: cannot be read: {error}") from None
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise OptionError(f"{path}: is not a results file of format {FORMAT}")
     return parse_options(RunResults, values, str(path))
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return number
 
 
 def labels(runs: Sequence[RunResults], folders: Sequence[str]) -> list[str]:
