@@ -14,6 +14,7 @@ from hf_bilb.errors import (
     MissingPackageError,
     NonFiniteLossError,
     OptionError,
+    StorageError,
     TaskLossError,
     TrainerError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "MissingPackageError",
     "NonFiniteLossError",
     "OptionError",
+    "StorageError",
     "TaskLossError",
     "TrainerError",
     "build_balancer",

@@ -21,6 +21,7 @@ from hf_bilb.checkpoint_rotation import rotate_checkpoints
 from hf_bilb.disk_full import bytes_of_model, bytes_of_optimizer, disk_full_error, disk_full_explained
 from hf_bilb.errors import CheckpointError
 from hf_bilb.finite_weights import weights_are_finite
+from hf_bilb.folders import check_output_folder
 from hf_bilb.weights_trainer import RestoringTrainer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,17 @@ class AtomicCheckpointTrainer(RestoringTrainer):
         self._held: contextlib.ExitStack | None = None
         self._run_id = ""
         self._bytes_of_last = 0
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except OSError:
+            self._check_output()  # what Trainer makes its folder with says less
+            raise
+        self._check_output()
+
+    def _check_output(self) -> None:
+        """Raise `StorageError` where this process shall write into a folder that it cannot write to."""
+        if self.args.should_save:
+            check_output_folder(self.args.output_dir, "output_dir")
 
     # --- a run ---------------------------------------------------------------------------------------------------
 
@@ -66,7 +77,9 @@ class AtomicCheckpointTrainer(RestoringTrainer):
             CheckpointError: nothing to resume from, or it is damaged or does not fit: nothing is loaded then. Or no
                 space was left on the disk for a checkpoint: earlier ones are intact then.
             FolderInUseError: another run is writing into the output folder.
+            StorageError: the output folder cannot be written to.
         """
+        self._check_output()
         run_folder = Path(super()._get_output_dir(trial))
         with self._running(), disk_full_explained(run_folder):
             if self._writes_into_folder() or resume_from_checkpoint is True:

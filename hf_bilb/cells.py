@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from hf_bilb import checkpointing, folder_lock
 from hf_bilb.errors import OptionError
-from hf_bilb.recipe import Recipe, differences, load_yaml, read_recipe
-from hf_bilb.reporting.results import FILE_NAME, read_results
+from hf_bilb.options import shown
+from hf_bilb.recipe import Recipe, differences, load_yaml, read_recipe, read_yaml
+from hf_bilb.reporting.results import FILE_NAME, as_json, read_results
 from hf_bilb.running_log import VECTORS_FILE
 
 SINGLE_TASK = "stl"  # label of the cells that train one task
@@ -61,8 +62,10 @@ class Cell:
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`0,1,2` -> (0, 1, 2); raises `OptionError` for what is no list of different whole numbers >= 0."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
-        raise OptionError(f"--seeds: {text!r} is not valid, expected whole numbers >= 0 with commas, such as 0,1,2")
+    if not all(word.isdecimal() and len(word) <= 10 for word in words):
+        raise OptionError(
+            f"--seeds: {shown(text)} is not valid, expected whole numbers >= 0 with commas, such as 0,1,2"
+        )
     seeds = tuple(int(word) for word in words)
     if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
         raise OptionError(f"--seeds: {twice[0]} stands twice")
@@ -84,14 +87,14 @@ def parse_balancers(text: str, own: Mapping[str, Any]) -> tuple[Balancer, ...]:
         name, colon, rest = (part.strip() for part in word.partition(":"))
         if not name or (colon and not rest):
             raise OptionError(
-                f"--balancers: {word!r} is not valid, expected NAME, NAME:KEY=VALUE or NAME:{{KEY: VALUE}}"
+                f"--balancers: {shown(word)} is not valid, expected NAME, NAME:KEY=VALUE or NAME:{{KEY: VALUE}}"
             )
         options = _options(word, rest) if rest else {}
         section = own if name == own["name"] and not options else {"name": name, **options}
         balancers.append(Balancer(_label(name, options), dict(section)))
     labels = [balancer.label for balancer in balancers]
     if twice := [label for label in labels if labels.count(label) > 1]:
-        raise OptionError(f"--balancers: {twice[0]!r} stands twice")
+        raise OptionError(f"--balancers: {shown(twice[0])} stands twice")
     return tuple(balancers)
 
 
@@ -114,7 +117,9 @@ def _options(word: str, rest: str) -> dict[str, Any]:
         key, _, value = rest.partition("=")
         options = {key.strip(): load_yaml(value, f"--balancers {word}")} if "=" in rest else None
     if not isinstance(options, dict) or "name" in options:
-        raise OptionError(f"--balancers: {word!r} is not valid, expected NAME, NAME:KEY=VALUE or NAME:{{KEY: VALUE}}")
+        raise OptionError(
+            f"--balancers: {shown(word)} is not valid, expected NAME, NAME:KEY=VALUE or NAME:{{KEY: VALUE}}"
+        )
     return options
 
 
@@ -151,19 +156,24 @@ def plan_cells(
     for seed in seeds:
         of_seed = [f"trainer.seed={seed}", *([f"data.seed={seed}"] if split_by_seed else [])]
         for balancer in balancers:
-            own = [f"balancer={json.dumps(balancer.section)}"]
+            own = [f"balancer={_yaml(balancer.section)}"]
             cells.append(_cell(recipe, overrides, (*own, *of_seed), output / balancer.label, balancer.label, "", seed))
         for task in single_tasks:
-            own = ['balancer={"name": "ls"}', f"data.tasks={json.dumps([task])}"]
+            own = ['balancer={"name": "ls"}', f"data.tasks={_yaml([task])}"]
             folder = output / SINGLE_TASK / re.sub(r"[^\w.,=+-]+", "_", task)
             cells.append(_cell(recipe, overrides, (*own, *of_seed), folder, SINGLE_TASK, task, seed))
     return cells
 
 
+def _yaml(value: Any) -> str:
+    # As it stands: JSON writes a character beyond 16 bits as two halves, which are no YAML.
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _cell(
     recipe: str | Path, given: Sequence[str], own: Sequence[str], folder: Path, label: str, task: str, seed: int
 ) -> Cell:
-    overrides = (*own, f"trainer.output_dir={json.dumps(str(folder / f'seed-{seed}'))}")
+    overrides = (*own, f"trainer.output_dir={_yaml(str(folder / f'seed-{seed}'))}")
     return Cell(label, task, seed, overrides, read_recipe(recipe, (*given, *overrides)))
 
 
@@ -201,7 +211,7 @@ def state_of(cell: Cell) -> State:
         return "finished"
     path = folder / RECIPE_FILE
     if path.is_file():
-        settings = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        settings = read_yaml(path)
         _check_settings(cell, settings if isinstance(settings, Mapping) else {})
     if any(folder.glob("checkpoint-*")) or any(folder.glob(f"{checkpointing.STAGING}/checkpoint-*")):
         try:
@@ -221,10 +231,10 @@ def state_of(cell: Cell) -> State:
 
 
 def _check_settings(cell: Cell, found: Mapping[str, Any]) -> None:
-    planned = json.loads(json.dumps(cell.recipe.to_dict()))
+    planned = as_json(cell.recipe.to_dict())
     # The same folder can be called by another name: it has been moved, or the current folder is another one.
     before = {**found, "trainer": {**found.get("trainer", {}), "output_dir": planned["trainer"]["output_dir"]}}
-    odd = differences(json.loads(json.dumps(before)), planned)
+    odd = differences(as_json(before), planned)
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise OptionError(

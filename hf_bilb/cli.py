@@ -1,14 +1,19 @@
 """The command line: `hf-bilb train | show | report | compare | balancers | prepare`.
 
-What a user gets wrong is one line and exit code 2, Ctrl-C is one line and exit code 130.
+What a user gets wrong is one line and exit code 2, Ctrl-C is one line and exit code 130. What is said beside our own
+errors: code that a recipe names, by file and line; memory and disks that are full, files and packages that are missing.
+Anything else is a fault of this package or of a library, and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
+import sys
+import traceback
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,8 +22,11 @@ from typing import IO, Any
 import click
 
 from hf_bilb.catalogue import catalogue, describe
-from hf_bilb.errors import HfBilbError, NonFiniteLossError
-from hf_bilb.recipe import dump_recipe, import_sources, one_line, read_recipe
+from hf_bilb.errors import HfBilbError, NonFiniteLossError, one_line
+from hf_bilb.folders import check_output_folder, make_output_folder
+from hf_bilb.options import shown
+from hf_bilb.recipe import dump_recipe, import_sources, read_recipe
+from hf_bilb.references import own_code
 from hf_bilb.reporting.balancer_table import (
     render_one_json,
     render_one_markdown,
@@ -56,31 +64,100 @@ class Failed(UserError):
     exit_code = 1
 
 
+_TRACEBACK = "HF_BILB_TRACEBACK"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextlib.contextmanager
 def _one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
-    except NonFiniteLossError as error:
-        raise Failed(error) from None
-    except HfBilbError as error:
-        raise UserError(error) from None
-    except BrokenProcessPool:
-        killed = "a worker process was killed (no memory left?); the same command goes on from what is finished"
-        raise Failed(RuntimeError(killed)) from None
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
     except KeyboardInterrupt:
         if _speaks():
             click.echo(f"hf-bilb: {interrupted}", err=True)
         raise click.exceptions.Exit(128 + signal.SIGINT) from None
+    except Exception as error:
+        said = _said(error)
+        if said is None:
+            raise
+        if click.get_current_context().find_root().params.get("traceback"):
+            traceback.print_exc()
+        raise said from None
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def _said(error: Exception) -> UserError | None:
+    """The line for an error; None for one that is nobody's mistake but ours."""
+    if isinstance(error, NonFiniteLossError):
+        return Failed(error)
+    if isinstance(error, HfBilbError):
+        return UserError(error if error.__cause__ is None else _with_hint(str(error)))
+    if isinstance(error, BrokenProcessPool):
+        killed = "a worker process was killed (no memory left?); the same command goes on from what is finished"
+        return Failed(RuntimeError(killed))
+    if _is_out_of_memory(error):
+        less = "a smaller trainer.per_device_train_batch_size with more trainer.gradient_accumulation_steps takes less"
+        return Failed(_with_hint(f"out of memory: {one_line(error, 200)}; {less}"))
+    kind = type(error).__name__
+    if (place := own_code(error)) is not None:
+        return UserError(_with_hint(f"{place}: {kind}: {error}"))
+    if isinstance(error, OSError):
+        where = f": {shown(str(error.filename))}" if error.filename is not None else ""
+        line = _with_hint(f"{error.strerror or error}{where}")
+        return Failed(line) if error.errno in _FULL else UserError(line)
+    return UserError(_with_hint(f"{kind}: {error}")) if isinstance(error, ImportError) else None
+
+
+def _with_hint(message: str) -> Exception:
+    return Exception(f"{one_line(message, 480)} ({_TRACEBACK}=1 shows where it comes from)")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # where it is not loaded yet, nothing of it is raised
+    of_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_device or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+class _OneLineUsage(click.Group):
+    """A group whose usage errors are one line, too, instead of click's four."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse the arguments before the command's name."""
+        with _one_line_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse the command's own arguments and run it."""
+        with _one_line_usage():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _one_line_usage() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = "" if error.ctx is None else f" ({error.ctx.command_path} --help says more)"
+        raise UserError(Exception(f"{one_line(error.format_message(), 480)}{command}")) from None
+
+
+@click.group(cls=_OneLineUsage, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hf-bilb", prog_name="hf-bilb")
-def main() -> None:
+@click.option(
+    "--traceback",
+    is_flag=True,
+    envvar=_TRACEBACK,
+    help=f"Print where an error comes from, before its line; also by {_TRACEBACK}=1.",
+)
+def main(traceback: bool) -> None:
     """Train one model on several tasks and keep the tasks in balance."""
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint in trainer.output_dir.")
 def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
@@ -103,7 +180,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 def show(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check RECIPE with its overrides and print it resolved, as a recipe; loads no data and no model."""
@@ -113,10 +190,12 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...")
-@click.option("--output", type=click.Path(file_okay=False), help="Write comparison.md, .csv and .png into this folder.")
+@click.option("--output", type=click.Path(), help="Write comparison.md, .csv and .png into this folder.")
 def report(run_dirs: tuple[str, ...], output: str | None) -> None:
     """Print the results of finished runs side by side, related to the first one."""
     with _one_line_errors():
+        if output is not None:
+            check_output_folder(output, "--output")
         runs = [read_results(run_dir) for run_dir in run_dirs]
         table = compare_runs(runs, labels(runs, run_dirs))
         click.echo(render_text(table), nl=False)
@@ -127,7 +206,7 @@ def report(run_dirs: tuple[str, ...], output: str | None) -> None:
 def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
     from hf_bilb.reporting.plots import comparison_figure, save_figure
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output_folder(folder, "--output")
     markdown, csv, png = (folder / f"comparison.{suffix}" for suffix in ("md", "csv", "png"))
     write_text(markdown, render_markdown(table))
     write_text(csv, render_csv(table))
@@ -135,7 +214,7 @@ def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option(
     "--balancers", required=True, help="What to compare: ls,si,bilb,bilb:preset=qm9,'bilb:{pairs: adjacent}'."
@@ -144,7 +223,7 @@ def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
 @click.option("--stl", is_flag=True, help="Train each task alone, too: what Delta_m then relates to.")
 @click.option(
     "--output",
-    type=click.Path(file_okay=False),
+    type=click.Path(),
     help="Folder of the comparison.  [default: the recipe's trainer.output_dir with _compare behind it]",
 )
 @click.option("--launcher", help="Runs each cell: 'accelerate launch --num_processes 2'.  [default: this Python]")
@@ -227,8 +306,8 @@ def prepare() -> None:
 
 
 @prepare.command("nyuv2")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--size", nargs=2, type=click.IntRange(8, 640), default=(288, 384), show_default=True, help="Height and width."
 )
@@ -245,6 +324,7 @@ def prepare_nyuv2_command(file: Path, output: Path, size: tuple[int, int], worke
     with _one_line_errors("interrupted; the same command goes on where it stood"):
         from hf_bilb.data.prepare import prepare_nyuv2
 
+        check_output_folder(output, "--output")
         train, test = prepare_nyuv2(file, output, size, workers)
         click.echo(f"{output}: {train} training and {test} test images")
 

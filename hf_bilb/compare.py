@@ -21,8 +21,9 @@ import click
 
 from hf_bilb import folder_lock
 from hf_bilb.cells import LOG_FILE, SINGLE_TASK, Cell, parse_balancers, parse_seeds, plan_cells, state_of, task_names
-from hf_bilb.errors import FolderInUseError, OptionError
-from hf_bilb.options import nearest
+from hf_bilb.errors import FolderInUseError, OptionError, one_line
+from hf_bilb.folders import check_output_folder, make_output_folder
+from hf_bilb.options import nearest, shown
 from hf_bilb.recipe import Recipe, dump_recipe, read_recipe
 from hf_bilb.reporting.results import RunResults, read_results, write_text
 from hf_bilb.reporting.study import Runs, Study, make_study
@@ -110,8 +111,8 @@ def plan(
     labels = tuple(balancer.label for balancer in asked)
     numbers = parse_seeds(seeds)
     if reference is not None and reference not in labels:
-        raise OptionError(f"--base: {reference!r} is none of {', '.join(labels)}{nearest(reference, labels)}")
-    folder = Path(output) if output is not None else shared.output_dir.with_name(f"{shared.output_dir.name}_compare")
+        raise OptionError(f"--base: {shown(reference)} is none of {', '.join(labels)}{nearest(reference, labels)}")
+    folder = _folder(output, shared)
     command = _command(launcher)
     plan_cells(recipe, overrides, folder, asked, numbers[:1], split_by_seed=split_by_seed)  # before data are loaded
     tasks = task_names(shared) if single_tasks else ()
@@ -120,10 +121,23 @@ def plan(
     return Comparison(shared, tuple(cells), labels, numbers, base, folder, command, split_by_seed)
 
 
+def _folder(output: str | None, shared: Recipe) -> Path:
+    if output is None and not shared.output_dir.name:
+        raise OptionError(
+            f"--output: is required, since trainer.output_dir {shown(str(shared.output_dir))} has no name"
+        )
+    folder = Path(output) if output is not None else shared.output_dir.with_name(f"{shared.output_dir.name}_compare")
+    check_output_folder(folder, "--output")
+    return folder
+
+
 def _command(launcher: str | None) -> tuple[str, ...]:
-    words = [sys.executable] if launcher is None else shlex.split(launcher)
+    try:
+        words = [sys.executable] if launcher is None else shlex.split(launcher)
+    except ValueError as error:
+        raise OptionError(f"--launcher: {shown(launcher)} is no command: {error}") from None
     if not words or shutil.which(words[0]) is None:
-        raise OptionError(f"--launcher: {launcher!r} begins with no command that is found")
+        raise OptionError(f"--launcher: {shown(launcher)} begins with no command that is found")
     return (*words, "-m", "hf_bilb", "train")
 
 
@@ -137,9 +151,10 @@ def run_comparison(comparison: Comparison) -> tuple[Study | None, list[Cell]]:
         the study of what is finished (None without any finished cell) and the cells that failed.
 
     Raises:
-        OptionError, CheckpointError: a cell's folder holds something else; before the first cell starts.
+        OptionError, CheckpointError, StorageError: a cell's folder holds something else; before the first cell starts.
         Interrupted: by SIGINT or a request to end; the running cell is stopped.
     """
+    make_output_folder(comparison.output, "--output")
     with _alone(comparison.output) as lock:
         states = [state_of(cell) for cell in comparison.cells]
         shared = comparison.output / f"{comparison.recipe.name}.yaml"
@@ -358,7 +373,10 @@ def _histories(comparison: Comparison, methods: Mapping[str, Runs]) -> dict[str,
     for cell in comparison.cells:
         path = cell.folder / "trainer_state.json"
         if cell.seed in methods.get(cell.label, {}) and path.is_file():
-            histories[cell.label].append(json.loads(path.read_text(encoding="utf-8"))["log_history"])
+            try:
+                histories[cell.label].append(json.loads(path.read_text(encoding="utf-8"))["log_history"])
+            except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+                click.echo(f"{path}: cannot be read, left out of progress.png: {one_line(error, 200)}", err=True)
     return histories
 
 

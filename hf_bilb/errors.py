@@ -5,9 +5,29 @@ The message of each is one line that names the thing that is wrong; the command 
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 560  # characters; what is cut out of a longer one is its middle
+
+
+def one_line(message: object, longest: int = LONGEST_MESSAGE) -> str:
+    """A message as one line that any terminal shows: line breaks become spaces, other signs that cannot be printed are
+    written as Python writes them (`\\x00`), and what is longer than `longest` loses its middle."""
+    text = str(message)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    if len(text) <= longest:
+        return text
+    head = longest * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (longest - head - 5) :]}"
+
 
 class HfBilbError(Exception):
-    """The base class of every error that this package raises for something that its user can mend."""
+    """The base class of every error that this package raises for something that its user can mend.
+
+    Whatever a message is put together from (a library's error, a key or a path of a user), it is one line (`one_line`).
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
 
 
 class OptionError(HfBilbError, ValueError):
@@ -46,3 +66,7 @@ class MissingPackageError(HfBilbError, ImportError):
 
 class MetricError(HfBilbError, ValueError):
     """Predictions, labels or figures that no metric can be computed from. The message is one line."""
+
+
+class StorageError(HfBilbError, OSError):
+    """A folder or file that cannot be written to. One line that names the option, the path and the cause."""

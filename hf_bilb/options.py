@@ -6,9 +6,11 @@ answered in the same words everywhere. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +20,43 @@ from hf_bilb.errors import OptionError
 
 T = TypeVar("T")
 
+_SHOWN = 80  # characters of a value in a message
+_INT64 = range(-(2**63), 2**63)
+
+
+class _Repr(reprlib.Repr):
+    """`repr` at a bounded cost, whatever the value: nested without end, a string of megabytes, a number of pages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = _SHOWN // 4
+        self.maxstring = self.maxlong = self.maxother = _SHOWN
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        items = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}"
+            for key, value in list(x.items())[: self.maxdict]
+        ]
+        return "{" + ", ".join(items) + "}"
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write a number of more than 4,300 digits.
+        return repr(x) if x.bit_length() <= 1000 else f"a number of about {int(x.bit_length() * 0.30103)} digits"
+
+
+def shown(value: object) -> str:
+    """`repr(value)` for a message, cut to 80 characters."""
+    text = _Repr().repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Return ` (did you mean "x"?)` for the candidate nearest to `name`, or an empty string when none is near."""
     names = {candidate.lower(): candidate for candidate in candidates}
-    matches = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.55)
+    matches = difflib.get_close_matches(str(name)[:100].lower(), names, n=1, cutoff=0.55)
     return f' (did you mean "{names[matches[0]]}"?)' if matches else ""
 
 
@@ -30,12 +64,12 @@ def unknown_name(kind: str, name: object, candidates: Iterable[str]) -> OptionEr
     """The error for a name that is not among `candidates`: names the nearest one and lists them when they are few."""
     known = sorted(candidates)
     listed = f"; known: {', '.join(known)}" if len(known) <= 30 else ""
-    return OptionError(f"{kind}: {name!r} is not known{nearest(str(name), known)}{listed}")
+    return OptionError(f"{kind}: {shown(name)} is not known{nearest(str(name), known)}{listed}")
 
 
 def check_one_of(asked: str, **values: object) -> None:
     """Raise `OptionError` unless exactly one of two options is set; `asked` says what each of them is."""
-    given = [repr(value) for value in values.values() if value is not None]
+    given = [shown(value) for value in values.values() if value is not None]
     if len(given) != 1:
         said = f"both are set ({', '.join(given)})" if given else "neither is set"
         raise OptionError(f"{next(iter(values))}: one of {asked} is needed, {said}")
@@ -53,13 +87,13 @@ def parse_options(cls: type[T], values: Mapping[str, Any], path: str) -> T:
         OptionError: for an unknown key, a missing key or a value that does not fit its annotation.
     """
     if not isinstance(values, Mapping):
-        raise OptionError(f"{path}: {values!r} is not a mapping of options")
+        raise OptionError(f"{path}: {shown(values)} is not a mapping of options")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             hint = nearest(str(key), fields) or f" (known: {', '.join(fields) or 'none'})"
-            raise OptionError(f"{path}.{key}: unknown option, value {values[key]!r}{hint}")
+            raise OptionError(f"{path}.{key}: unknown option, value {shown(values[key])}{hint}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -75,14 +109,16 @@ def check_value(value: Any, annotation: Any, path: str) -> Any:
     """Return `value` as the type that `annotation` asks for.
 
     Numbers written as strings (`"1e-3"`, which YAML 1.1 does not read as a number) become numbers; an int serves as a
-    float, a list as a tuple; a bool never serves as a number.
+    float, a list as a tuple; a bool never serves as a number. Integers have 64 bits at most.
 
     Raises:
         OptionError: naming `path`, the value and what was expected.
     """
     accepted, result = _convert(value, annotation, path)
     if not accepted:
-        raise OptionError(f"{path}: {value!r} is not valid, expected {describe_type(annotation)}")
+        expected = describe_type(annotation)
+        limit = " of at most 64 bits" if type(value) is int and value not in _INT64 and "integer" in expected else ""
+        raise OptionError(f"{path}: {shown(value)} is not valid, expected {expected}{limit}")
     return result
 
 
@@ -99,7 +135,7 @@ def _convert(value: Any, annotation: Any, path: str) -> tuple[bool, Any]:
     if origin is Literal:
         if isinstance(value, str) and value not in arguments:
             hint = nearest(value, [a for a in arguments if isinstance(a, str)])
-            raise OptionError(f"{path}: {value!r} is not valid, expected {describe_type(annotation)}{hint}")
+            raise OptionError(f"{path}: {shown(value)} is not valid, expected {describe_type(annotation)}{hint}")
         return any(value == a and type(value) is type(a) for a in arguments), value
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         if isinstance(value, annotation):
@@ -132,7 +168,7 @@ def _convert_union(value: Any, alternatives: tuple[Any, ...], path: str) -> tupl
     if isinstance(value, str):
         names = [a for alt in alternatives if typing.get_origin(alt) is Literal for a in typing.get_args(alt)]
         expected = " or ".join(describe_type(alternative) for alternative in alternatives)
-        raise OptionError(f"{path}: {value!r} is not valid, expected {expected}{nearest(value, names)}")
+        raise OptionError(f"{path}: {shown(value)} is not valid, expected {expected}{nearest(value, names)}")
     return False, None
 
 
@@ -164,15 +200,26 @@ def _convert_scalar(value: Any, annotation: Any) -> tuple[bool, Any]:
     if annotation is bool or isinstance(value, bool):
         return annotation is bool and isinstance(value, bool), value
     if annotation in (int, float) and isinstance(value, (int, float, str)):
-        try:
-            number = float(value)
-        except ValueError:
-            return False, None
-        if annotation is float:
-            return not math.isnan(number), number
-        whole = math.isfinite(number) and number == int(number)
-        return whole, (value if isinstance(value, int) else int(number)) if whole else None
+        return _convert_number(value, annotation)
     return isinstance(annotation, type) and isinstance(value, annotation), value
+
+
+def _convert_number(value: int | float | str, annotation: type[int] | type[float]) -> tuple[bool, Any]:
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):  # no number, or an integer beyond all floats
+        return False, None
+    if isinstance(value, str) and math.isinf(number) and "inf" not in value.lower():
+        return False, None  # "1e400"
+    if annotation is float:
+        return not math.isnan(number), number
+    if not math.isfinite(number) or number != int(number):
+        return False, None
+    whole = int(number)
+    if not isinstance(value, float):
+        with contextlib.suppress(ValueError):  # "1e3"; all digits of the others, of which a float has 53 bits
+            whole = int(value)
+    return whole in _INT64, whole
 
 
 def describe_type(annotation: Any) -> str:

@@ -21,16 +21,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 import re
 import typing
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from hf_bilb.errors import OptionError
-from hf_bilb.options import check_value, nearest, parse_options, unknown_name
+from hf_bilb.options import check_value, nearest, parse_options, shown, unknown_name
 from hf_bilb.references import import_source
 
 SECTIONS = ("model", "data", "balancer", "trainer", "evaluation")
@@ -46,6 +47,21 @@ _MANAGED_TRAINER_KEYS = {
     "do_eval": "has no effect: see trainer.eval_strategy",
     "do_predict": "has no effect: see evaluation.split",
     "local_rank": "is set by the launcher",
+}
+
+
+_SEED = (lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
+_ONE_OR_MORE = (lambda value: value >= 1, "1 or more")
+# What TrainingArguments takes, and what Trainer or a library stumbles over once the data are loaded, or trains nothing.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "per_device_train_batch_size": _ONE_OR_MORE,
+    "per_device_eval_batch_size": _ONE_OR_MORE,
+    "gradient_accumulation_steps": _ONE_OR_MORE,
+    "eval_accumulation_steps": _ONE_OR_MORE,
+    "num_train_epochs": (lambda value: 0 < value < math.inf, "a number above 0"),
+    "learning_rate": (lambda value: 0 <= value < math.inf, "a number, 0 or more"),
 }
 
 
@@ -96,7 +112,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         OptionError: one line that names the key path (or file and line), the value and the nearest valid name.
     """
     file = Path(path)
-    raw = load_yaml(_read_text(file), str(path))
+    raw = read_yaml(file)
     if not isinstance(raw, dict):
         raise OptionError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
     for override in overrides:
@@ -114,13 +130,14 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
     """
     for key, value in raw.items():
         if key not in (*SECTIONS, IMPORTS):
-            raise OptionError(f"{key}: unknown section, value {_short(value)}{_nearest_path(str(key))}")
+            raise OptionError(f"{key}: unknown section, value {shown(value)}{_nearest_path(str(key))}")
     for section in SECTIONS[:-1]:
         if raw.get(section) is None:
             raise OptionError(f"{section}: this section is missing (a recipe has {', '.join(SECTIONS)})")
-    evaluation = parse_options(EvaluationOptions, raw.get("evaluation") or {}, "evaluation")
+    given = raw.get("evaluation")
+    evaluation = parse_options(EvaluationOptions, {} if given is None else given, "evaluation")
     trainer = _mapping(raw["trainer"], "trainer")
-    if "output_dir" not in trainer:
+    if trainer.get("output_dir") in (None, ""):
         raise OptionError("trainer.output_dir: is required, expected the folder of the run, such as runs/qm9_mlp_bilb")
     imports = import_sources(raw.get(IMPORTS))  # before names are looked up
     return Recipe(
@@ -148,7 +165,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             lines += differences(before, after, f"{where}.")
         elif before != after or (key in old) != (key in new):
-            lines.append(f"{where}: {_short(before)} -> {_short(after)}")
+            lines.append(f"{where}: {shown(before)} -> {shown(after)}")
     return lines
 
 
@@ -164,7 +181,7 @@ def import_sources(given: Any, path: str = IMPORTS) -> tuple[str, ...]:
     sources = [] if given is None else given
     if not isinstance(sources, (list, tuple)) or not all(isinstance(source, str) and source for source in sources):
         expected = "a list of files (path/to/file.py) or modules (package.module)"
-        raise OptionError(f"{path}: {_short(given)} is not valid, expected {expected}")
+        raise OptionError(f"{path}: {shown(given)} is not valid, expected {expected}")
     for i, source in enumerate(sources):
         import_source(source, f"{path}[{i}]")
     return tuple(sources)
@@ -197,13 +214,14 @@ def _resolve_trainer(section: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in section.items():
         path = f"trainer.{key}"
         if key in _MANAGED_TRAINER_KEYS:
-            raise OptionError(f"{path}: {_MANAGED_TRAINER_KEYS[key]}, value {_short(value)}")
+            raise OptionError(f"{path}: {_MANAGED_TRAINER_KEYS[key]}, value {shown(value)}")
         if key not in hints:
-            raise OptionError(f"{path}: unknown option, value {_short(value)}{nearest(str(key), hints)}")
+            raise OptionError(f"{path}: unknown option, value {shown(value)}{nearest(str(key), hints)}")
         resolved[key] = check_value(value, hints[key], path)
         _check_enum(resolved[key], hints[key], path)
+        _check_range(resolved[key], key, path)
     for key, options in _nested_trainer_options().items():
-        if isinstance(resolved.get(key), Mapping):
+        if resolved.get(key) is not None:
             parse_options(options, resolved[key], f"trainer.{key}")
     return resolved
 
@@ -222,7 +240,16 @@ def _check_enum(value: Any, hint: Any, path: str) -> None:
     enums = [a for a in typing.get_args(hint) if isinstance(a, type) and issubclass(a, enum.Enum)]
     known = [str(member.value) for a in enums for member in a]
     if known and isinstance(value, str) and value not in known:
-        raise OptionError(f"{path}: {value!r} is not valid, expected one of {', '.join(known)}{nearest(value, known)}")
+        raise OptionError(
+            f"{path}: {shown(value)} is not valid, expected one of {', '.join(known)}{nearest(value, known)}"
+        )
+
+
+def _check_range(value: Any, key: str, path: str) -> None:
+    if key in _RANGES and isinstance(value, (int, float)):
+        fits, expected = _RANGES[key]
+        if not fits(value):
+            raise OptionError(f"{path}: {shown(value)} is not valid, expected {expected}")
 
 
 def _trainer_hints() -> dict[str, Any]:
@@ -244,7 +271,7 @@ def _name_and_options(section: Any, path: str, known: Iterable[str]) -> tuple[st
 
 def _mapping(value: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise OptionError(f"{path}: {_short(value)} is not valid, expected a mapping of options")
+        raise OptionError(f"{path}: {shown(value)} is not valid, expected a mapping of options")
     return value
 
 
@@ -290,10 +317,14 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise OptionError(f"{override!r} is no override, expected KEY.PATH=VALUE, such as trainer.learning_rate=5e-4")
+        raise OptionError(
+            f"{shown(override)} is no override, expected KEY.PATH=VALUE, such as trainer.learning_rate=5e-4"
+        )
+    if len(keys) > DEEPEST:
+        raise OptionError(f"{path}: {_TOO_DEEP}")
     value = load_yaml(text, f"override {path}")
     if keys[0] not in (*SECTIONS, IMPORTS):
-        raise OptionError(f"{path}: unknown section, value {_short(value)}{_nearest_path(path)}")
+        raise OptionError(f"{path}: unknown section, value {shown(value)}{_nearest_path(path)}")
     target = raw
     for depth, key in enumerate(keys[:-1], 1):
         inner = target.get(key)
@@ -303,7 +334,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             inner = target[key] = {"name": inner}  # `balancer: bilb` is short for `balancer: {name: bilb}`
         if not isinstance(inner, dict):
             raise OptionError(
-                f"{path}: {'.'.join(keys[:depth])} is {_short(inner)}, no mapping to set {keys[depth]!r} in"
+                f"{path}: {'.'.join(keys[:depth])} is {shown(inner)}, no mapping to set {keys[depth]!r} in"
             )
         target = inner
     target[keys[-1]] = value
@@ -311,17 +342,24 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------- YAML 1.2
 
+# No recipe comes near these; beyond them a document is a mistake, or an attack.
+DEEPEST = 30
+MOST_VALUES = 100_000
+LONGEST_NUMBER = 400
+_TOO_DEEP = f"is nested deeper than {DEEPEST} levels"
+
+_TAG = "tag:yaml.org,2002:"
 # The core schema of YAML 1.2. PyYAML reads YAML 1.1, where 1e-3 is a string, `no` is false and 1:30 is ninety.
 _CORE_SCHEMA: tuple[tuple[str, str, str], ...] = (
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (f"{_TAG}bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    (f"{_TAG}null", r"~|null|Null|NULL|", "~nN\0"),
+    (f"{_TAG}int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
     (
         "tag:yaml.org,2002:float",
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
     ),
-    ("tag:yaml.org,2002:merge", r"<<", "<"),
+    (f"{_TAG}merge", r"<<", "<"),
 )
 
 
@@ -334,24 +372,114 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        first: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in first:
-                    problem = f'the key "{key.value}" stands twice (first in line {first[key.value]})'
-                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-                first[key.value] = line
-        return super().construct_mapping(node, deep=deep)
+    """Builds the values of the core schema and nothing else: no dates, sets, bytes or Python objects."""
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, before anything is built of it; see `_Extent`."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _Extent().of(node)
+        return node
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """A part of the document; stops at once where it is nested too deep, which costs PyYAML the square of it."""
+        if self._level > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+        self._level += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._level -= 1
+        return node
+
+    def construct_core(self, node: yaml.ScalarNode) -> Any:
+        """A scalar of the core schema, also where its tag is written out (`!!int x`)."""
         text = str(self.construct_scalar(node))
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        name = node.tag.removeprefix(_TAG)
+        if not _CORE_PATTERNS[node.tag].fullmatch(text):
+            raise _problem(f"{shown(text)} is no !!{name}", node)
+        if len(text) > LONGEST_NUMBER:
+            raise _problem(f"{shown(text)} is longer than any number ({LONGEST_NUMBER} characters)", node)
+        if name == "float" and math.isinf(float(_floated(text))) and "inf" not in text.lower():
+            raise _problem(f"{shown(text)} is beyond all floating-point numbers (infinity is .inf)", node)
+        return _CORE_VALUES[name](text)
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        """Text that can stand in a file name and be written into a file."""
+        text = str(self.construct_scalar(node))
+        if odd := next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None):
+            raise _problem(f"{shown(text)} holds the character U+{ord(odd):04X}, which no text may hold", node)
+        return text
 
 
+def _floated(text: str) -> str:
+    return text.lower().replace(".inf", "inf").replace(".nan", "nan")
+
+
+_CORE_PATTERNS = {tag: re.compile(pattern) for tag, pattern, _ in _CORE_SCHEMA}
+_CORE_VALUES: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    "float": lambda text: float(_floated(text)),
+}
 _Loader.yaml_implicit_resolvers = _resolvers()
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.yaml_constructors = {
+    **{f"{_TAG}{name}": _Loader.construct_core for name in _CORE_VALUES},
+    f"{_TAG}str": _Loader.construct_yaml_str,
+    f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
+    f"{_TAG}map": yaml.SafeLoader.construct_yaml_map,
+    None: yaml.SafeLoader.construct_undefined,
+}
+
+
+class _Extent:
+    """Looks through a document with its aliases followed: keys stand once, and it ends, soon enough.
+
+    A few lines of aliases within aliases stand for billions of values, and for any number of levels.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[yaml.Node, tuple[int, int] | None] = {}  # None: not finished yet
+
+    def of(self, node: yaml.Node) -> tuple[int, int]:
+        """The number of values in `node` and of its levels; raises `yaml.MarkedYAMLError`."""
+        if node in self._known:
+            known = self._known[node]
+            if known is None:
+                raise _problem("an alias stands within what it is an alias of", node)
+            return known
+        self._known[node] = None
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            parts = [self.of(part) for pair in node.value for part in pair]
+        else:
+            parts = [self.of(part) for part in node.value] if isinstance(node, yaml.SequenceNode) else []
+        size = 1 + sum(size for size, _ in parts)
+        levels = 1 + max((levels for _, levels in parts), default=0)
+        if levels > DEEPEST:
+            raise _problem(_TOO_DEEP, node)
+        if size > MOST_VALUES:
+            raise _problem(f"stands for more than {MOST_VALUES:,} values", node)
+        self._known[node] = size, levels
+        return size, levels
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
+            if key.value in first:
+                raise _problem(f"the key {_quoted(key.value)} stands twice (first in line {first[key.value]})", key)
+            first[key.value] = key.start_mark.line + 1
+
+
+def _quoted(key: str) -> str:
+    return f'"{key if len(key) <= 80 else key[:77] + "..."}"'
+
+
+def _problem(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -366,6 +494,11 @@ _Dumper.yaml_implicit_resolvers = {
 }
 
 
+def read_yaml(file: Path) -> Any:
+    """What the file holds; raises `OptionError` as `load_yaml` does, and where it is missing or no text in UTF-8."""
+    return load_yaml(_read_text(file), str(file))
+
+
 def load_yaml(text: str, source: str) -> Any:
     """Read YAML 1.2 (core schema), refusing a key that stands twice and Python objects.
 
@@ -378,17 +511,14 @@ def load_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise OptionError(f"{source}{where}: {one_line(error.problem or error.context)}") from None
+        raise OptionError(f"{source}{where}: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise OptionError(f"{source}: {one_line(error)}") from None
+        raise OptionError(f"{source}: {error}") from None
+    except (ValueError, OverflowError) as error:  # PyYAML takes every escape for a character: "\\UFFFFFFFF" is none
+        raise OptionError(f"{source}: is no YAML: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- small things
-
-
-def one_line(message: object) -> str:
-    """A message of several lines as one."""
-    return " ".join(str(message).split())
 
 
 def _read_text(file: Path) -> str:
@@ -397,8 +527,10 @@ def _read_text(file: Path) -> str:
     except FileNotFoundError:
         near = [path.name for path in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         raise OptionError(f"{file}: there is no such recipe{nearest(file.name, near)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file}: cannot be read: {one_line(error)}") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file}: cannot be read, expected text in UTF-8: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise OptionError(f"{file}: cannot be read: {error}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -407,8 +539,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return value.value if isinstance(value, enum.Enum) else value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

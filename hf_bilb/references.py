@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from types import ModuleType
 from typing import Any
 
 from hf_bilb.errors import OptionError
-from hf_bilb.options import nearest
+from hf_bilb.options import nearest, shown
+
+_own_files: set[str] = set()  # of what was imported here, as it stands in tracebacks
 
 
 def check_reference(reference: str, path: str) -> None:
@@ -23,7 +26,7 @@ def check_reference(reference: str, path: str) -> None:
     source, _, name = reference.rpartition(":")
     if not source or not name.isidentifier():
         raise OptionError(
-            f"{path}: {reference!r} is not valid, expected path/to/file.py:function or package.module:function"
+            f"{path}: {shown(reference)} is not valid, expected path/to/file.py:function or package.module:function"
         )
 
 
@@ -38,7 +41,7 @@ def load_reference(reference: str, path: str) -> Callable[..., Any]:
     known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     found = getattr(module, name, None)
     if found is None:
-        raise OptionError(f"{path}: {source} has no {name!r}{nearest(name, known)}")
+        raise OptionError(f"{path}: {source} has no {shown(name)}{nearest(name, known)}")
     if not callable(found):
         raise OptionError(f"{path}: {name!r} in {source} is {type(found).__name__}, expected a function or class")
     return found
@@ -50,14 +53,38 @@ def import_source(source: str, path: str) -> ModuleType:
     Raises:
         OptionError: for the option `path`: no such file or module, or one that cannot be imported.
     """
+    is_file = source.endswith(".py")
     try:
-        return _import_file(Path(source), path) if source.endswith(".py") else importlib.import_module(source)
+        module = _import_file(Path(source), path) if is_file else importlib.import_module(source)
     except _NoSuchFile:
         raise
-    except Exception as error:
-        where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-        message = " ".join(str(error).split())
-        raise OptionError(f"{path}: {source} cannot be imported: {type(error).__name__}: {message}{where}") from error
+    except (Exception, SystemExit) as error:  # a script that calls sys.exit() when it is imported
+        where = f" (line {line})" if (line := _line_of(error, source)) else ""
+        what = f"{type(error).__name__}: {error}"
+        raise OptionError(f"{path}: {shown(source)} cannot be imported: {what}{where}") from error
+    _own_files.update(file for file in (vars(module).get("__file__"),) if file)
+    return module
+
+
+def _line_of(error: BaseException, source: str) -> int | None:
+    """Where in the file `source` its import failed."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if _is_file(frame.filename, source)]
+    return lines[-1] if lines else None
+
+
+def _is_file(filename: str, source: str) -> bool:
+    return source.endswith(".py") and filename == str(Path(source).resolve())
+
+
+def own_code(error: BaseException) -> str | None:
+    """`file.py:12` where an error passed through code that a recipe names, the line nearest to the error; else None."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _own_files]
+    if not frames:
+        return None
+    file, here = Path(frames[-1].filename), Path.cwd()
+    return f"{file.relative_to(here) if file.is_relative_to(here) else file}:{frames[-1].lineno}"
 
 
 class _NoSuchFile(OptionError):
@@ -67,7 +94,7 @@ class _NoSuchFile(OptionError):
 def _import_file(file: Path, path: str) -> ModuleType:
     if not file.is_file():
         near = nearest(file.name, [one.name for one in file.parent.glob("*.py")] if file.parent.is_dir() else [])
-        raise _NoSuchFile(f"{path}: there is no file {str(file)!r}{near}, seen from {str(Path.cwd())!r}")
+        raise _NoSuchFile(f"{path}: there is no file {shown(str(file))}{near}, seen from {str(Path.cwd())!r}")
     file = file.resolve()
     if (before := _imported_from(file)) is not None:
         return before

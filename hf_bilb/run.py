@@ -9,30 +9,34 @@ import logging
 import platform
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_bilb import checkpointing, folder_lock
 from hf_bilb.agreement import from_first_rank
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
 from hf_bilb.disk_full import disk_full_explained
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import HfBilbError, OptionError
+from hf_bilb.folders import check_output_folder, make_output_folder
 from hf_bilb.gallery import gallery_rows
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns
 from hf_bilb.options import nearest, parse_options
-from hf_bilb.recipe import Recipe, differences, dump_recipe, load_yaml, one_line
+from hf_bilb.recipe import Recipe, differences, dump_recipe, read_yaml
+from hf_bilb.references import own_code
 from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run
-from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, finite, write_results, write_text
+from hf_bilb.reporting.results import FILE_NAME, MetricResult, RunResults, as_json, finite, write_results, write_text
 from hf_bilb.reporting.tables import compare, render_markdown, render_text
 from hf_bilb.step_clock import StepClock
 from hf_bilb.trainer import BilevelMTLTrainer
@@ -82,21 +86,26 @@ def _run(recipe: Recipe, data_options: Any, checkpoint: str | None, started: flo
     """Everything that comes when the settings are checked and the folder is this run's own."""
     args, state = training_arguments(recipe), PartialState()
     set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
-    with state.local_main_process_first():  # one process prepares the cache, the others read it
+    # one process prepares the cache, the others read it
+    with state.local_main_process_first(), _preparing("data"):
         data = DATA_SETS[recipe.data["name"]].load(data_options)
+        _check_parts(data)
+    with _preparing("model"):
+        model = build_model(recipe, data)
     clock = StepClock()
-    trainer = BilevelMTLTrainer(
-        model=build_model(recipe, data),
-        args=training_arguments(recipe, data),
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=data.data_collator,
-        compute_metrics=data.compute_metrics,
-        processing_class=data.processing_class,
-        task_item_counts=data.task_item_counts,
-        task_loss_func=task_loss_func(recipe, data),
-        callbacks=[clock],
-    )
+    with _preparing("trainer"):
+        trainer = BilevelMTLTrainer(
+            model=model,
+            args=training_arguments(recipe, data),
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=data.data_collator,
+            compute_metrics=data.compute_metrics,
+            processing_class=data.processing_class,
+            task_item_counts=data.task_item_counts,
+            task_loss_func=task_loss_func(recipe, data),
+            callbacks=[clock],
+        )
     training = _train(trainer, checkpoint)
     _save(trainer)
     part = getattr(data, recipe.evaluation.split)
@@ -115,6 +124,29 @@ def _run(recipe: Recipe, data_options: Any, checkpoint: str | None, started: flo
     return results
 
 
+@contextlib.contextmanager
+def _preparing(section: str, begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Whatever fails before the first step is one line with the recipe's section: nothing is lost, and it is mostly the
+    recipe's settings that a library or somebody's own code stumbles over. The error itself is the line's cause."""
+    try:
+        yield
+    except (HfBilbError, MemoryError, torch.OutOfMemoryError, BrokenProcessPool):
+        raise
+    except (Exception, SystemExit) as error:
+        if begun():
+            raise
+        place = own_code(error)
+        where = f"{place}: " if place is not None else ""
+        raise OptionError(f"{section}: {where}{type(error).__name__}: {error}") from error
+
+
+def _check_parts(data: TaskData) -> None:
+    """Raise `OptionError` for a part without rows; training would end before its first step, or measure nothing."""
+    parts = {"training": data.train, "validation": data.validation, "test": data.test}
+    if empty := [name for name, part in parts.items() if len(part) == 0]:  # type: ignore[arg-type]  # map-style
+        raise OptionError(f"data: the {empty[0]} part has no rows")
+
+
 def _quieten() -> None:
     """Leave out what says nothing to somebody who runs a recipe, in this process."""
     transformers_logging.disable_progress_bar()  # a bar per file that is written; the Trainer's own bar stays
@@ -122,12 +154,14 @@ def _quieten() -> None:
 
 
 def _train(trainer: BilevelMTLTrainer, checkpoint: str | None) -> dict[str, float]:
-    progress = ConciseProgress()
+    progress, first_step = ConciseProgress(), FirstStep()
+    trainer.add_callback(first_step)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(progress)
     try:
-        return trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with _preparing("trainer", lambda: first_step.begun):
+            return trainer.train(resume_from_checkpoint=checkpoint).metrics
     finally:
         if progress.training_bar is not None:  # training failed: what is said about it starts on a line of its own
             progress.training_bar.close()
@@ -198,8 +232,8 @@ def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelM
         _settle_best_metric(settings, data)
     try:
         args = BilevelMTLTrainingArguments(**settings, balancer=recipe.balancer)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise OptionError(f"trainer: {one_line(error)}") from None
+    except Exception as error:  # of transformers: whatever it makes of settings that do not fit together
+        raise OptionError(f"trainer: {error}") from None
     check_reporting(args.report_to, "trainer.report_to")
     return args
 
@@ -267,6 +301,18 @@ def task_loss_func(recipe: Recipe, data: TaskData) -> Callable[..., Any] | None:
     return data.task_loss_func
 
 
+class FirstStep(TrainerCallback):
+    """Knows whether training has really begun, with loaders, optimizer and checkpoint in place."""
+
+    begun = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """It has."""
+        self.begun = True
+
+
 class ConciseProgress(ProgressCallback):
     """The Trainer's progress bar, with the loss beside it and a line per evaluation instead of every logged number."""
 
@@ -294,6 +340,7 @@ class ConciseProgress(ProgressCallback):
 
 def _enter_folder(folder: Path, resume: bool, held: contextlib.ExitStack) -> str | None:
     """Hold the folder from now on, and look at what is in it; the first rank does it for all."""
+    check_output_folder(folder, "trainer.output_dir")
     if not resume or folder.is_dir():  # else there is nothing to resume, and no folder is left behind
         held.enter_context(folder_lock.hold(folder))
     return _check_folder(folder, resume)
@@ -310,17 +357,17 @@ def _check_folder(folder: Path, resume: bool) -> str | None:
             "another folder starts anew"
         )
     path = folder / RECIPE_FILE
-    if path.is_file() and not path.read_text(encoding="utf-8").startswith(_RECIPE_HEAD):
+    if path.is_file() and not path.read_bytes().startswith(_RECIPE_HEAD.encode()):
         raise OptionError(f"trainer.output_dir: {str(path)!r} was not written by a run and would be lost")
     return None
 
 
 def _write_recipe(recipe: Recipe, folder: Path, resume: bool) -> None:
     """Write the resolved recipe; on a resume, say where it differs from the one that the run was started with."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output_folder(folder, "trainer.output_dir")
     path = folder / RECIPE_FILE
     if resume and path.is_file():
-        before = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        before = read_yaml(path)
         for difference in differences(before, recipe.to_dict()) if isinstance(before, Mapping) else []:
             logger.warning("%s: this folder's run was started with another value: %s", path, difference)
     write_text(path, f"{_RECIPE_HEAD} the recipe {recipe.name!r} by hf-bilb\n{dump_recipe(recipe)}")
@@ -367,7 +414,7 @@ def collect_results(
         ],
         losses={split: losses},
         training=dict(training),
-        settings=recipe.to_dict(),
+        settings=as_json(recipe.to_dict()),
         versions=_versions(),
         trivial_predictor=data.trivial_predictor,
         base_source=data.single_task_source,

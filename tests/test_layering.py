@@ -138,7 +138,7 @@ def test_every_error_of_the_package_has_one_base_and_is_a_builtin_too():
     assert children == found.keys() - {"HfBilbError"} and len(children) >= 6
     for name in found:
         assert getattr(hf_bilb, name) is found[name] and name in hf_bilb.__all__
-    builtin = (ValueError, KeyError, ArithmeticError, ImportError, RuntimeError)
+    builtin = (ValueError, KeyError, ArithmeticError, ImportError, RuntimeError, OSError)
     assert all(issubclass(found[name], builtin) for name in children)
 
 

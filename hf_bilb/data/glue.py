@@ -170,6 +170,8 @@ class GlueOptions:
             )
         limits = self.max_train if isinstance(self.max_train, dict) else {"": self.max_train}
         for name, limit in limits.items():
+            if name in TASKS and name not in self.tasks:
+                raise OptionError(f"max_train.{name}: the task {name!r} is none of tasks ({', '.join(self.tasks)})")
             if name and name not in self.tasks:
                 raise unknown_name("max_train", name, self.tasks)
             _check_at_least(f"max_train.{name}" if name else "max_train", limit, 1)

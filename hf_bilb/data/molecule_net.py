@@ -181,6 +181,8 @@ def task_data(graphs: MoleculeGraphs, labels: torch.Tensor, rows: Split, names: 
         chosen = getattr(rows, part)
         parts[part] = GraphRows(graphs, chosen, labels[torch.from_numpy(chosen)])
         _warn_of_one_class(part, parts[part].labels, names)
+    if empty := [name for name, column in zip(names, parts["train"].labels.T, strict=True) if column.isnan().all()]:
+        raise OptionError(f"data.tasks: the training part has no label of {', '.join(empty)}, leave them out")
     metrics = [
         *(MetricInfo(f"{name}_roc_auc", name, "AUROC", "", higher_is_better=True, ideal=1.0) for name in names),
         MetricInfo(MEAN_AUC, "", "mean AUROC", "", higher_is_better=True, ideal=1.0),

@@ -175,7 +175,10 @@ def _check_output(output: Path, settings: dict[str, Any]) -> None:
             (output / part / kind).mkdir(parents=True, exist_ok=True)
     note = output / SETTINGS
     if note.is_file():
-        before = json.loads(note.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OptionError(f"{note}: cannot be read: {error}") from None
         if before != settings:
             raise OptionError(f"{output}: holds images prepared with {before}, not {settings}; choose another folder")
         return

@@ -139,7 +139,7 @@ class TableOptions:
         """The rows of each part, one at least; raises `OptionError` where they are too few."""
         counts = [max(1, round(num_rows * share)) for share in (self.validation_fraction, self.test_fraction)]
         if sum(counts) >= num_rows:
-            raise OptionError(f"data: {num_rows} rows are too few to split")
+            raise OptionError(f"data: {self.file} has {num_rows} rows, too few to split")
         return split_rows(num_rows, self.seed, None, *counts)
 
 
@@ -186,6 +186,8 @@ def read_rows(path: Path, layout: Layout, tasks: Sequence[BinaryTask]) -> Rows:
             one line with file, row (the first one is 1) and column or task.
     """
     table = _read_table(path, layout.columns)
+    if not len(table):
+        raise OptionError(f"data: {path} has no rows")
     numbers = [_numbers(path, table[name], name) for name in layout.numbers]
     words = [table[name].to_numpy(dtype=object) for name in layout.categories]
     labels = [_labels(path, table[task.column], task) for task in tasks]

@@ -70,8 +70,9 @@ def load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    folder = pretrained_path(name, path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_path(name, path))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise OptionError(f"{path}: {name!r} gives no tokenizer: {' '.join(str(error).split())}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

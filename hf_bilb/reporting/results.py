@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options
+from hf_bilb.options import parse_options, shown
 
 FILE_NAME = "results.json"
 FORMAT = 1
@@ -98,6 +98,18 @@ def finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+def as_json(value: Any) -> Any:
+    """Nested plain values as strict JSON holds them: lists for tuples, and as words, as in YAML, what JSON has no
+    number for (`.inf`, `-.inf`, `.nan`)."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all: aside, flushed to the disk, renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -126,14 +138,21 @@ def read_results(run_dir: str | Path) -> RunResults:
     """
     path = Path(run_dir) / FILE_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_float=_number, parse_constant=_number)
     except FileNotFoundError:
         raise OptionError(f"{run_dir}: holds no {FILE_NAME}, so it is no run, or one that has not finished") from None
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise OptionError(f"{path}: cannot be read: {error}") from None
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise OptionError(f"{path}: is not a results file of format {FORMAT}")
     return parse_options(RunResults, values, str(path))
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return number
 
 
 def labels(runs: Sequence[RunResults], folders: Sequence[str]) -> list[str]:

@@ -375,7 +375,7 @@ def test_folders_and_files_that_are_not_there(adult: Path, tmp_path: Path) -> No
         ({"other": np.zeros((5, 28))}, "array 'data': got none, expected [N, 28]"),
         ({"data": np.where(np.eye(28)[24] > 0, np.nan, np.ones((5, 28)))}, "row 1: task 'joint_4' is nan, expected a"),
         ({"data": np.where(np.eye(28)[2] > 0, np.inf, np.ones((5, 28)))}, "row 1: input 3 is inf, expected a finite"),
-        ({"data": np.ones((2, 28))}, "2 rows are too few to split"),
+        ({"data": np.ones((2, 28))}, "has 2 rows, too few to split"),
     ],
 )
 def test_an_array_that_does_not_fit(tmp_path: Path, array: dict[str, np.ndarray], message: str) -> None:
