@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilb.accumulation import ItemCounter, batch_size
-from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
+from hf_bilb.data_trainer import DataTrainer, Filler, refuse_empty
 from hf_bilb.errors import TaskLossError
 from hf_bilb.evaluation import EvaluationLosses, own_part
+from hf_bilb.evaluation_loader import streamed_loader, whole_sets
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
 from hf_bilb.metrics.perplexity import LossMetrics
 from hf_bilb.metrics.streaming import StreamingMetrics
@@ -32,7 +33,7 @@ TaskLossFunc = Callable[[Any, Mapping[str, Any]], Any]
 TaskItemCounts = Callable[[Mapping[str, Any]], Tensor]
 
 
-class TaskLossTrainer(AtomicCheckpointTrainer):
+class TaskLossTrainer(DataTrainer):
     """Finds the K losses in a model's output, in training and in evaluation; see `BilevelMTLTrainer` for the arguments.
 
     A model with one task may be an ordinary one that returns `loss`; its first output tells.
@@ -142,7 +143,38 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
             auxiliary_loss=fields.get("auxiliary_loss"),
         )
 
+    def _filled_up(self, batches: list, num_batches: int) -> list:
+        """An update of fewer than `num_batches` micro-batches, in the length of which the loop's steps are counted.
+
+        That is the end of a pass of unknown length. An ordinary model's gradients wait for the next one, as in Trainer.
+        """
+        if not 0 < len(batches) < num_batches:
+            return batches
+        if self._is_ordinary(self.model_wrapped, batches[0]):
+            self.data_position.wait(len(batches))
+            return batches
+        # First: it is the last micro-batch in whose backward pass the ranks communicate.
+        return [Filler() for _ in range(num_batches - len(batches))] + batches
+
     # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        if is_training:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        refuse_empty(dataset, "test_dataset" if description == "test" else "eval_dataset")
+        streamed = streamed_loader(self, dataset, description, batch_size)
+        if streamed is not None:
+            return streamed
+        with whole_sets(self, dataset, drop_as_trainer=self._ordinary is not False):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def evaluation_loop(
         self,

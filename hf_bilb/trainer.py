@@ -24,6 +24,7 @@ from hf_bilb import checkpointing, distributed
 from hf_bilb.accumulation import AccumulationWindow
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
+from hf_bilb.data_trainer import Filler
 from hf_bilb.decision import Decision, share_of_window
 from hf_bilb.diagnostics import LowerLevelDiagnostics
 from hf_bilb.epochs import EpochDataset
@@ -210,17 +211,14 @@ class BilevelMTLTrainer(TaskLossTrainer):
             split_batches=self.args.accelerator_config.split_batches,
         )
 
-    def begin_epoch(self, epoch: int, dataloader: Any, resumed: bool) -> None:
-        """Tell data set and task sampler which epoch comes, and how far into it a run goes on that is `resumed`."""
+    def begin_epoch(self, epoch: int, dataloader: Any) -> None:
+        """Tell data set and task sampler which epoch comes, and how far into it a resumed run goes on."""
         if isinstance(self.train_dataset, EpochDataset):
             # accelerate does it too, but not in the epoch that a run goes on in.
             self.train_dataset.set_epoch(epoch)
-        if self._task_sampling is None:
-            return
-        micro_batches = self.args.gradient_accumulation_steps
-        updates_per_epoch = max(len(dataloader) // micro_batches + (len(dataloader) % micro_batches > 0), 1)
-        done = self.state.global_step % updates_per_epoch * micro_batches if resumed else 0
-        set_sampler_epoch(dataloader, epoch, done)
+        if self._task_sampling is not None:
+            done = self.data_position.skipped_updates * self.args.gradient_accumulation_steps
+            set_sampler_epoch(dataloader, epoch, done)
 
     # --- one batch -----------------------------------------------------------------------------------------------
 
@@ -228,7 +226,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         """As in `Trainer`; keeps the micro-batches of the update, and counts their items under accumulation."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._announce(batches)
-        return batches, num_items
+        return self._filled_up(batches, num_batches), num_items
 
     def _announce(self, batches: list) -> None:
         """These are the micro-batches of the next update, which `training_step` gets one after the other."""
@@ -257,6 +255,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
         Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step
         (`finish_update`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
         """
+        if isinstance(inputs, Filler):
+            return torch.zeros((), device=self.args.device)
         if self._micro_batch + 1 >= len(self._micro_batches):  # a trainer with a `get_batch_samples` of its own
             if self.args.gradient_accumulation_steps > 1 and not self._ordinary:
                 raise RuntimeError("gradient accumulation: get_batch_samples must call super(), to know an update")
@@ -540,6 +540,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
 
     def _check_checkpoint(self, checkpoint: str) -> None:
+        super()._check_checkpoint(checkpoint)
         if checkpointing.has_balancer(checkpoint):
             self.balancer.bind(self.model)
             checkpointing.read_balancer(checkpoint, self.balancer)
