@@ -125,6 +125,7 @@ class DataPosition:
     Attributes:
         epoch: the pass that is under way, or about to begin; counted from 0 over all parts of a resumed run.
         skipped_updates: how many updates of it were done before this process came to it.
+        given: whether it has given a batch to this process.
     """
 
     def __init__(self) -> None:
@@ -136,7 +137,7 @@ class DataPosition:
         self.skipped_updates = where.updates
         self._randomness = where.randomness
         self._first_step = where.global_step
-        self._given = self._ended = False
+        self.given = self._ended = False
         self._waiting = 0
 
     def begin_pass(self, epoch: int, global_step: int, dataset: Any) -> None:
@@ -156,12 +157,7 @@ class DataPosition:
         """The pass gave `batches` batches for an update."""
         self._ended = batches == 0
         if batches:
-            self._given, self._waiting = True, 0
-
-    @property
-    def empty(self) -> bool:
-        """Whether the pass has ended without a batch."""
-        return self._ended and not self._given
+            self.given, self._waiting = True, 0
 
     def wait(self, batches: int) -> None:
         """The last `batches` batches of the pass are too few for an update: their gradients wait for the next pass."""

@@ -21,6 +21,8 @@ from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
+_GAVE_NOTHING = "{}: gave no batch at all, expected at least one example"
+
 
 class Filler(dict[str, Any]):
     """A micro-batch without an example, which brings an update up to the number of micro-batches that the loop counts.
@@ -150,10 +152,16 @@ class DataTrainer(AtomicCheckpointTrainer):
         Raises:
             OptionError: data without a length give not a single batch, in the first place.
         """
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        first = self.state.global_step == 0 and self.data_position.epoch == 0 and not self.data_position.given
+        try:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except (ValueError, TypeError) as error:
+            if first and nothing_to_dispatch(error):
+                raise OptionError(_GAVE_NOTHING.format("train_dataset")) from None
+            raise
+        if first and not batches:
+            raise OptionError(_GAVE_NOTHING.format("train_dataset"))
         self.data_position.took(len(batches))
-        if self.data_position.empty and self.state.global_step == 0 and self.data_position.epoch == 0:
-            raise OptionError("train_dataset: gave no batch at all, expected at least one example")
         return batches, num_items
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -162,6 +170,11 @@ class DataTrainer(AtomicCheckpointTrainer):
             self.state.global_step, self._rows_per_update(), self.control.should_epoch_stop
         )
         write_position(output_dir, self.args.process_index, position)
+
+
+def nothing_to_dispatch(error: Exception) -> bool:
+    """Whether accelerate's dispatching loader fails because rank 0 has read nothing, which it does not say."""
+    return "Batch does not contain any data" in str(error) or "passed to `_gpu_broadcast_one`" in str(error)
 
 
 def refuse_empty(dataset: Any, name: str) -> None:
