@@ -21,7 +21,7 @@ from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
-_GAVE_NOTHING = "{}: gave no batch at all, expected at least one example"
+GAVE_NOTHING = "{}: gave no batch at all, expected at least one example"
 
 
 class Filler(dict[str, Any]):
@@ -157,10 +157,10 @@ class DataTrainer(AtomicCheckpointTrainer):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         except (ValueError, TypeError) as error:
             if first and nothing_to_dispatch(error):
-                raise OptionError(_GAVE_NOTHING.format("train_dataset")) from None
+                raise OptionError(GAVE_NOTHING.format("train_dataset")) from None
             raise
         if first and not batches:
-            raise OptionError(_GAVE_NOTHING.format("train_dataset"))
+            raise OptionError(GAVE_NOTHING.format("train_dataset"))
         self.data_position.took(len(batches))
         return batches, num_items
 

@@ -81,7 +81,9 @@ def streamed_loader(trainer: Trainer, dataset: Any, description: str, batch_size
     everywhere = accelerator.dispatch_batches is False
     if not everywhere and args.dataloader_num_workers == 0:
         return None
-    workers = {"multiprocessing_context": args.dataloader_multiprocessing_context} if args.dataloader_num_workers else {}
+    workers = (
+        {"multiprocessing_context": args.dataloader_multiprocessing_context} if args.dataloader_num_workers else {}
+    )
     rows = StreamRows(
         dataset, batch_size, args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor, **workers
     )

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilb.accumulation import ItemCounter, batch_size
-from hf_bilb.data_trainer import DataTrainer, Filler, refuse_empty
-from hf_bilb.errors import TaskLossError
+from hf_bilb.data_trainer import GAVE_NOTHING, DataTrainer, Filler, nothing_to_dispatch, refuse_empty
+from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.evaluation_loader import streamed_loader, whole_sets
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
 from hf_bilb.metrics.perplexity import LossMetrics
 from hf_bilb.metrics.streaming import StreamingMetrics
 from hf_bilb.passes import buffers_kept
+from hf_bilb.predictions import NotJoinedError, PredictedFields
 from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLosses, as_task_losses
 from hf_bilb.trainer_checks import ForwardColumns, check_settings, resolve_task_names
@@ -53,6 +54,8 @@ class TaskLossTrainer(DataTrainer):
         self._task_item_counts = task_item_counts
         self._ordinary: bool | None = None  # None = not known yet
         self._evaluation: EvaluationLosses | None = None
+        self._fields: PredictedFields | None = None
+        self._not_joined: list[str] = []
         self._settle_tasks()
 
     def _settle_tasks(self) -> None:
@@ -184,17 +187,40 @@ class TaskLossTrainer(DataTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`."""
-        self._evaluation = EvaluationLosses(len(self.task_names), self.args.device)
-        if isinstance(self.compute_metrics, StreamingMetrics):
-            # What an evaluation that died has left must not count in this one.
-            self.compute_metrics.reset()
+        """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`.
+
+        Output fields whose sizes differ from batch to batch (attentions of texts of different lengths) are no
+        predictions.
+
+        Raises:
+            OptionError: data without a length give not a single batch.
+        """
         of_losses = self.compute_metrics if isinstance(self.compute_metrics, LossMetrics) else None
         if of_losses is not None and description != "Prediction":
             prediction_loss_only = True  # a language model's predictions would not fit into memory
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        while True:
+            evaluation = self._begin_evaluation()
+            try:
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            except NotJoinedError as found:
+                # Nothing is kept of what was found so far; the fields are known from now on.
+                self._not_joined += found.names
+                logger.warning(
+                    "the output field(s) %s have other sizes in other batches: they are left out of the predictions",
+                    ", ".join(found.names),
+                )
+                continue
+            except (ValueError, TypeError) as error:
+                if nothing_to_dispatch(error):
+                    raise OptionError(GAVE_NOTHING.format(f"{metric_key_prefix}_dataset")) from None
+                raise
+            break
         if self._ordinary is False:
-            losses = self._evaluation.metrics(self.task_names, metric_key_prefix, of_losses)
+            if output.num_samples == 0:
+                raise OptionError(GAVE_NOTHING.format(f"{metric_key_prefix}_dataset"))
+            losses = evaluation.metrics(self.task_names, metric_key_prefix, of_losses)
             # Trainer's own is a mean of batch means, and zero where no task has a label.
             output.metrics.pop(f"{metric_key_prefix}_loss", None)
             output.metrics.update(losses)
@@ -202,6 +228,17 @@ class TaskLossTrainer(DataTrainer):
                 logger.warning("no evaluation losses: the batches do not hold all of label_names %s", self.label_names)
         self._evaluation = None
         return output
+
+    def _begin_evaluation(self) -> EvaluationLosses:
+        self._evaluation = evaluation = EvaluationLosses(len(self.task_names), self.args.device)
+        if isinstance(self.compute_metrics, StreamingMetrics):
+            # What an evaluation that died has left must not count in this one.
+            self.compute_metrics.reset()
+        self._fields = None
+        over_batches = self.args.eval_do_concat_batches and not self.args.batch_eval_metrics
+        if self.preprocess_logits_for_metrics is None and (over_batches or self.args.world_size > 1):
+            self._fields = PredictedFields(self.accelerator.gather, self.args.device, over_batches)
+        return evaluation
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -215,7 +252,13 @@ class TaskLossTrainer(DataTrainer):
             ]
         if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
             inputs = self._columns.select(inputs)
-        return super().prediction_step(model, inputs, prediction_loss_only, [*ignore_keys, *CONTRACT_FIELDS])
+        ignored = [*ignore_keys, *CONTRACT_FIELDS, *self._not_joined]
+        if self._fields is None or prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        with self._fields.named_by(model):
+            loss, predicted, labels = super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        self._fields.check(predicted, ignored)
+        return loss, predicted, labels
 
     def _evaluated_loss(self, model: nn.Module, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
         """The unweighted mean of the tasks' losses in one batch, which is also taken into the exact ones."""

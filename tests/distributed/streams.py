@@ -1,4 +1,4 @@
-"""Scenarios: data without a length on one and two ranks: evaluation that counts every row once, training that resumes."""
+"""Scenarios: data without a length on one and two ranks: every row is evaluated once, training resumes where it was."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         size = len(self.data)
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.epoch)) if self.shuffled else range(size)
-        return (self.data[int(i)] for i in order)
+        generator = torch.Generator().manual_seed(self.epoch)
+        order = torch.randperm(size, generator=generator).tolist() if self.shuffled else range(size)
+        return (self.data[i] for i in order)
 
 
 def rows_of(kind: str, size: int) -> Any:
@@ -154,7 +155,7 @@ def stream_scenarios() -> dict[str, Callable[[], dict[str, Any]]]:
             for size in ROWS:
                 found[f"streams/{kind}/{loading}/{size}"] = partial(evaluated, kind, size, loading)
     for dispatch in (True, False):
-        for accumulation in (1, 2):
+        for accumulation in (1, 2) if dispatch else (1,):
             found[f"stream_resumed/{dispatch}/{accumulation}"] = partial(resumed, dispatch, accumulation)
     found["stream_empty"] = empty_stream
     return found
