@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
 from hf_bilb.collation import with_missing_labels
 from hf_bilb.columns import ForwardColumns, MissingColumns, config_of
-from hf_bilb.errors import MissingColumnError, TaskLossError
+from hf_bilb.data_trainer import GAVE_NOTHING, DataTrainer, Filler, nothing_to_dispatch, refuse_empty
+from hf_bilb.errors import MissingColumnError, OptionError, TaskLossError
 from hf_bilb.evaluation import EvaluationLosses, own_part
+from hf_bilb.evaluation_loader import streamed_loader, whole_sets
 from hf_bilb.item_counts import ItemCounter, batch_size
 from hf_bilb.learning_rate import step_schedule, updates_per_epoch
 from hf_bilb.metrics.perplexity import LossMetrics
 from hf_bilb.metrics.streaming import StreamingMetrics
 from hf_bilb.passes import buffers_kept
+from hf_bilb.predictions import NotJoinedError, PredictedFields
 from hf_bilb.random_state import RandomState
 from hf_bilb.task_losses import TaskLosses, as_task_losses
 from hf_bilb.trainer_checks import (
@@ -44,7 +47,7 @@ TaskLossFunc = Callable[[Any, Mapping[str, Any]], Any]
 TaskItemCounts = Callable[[Mapping[str, Any]], Tensor]
 
 
-class TaskLossTrainer(AtomicCheckpointTrainer):
+class TaskLossTrainer(DataTrainer):
     """Finds the K losses in a model's output, in training and in evaluation; see `BilevelMTLTrainer` for the arguments.
 
     A model with one task may be an ordinary one, which is trained exactly as by `Trainer`: the first output with a loss
@@ -69,6 +72,8 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         self._remarks: set[str] = set()
         self._ordinary: bool | None = None  # None = not known yet
         self._evaluation: EvaluationLosses | None = None
+        self._fields: PredictedFields | None = None
+        self._not_joined: list[str] = []
         self._settle_tasks()
 
     def _settle_tasks(self) -> None:
@@ -136,16 +141,6 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
                 "mapping, a dataclass, a tuple or a tensor"
             )
         return {"logits": outputs}
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; labels that are None become NaN, or -100 among integers, where it chose the collator."""
-        given: Any = self.data_collator  # type: ignore[has-type]
-        several = len(self.task_names) > 1
-        self.data_collator = with_missing_labels(given, dataset, self.label_names, several, self._columns.takes)
-        try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = given
 
     # --- losses --------------------------------------------------------------------------------------------------
 
@@ -264,7 +259,53 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
             )
         return result
 
+    def _filled_up(self, batches: list, num_batches: int) -> list:
+        """An update of fewer than `num_batches` micro-batches, in the length of which the loop's steps are counted.
+
+        That is the end of a pass of unknown length. An ordinary model's gradients wait for the next one, as in Trainer.
+        """
+        if not 0 < len(batches) < num_batches:
+            return batches
+        if self._is_ordinary(self.model_wrapped, batches[0]):
+            self.data_position.wait(len(batches))
+            return batches
+        # First: it is the last micro-batch in whose backward pass the ranks communicate.
+        return [Filler() for _ in range(num_batches - len(batches))] + batches
+
     # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
+        if is_training:
+            with self._labels_filled(dataset):
+                return super()._get_dataloader(
+                    dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+                )
+        refuse_empty(dataset, "test_dataset" if description == "test" else "eval_dataset")
+        with self._labels_filled(dataset), whole_sets(self, dataset, drop_as_trainer=self._ordinary is not False):
+            streamed = streamed_loader(self, dataset, description, batch_size)
+            if streamed is not None:
+                return streamed
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    @contextmanager
+    def _labels_filled(self, dataset: Any) -> Iterator[None]:
+        """Loaders that are built inside turn labels that are None into NaN, or -100 among integers, where the collator
+        is one that Trainer chose."""
+        given: Any = self.data_collator  # type: ignore[has-type]
+        several = len(self.task_names) > 1
+        self.data_collator = with_missing_labels(given, dataset, self.label_names, several, self._columns.takes)
+        try:
+            yield
+        finally:
+            self.data_collator = given
 
     def evaluation_loop(
         self,
@@ -274,16 +315,39 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`."""
-        evaluation = self._evaluation = EvaluationLosses(self.task_names, self.args.device)
-        if isinstance(self.compute_metrics, StreamingMetrics):
-            # What an evaluation that died has left must not count in this one.
-            self.compute_metrics.reset()
+        """As in `Trainer`; `eval_loss` is the unweighted mean of the exact losses `eval_loss_<task>`.
+
+        Output fields whose sizes differ from batch to batch (attentions of texts of different lengths) are no
+        predictions.
+
+        Raises:
+            OptionError: data without a length give not a single batch.
+        """
         of_losses = self.compute_metrics if isinstance(self.compute_metrics, LossMetrics) else None
         if of_losses is not None and description != "Prediction":
             prediction_loss_only = True  # a language model's predictions would not fit into memory
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        while True:
+            evaluation = self._begin_evaluation()
+            try:
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            except NotJoinedError as found:
+                # Nothing is kept of what was found so far; the fields are known from now on.
+                self._not_joined += found.names
+                logger.warning(
+                    "the output field(s) %s have other sizes in other batches: they are left out of the predictions",
+                    ", ".join(found.names),
+                )
+                continue
+            except (ValueError, TypeError) as error:
+                if nothing_to_dispatch(error):
+                    raise OptionError(GAVE_NOTHING.format(f"{metric_key_prefix}_dataset")) from None
+                raise
+            break
         if self._ordinary is False:
+            if output.num_samples == 0:
+                raise OptionError(GAVE_NOTHING.format(f"{metric_key_prefix}_dataset"))
             losses = evaluation.losses()
             # Trainer's own is a mean of batch means, and zero where no task has a label.
             output.metrics.pop(f"{metric_key_prefix}_loss", None)
@@ -311,6 +375,17 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
             return "label_names is empty; name the columns there that the losses are taken from"
         return f"the batches do not hold all of label_names {self.label_names}"
 
+    def _begin_evaluation(self) -> EvaluationLosses:
+        self._evaluation = evaluation = EvaluationLosses(self.task_names, self.args.device)
+        if isinstance(self.compute_metrics, StreamingMetrics):
+            # What an evaluation that died has left must not count in this one.
+            self.compute_metrics.reset()
+        self._fields = None
+        over_batches = self.args.eval_do_concat_batches and not self.args.batch_eval_metrics
+        if self.preprocess_logits_for_metrics is None and (over_batches or self.args.world_size > 1):
+            self._fields = PredictedFields(self.accelerator.gather, self.args.device, over_batches)
+        return evaluation
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -331,14 +406,21 @@ class TaskLossTrainer(AtomicCheckpointTrainer):
         if not ordinary:
             if ignore_keys is None:
                 ignore_keys = getattr(config_of(self.model), "keys_to_ignore_at_inference", None) or ["past_key_values"]
-            ignore_keys = [*ignore_keys, *CONTRACT_FIELDS]
+            ignore_keys = [*ignore_keys, *CONTRACT_FIELDS, *self._not_joined]
         if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
             return self._generated(model, inputs, labelled, ignore_keys, **generate_arguments)
         called: Any = model
         if not labelled:
             inputs = self._columns.select(inputs)
             called = _Named(model, self._named_outputs)
-        return super().prediction_step(called, inputs, prediction_loss_only, ignore_keys, **generate_arguments)
+        if ordinary or self._fields is None or prediction_loss_only:
+            return super().prediction_step(called, inputs, prediction_loss_only, ignore_keys, **generate_arguments)
+        with self._fields.named_by(model):
+            loss, predicted, labels = super().prediction_step(
+                called, inputs, prediction_loss_only, ignore_keys, **generate_arguments
+            )
+        self._fields.check(predicted, ignore_keys or [])
+        return loss, predicted, labels
 
     def _generated(
         self,

@@ -24,6 +24,7 @@ from hf_bilb import checkpointing, distributed
 from hf_bilb.accumulation import AccumulationWindow, WindowCounter
 from hf_bilb.balancers.base import LossBalancer
 from hf_bilb.balancers.registry import build_balancer
+from hf_bilb.data_trainer import Filler
 from hf_bilb.decision import Decision, share_of_window
 from hf_bilb.diagnostics import LowerLevelDiagnostics
 from hf_bilb.epochs import EpochDataset
@@ -212,17 +213,14 @@ class BilevelMTLTrainer(TaskLossTrainer):
             split_batches=self.args.accelerator_config.split_batches,
         )
 
-    def begin_epoch(self, epoch: int, dataloader: Any, resumed: bool) -> None:
-        """Tell data set and task sampler which epoch comes, and how far into it a run goes on that is `resumed`."""
+    def begin_epoch(self, epoch: int, dataloader: Any) -> None:
+        """Tell data set and task sampler which epoch comes, and how far into it a resumed run goes on."""
         if isinstance(self.train_dataset, EpochDataset):
             # accelerate does it too, but not in the epoch that a run goes on in.
             self.train_dataset.set_epoch(epoch)
-        if self._task_sampling is None:
-            return
-        micro_batches = self.args.gradient_accumulation_steps
-        updates_per_epoch = max(len(dataloader) // micro_batches + (len(dataloader) % micro_batches > 0), 1)
-        done = self.state.global_step % updates_per_epoch * micro_batches if resumed else 0
-        set_sampler_epoch(dataloader, epoch, done)
+        if self._task_sampling is not None:
+            done = self.data_position.skipped_updates * self.args.gradient_accumulation_steps
+            set_sampler_epoch(dataloader, epoch, done)
 
     # --- one batch -----------------------------------------------------------------------------------------------
 
@@ -230,20 +228,21 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def _batches_announced(self) -> Iterator[None]:
         """While training, announce whatever `get_batch_samples` returns: Trainer's, a subclass's, one put there."""
         own = vars(self).get("get_batch_samples")
-        collect = self.get_batch_samples  # type: ignore[has-type]
+        collect = self.get_batch_samples
 
-        def collected(*args: Any, **kwargs: Any) -> tuple[list, Any]:
-            batches, num_items = collect(*args, **kwargs)
+        def collected(epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+            batches, num_items = collect(epoch_iterator, num_batches, device)
+            self.data_position.took(len(batches))
             self._announce(batches)
-            return batches, num_items
+            return self._filled_up(batches, num_batches), num_items
 
-        self.get_batch_samples = collected
+        self.get_batch_samples = collected  # type: ignore[method-assign]
         try:
             yield
         finally:
             del self.get_batch_samples
             if own is not None:
-                self.get_batch_samples = own
+                self.get_batch_samples = own  # type: ignore[method-assign]
 
     def _announce(self, batches: list) -> None:
         """These are the micro-batches of the next update, which `training_step` gets one after the other."""
@@ -269,6 +268,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
         Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step
         (`finish_update`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
         """
+        if isinstance(inputs, Filler):
+            return torch.zeros((), device=self.args.device)
         if self._micro_batch + 1 >= len(self._micro_batches):  # called by hand
             if self.args.gradient_accumulation_steps > 1 and not self._is_ordinary(model, inputs):
                 raise TrainerError(

@@ -32,14 +32,13 @@ class BalancerCallbackHandler(CallbackHandler):
         self.__dict__.update(vars(before))
         self._trainer = trainer
         self._dropped = False
-        self._epoch: int | None = None
         self._takes: dict[tuple[type, str], bool] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Begin the run; then as in `CallbackHandler`."""
-        self._epoch, self._dropped = None, False
+        self._dropped = False
         self._trainer.begin_run()
         return super().on_train_begin(args, state, control, **kwargs)
 
@@ -47,12 +46,9 @@ class BalancerCallbackHandler(CallbackHandler):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Tell balancer, data set and task sampler which epoch comes."""
-        resumed = self._epoch is None and state.global_step > 0 and not args.ignore_data_skip
-        # Counted from where the run begins or resumes: `state.epoch` lags behind when an epoch is cut short, and with a
-        # data set of unknown length.
-        self._epoch = int(state.epoch or 0) if self._epoch is None else self._epoch + 1
-        self._trainer.balancer.on_epoch_begin(self._epoch)
-        self._trainer.begin_epoch(self._epoch, self.train_dataloader, resumed)
+        epoch = self._trainer.data_position.epoch
+        self._trainer.balancer.on_epoch_begin(epoch)
+        self._trainer.begin_epoch(epoch, self.train_dataloader)
         return super().on_epoch_begin(args, state, control, **kwargs)
 
     def on_pre_optimizer_step(

@@ -24,6 +24,7 @@ from tests.distributed.method_checks import sample, scenarios
 from tests.distributed.mixture_evaluation import mixture_scenarios
 from tests.distributed.restored import restored_scenarios
 from tests.distributed.sharded import sharded_scenarios
+from tests.distributed.streams import stream_scenarios
 from tests.distributed.training import (
     SmallestGap,
     arguments,
@@ -385,6 +386,7 @@ def all_scenarios() -> dict[str, Scenario]:
         found[f"evaluated/{rows}"] = partial(evaluated, rows)
         found[f"evaluated_stream/{rows}"] = partial(evaluated, rows, stream=True)
     found.update(mixture_scenarios())
+    found.update(stream_scenarios())
     found.update(feature_router_scenarios())
     found.update(window_scenarios())
     found.update(double_loop_scenarios())
