@@ -72,6 +72,7 @@ class TaskLossTrainer(DataTrainer):
         self._remarks: set[str] = set()
         self._ordinary: bool | None = None  # None = not known yet
         self._evaluation: EvaluationLosses | None = None
+        self._to_be_evaluated = False
         self._fields: PredictedFields | None = None
         self._not_joined: list[str] = []
         self._settle_tasks()
@@ -398,6 +399,20 @@ class TaskLossTrainer(DataTrainer):
 
         `generate_arguments` are those of `Seq2SeqTrainer`, before which this class may stand.
         """
+        self._to_be_evaluated = True
+        try:
+            return self._predicted(model, inputs, prediction_loss_only, ignore_keys, **generate_arguments)
+        finally:
+            self._to_be_evaluated = False
+
+    def _predicted(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None,
+        **generate_arguments: Any,
+    ) -> tuple[Tensor | None, Any, Any]:
         labelled = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
         ordinary = self._ordinary
         if ordinary is None and (labelled or self._trainer_makes_loss):
@@ -444,8 +459,9 @@ class TaskLossTrainer(DataTrainer):
         return loss, tokens, labels
 
     def _evaluated_loss(self, model: nn.Module, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
-        """The unweighted mean of the tasks' losses in one batch, which is also taken into the exact ones."""
-        if self._evaluation is not None:
+        """The unweighted mean of the tasks' losses in one batch, which `prediction_step` takes into the exact ones."""
+        if self._evaluation is not None and self._to_be_evaluated:
+            self._to_be_evaluated = False  # a second call for the same batch is a look
             self._evaluation.add(self._without_repetitions(model, batch, inputs))
         present = batch.num_items > 0
         losses = torch.where(present, batch.losses, torch.zeros_like(batch.losses))

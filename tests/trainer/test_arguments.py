@@ -90,7 +90,7 @@ def test_the_signatures_are_those_of_trainer_and_ours() -> None:
     for method in ("train", "evaluate", "predict", "training_step", "compute_loss", "prediction_step", "log"):
         expected = inspect.signature(getattr(Trainer, method)).parameters
         found = inspect.signature(getattr(BilevelMTLTrainer, method)).parameters
-        assert list(found) == list(expected), method
+        assert list(found)[: len(expected)] == list(expected), method
         assert all(found[name].default == expected[name].default for name in expected), method
 
 

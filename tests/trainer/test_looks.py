@@ -132,6 +132,28 @@ def test_two_passes_in_one_step_learn_from_the_first(tmp_path: Path) -> None:
         assert [one["loss/beta"] for one in steps] == expected.logged("loss/beta")
 
 
+def test_looks_during_an_evaluation_change_nothing(tmp_path: Path) -> None:
+    class Look(TrainerCallback):
+        trainer: BilevelMTLTrainer
+
+        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+            self.trainer.compute_loss(self.trainer.model.eval(), strange_batch())
+
+    class Twice(BilevelMTLTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, dict(inputs), return_outputs, **kwargs)
+            super().compute_loss(model, {k: v * 3 for k, v in inputs.items()}, False, **kwargs)
+            return loss
+
+    rows, callback = build_data(3 * BATCH, dtype=FLOAT, missing=0.3), Look()
+    expected = BilevelMTLTrainer(build_model(FLOAT), arguments(tmp_path)).evaluate(rows)
+    for kind in (BilevelMTLTrainer, Twice):
+        trainer = kind(build_model(FLOAT), arguments(tmp_path), callbacks=[callback])
+        callback.trainer = trainer
+        found = trainer.evaluate(rows)
+        assert {k: v for k, v in found.items() if "loss" in k} == {k: v for k, v in expected.items() if "loss" in k}
+
+
 def test_a_trainer_that_goes_around_the_balancer_is_told(tmp_path: Path) -> None:
     class OwnLoss(BilevelMTLTrainer):
         def compute_loss(
