@@ -154,13 +154,14 @@ def label_columns(
     """Which labels of a batch belong to which task.
 
     Returns:
-        one column `[B, K]` that holds those of all tasks; or task -> its column, `[B]` or `[B, ...]`, in the order of
+        one column `[B, K]` that holds those of all tasks (the only one, or `labels`); or task -> its column, `[B]` or `[B, ...]`, in the order of
         `task_names`: the column of its name, the others, where there are K columns, in the order of `label_names`.
         Tasks without a column in the batch have no entry.
     """
     num_tasks = len(task_names)
-    if len(label_names) == 1:
-        only = batch.get(label_names[0])
+    if len(label_names) == 1 or ("labels" in label_names and not set(label_names) & set(task_names)):
+        # Beside `labels` there may be columns that only the loss needs, such as weights of the examples.
+        only = batch.get("labels" if len(label_names) > 1 else label_names[0])
         if isinstance(only, Tensor) and only.ndim == 2 and only.shape[1] == num_tasks:
             return only
     column_of = {task: task for task in task_names if task in label_names}

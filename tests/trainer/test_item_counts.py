@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.errors import NonFiniteLossError
+from hf_bilb.item_counts import ItemCounter
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (
     BATCH,
@@ -395,3 +396,13 @@ def test_counts_that_differ_later_are_found_when_the_trainer_logs(
     assert caplog.text.count("since the last log the batches told other counts than num_items of the losses for ") == 1
     assert model.passes == {True: 10, False: 2 + 4}
     assert not close(flat_parameters(model.inner), plain_sgd(data, 2 * BATCH), 1e-6)
+
+
+def test_a_column_that_only_the_loss_needs_is_no_label() -> None:
+    labels = torch.tensor([[1.0, torch.nan], [2.0, torch.nan], [3.0, 4.0]])
+    batch = {"labels": labels, "weight": torch.ones(3), "mask": torch.ones(3)}
+    for names in (["labels"], ["labels", "weight"], ["weight", "labels"], ["labels", "weight", "mask"]):
+        assert ItemCounter(None, names, ["a", "b"]).count(batch).num_items.tolist() == [3, 1]
+    # Columns named as the tasks are theirs, whatever else is called `labels`.
+    named = {"a": torch.ones(3), "labels": labels}
+    assert ItemCounter(None, ["a", "labels"], ["a", "b"]).count(named).num_items.tolist() == [3, 4]
