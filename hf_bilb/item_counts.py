@@ -154,8 +154,9 @@ def label_columns(
     """Which labels of a batch belong to which task.
 
     Returns:
-        one column `[B, K]` that holds those of all tasks (the only one, or `labels`); or task -> its column, `[B]` or `[B, ...]`, in the order of
-        `task_names`: the column of its name, the others, where there are K columns, in the order of `label_names`.
+        one column `[B, K]` that holds those of all tasks (the only one, or `labels`); or task -> its column, `[B]` or
+        `[B, ...]`, in the order of `task_names`: the column of its name, the others, where there are K columns, in the
+        order of `label_names`.
         Tasks without a column in the batch have no entry.
     """
     num_tasks = len(task_names)
