@@ -81,10 +81,28 @@ def _load_prompt(model: nn.Module, folder: Path, name: str) -> None:
     assert isinstance(model, PeftModel)
     try:
         model.load_adapter(str(folder / _subfolder(name)), name, is_trainable=True)
-    except RuntimeError as error:
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(f"{folder}: peft cannot restore what has computed the prompt ({first})") from None
+    except (RuntimeError, KeyError) as error:
+        raise _refused(folder, error) from None
     check_adapters(model, folder)
+
+
+def with_adapters(model: nn.Module, folder: str | Path) -> PeftModel:
+    """`model` with the adapters in `folder`, not to be trained.
+
+    Raises:
+        CheckpointError: they do not match the model.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, KeyError) as error:  # other shapes; a module to save that is not there
+        raise _refused(folder, error) from None
+    check_adapters(adapted, folder)
+    return adapted
+
+
+def _refused(folder: str | Path, error: Exception) -> CheckpointError:
+    text = " ".join(str(error).split())
+    return CheckpointError(f"{folder}: its adapters do not match the model: {text}")
 
 
 def check_adapters(model: nn.Module, folder: str | Path) -> None:

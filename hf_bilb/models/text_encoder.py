@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from hf_bilb.adapter_weights import check_adapters
+from hf_bilb.adapter_weights import with_adapters
 from hf_bilb.errors import OptionError
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.lora import LoraOptions, lora_config
@@ -329,6 +329,4 @@ def load_multi_task_text(folder: str | Path) -> MultiTaskTextModel | PeftModel:
         pooling=config.pooling,
         dropout=config.dropout,
     )
-    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-    check_adapters(adapted, folder)
-    return adapted
+    return with_adapters(model, folder).eval()
