@@ -108,7 +108,7 @@ class AtomicCheckpointTrainer(RestoringTrainer):
             return  # a checkpoint written by hand, outside a run
 
         def hold() -> None:
-            held.enter_context(folder_lock.hold(run_folder))
+            held.enter_context(folder_lock.hold(run_folder, again=True))
 
         from_first_rank(hold)
 
@@ -251,7 +251,8 @@ class AtomicCheckpointTrainer(RestoringTrainer):
             super()._save_scaler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        with self._writing(output_dir, "rng_state.pth"):
+        several = self.args.world_size > 1
+        with self._writing(output_dir, f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"):
             super()._save_rng_state(output_dir)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

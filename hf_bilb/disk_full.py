@@ -36,15 +36,17 @@ def disk_full_error(
     Args:
         needed: tells how many bytes all of what is being written takes.
         shown: what to call the folder, when it is not to keep its name.
-        file: the file, where neither the error nor the folder tells.
+        file: the file, where neither the error nor the folder tells. Of a random state, which every rank writes, it is
+            taken as given: what is youngest in the folder may be another rank's.
     """
     reason = _reason(error)
     if reason is None:
         return None
     named = getattr(error, "filename", None)
     written = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-    if named is None and written and not isinstance(error, SafetensorError):
-        named = max(written, key=lambda path: path.stat().st_mtime_ns)
+    candidates = [path for path in written if not path.name.startswith("rng_state")]
+    if named is None and candidates and not file.startswith("rng_state") and not isinstance(error, SafetensorError):
+        named = max(candidates, key=lambda path: path.stat().st_mtime_ns)
     place = (folder if shown is None else shown) / (file if named is None else os.path.relpath(named, folder))
     asked = "" if needed is None else f": about {needed():,} bytes are needed"
     # What has been written of it goes away, when it is in a folder of its own.

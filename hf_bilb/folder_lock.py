@@ -46,26 +46,27 @@ _guard = threading.RLock()
 
 
 @contextlib.contextmanager
-def hold(folder: str | Path) -> Iterator[int | None]:
+def hold(folder: str | Path, *, again: bool = False) -> Iterator[int | None]:
     """Be the only one to write into `folder`, until the end of the `with` block or of the process.
 
-    The same thread may hold a folder several times, one inside the other: a recipe's run holds it from its first
-    moment, and its Trainer again. A child process that this one forks does not hold it; one that is handed the
+    A child process that this one forks does not hold it; one that is handed the
     descriptor (`subprocess.Popen(..., pass_fds=...)`) does, and goes on doing so when this process is killed.
 
     Args:
         folder: is created if need be.
+        again: the same thread may hold it already: a recipe's run holds its folder from its first moment on, and its
+            Trainer again.
 
     Yields:
         the descriptor of the lock file; None where there is no lock: on Windows, and, with a warning, in a folder that
         cannot be written to or on a file system without locks.
 
     Raises:
-        FolderInUseError: another process, or another thread of this one, holds it; names the folder and, where it is
-            known, the process.
+        FolderInUseError: another process, or another thread of this one, holds it (without `again`: this thread, too);
+            names the folder and, where it is known, the process.
         OptionError: `folder` is a file.
     """
-    key = None if sys.platform == "win32" else _acquire(Path(folder).absolute())
+    key = None if sys.platform == "win32" else _acquire(Path(folder).absolute(), again)
     try:
         yield None if key is None else _held[key].descriptor
     finally:
@@ -73,7 +74,7 @@ def hold(folder: str | Path) -> Iterator[int | None]:
             _release(key)
 
 
-def _acquire(folder: Path) -> tuple[int, int] | None:
+def _acquire(folder: Path, again: bool) -> tuple[int, int] | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         key = _identity(folder)
@@ -81,10 +82,12 @@ def _acquire(folder: Path) -> tuple[int, int] | None:
             held = _held.get(key)
             if held is None:
                 _held[key] = _Lock(folder / LOCK_FILE, _lock(folder), threading.get_ident())
-            elif held.thread == threading.get_ident():
+            elif held.thread != threading.get_ident():
+                raise _in_use(folder, "another thread of this process")
+            elif again:
                 held.times += 1
             else:
-                raise _in_use(folder, "another thread of this process")
+                raise _in_use(folder, "this process")
         return key
     except (FileExistsError, NotADirectoryError):
         raise OptionError(f"{folder}: is no folder, or lies in something that is none") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -300,3 +301,28 @@ def test_a_run_started_over_replaces_the_checkpoints_of_the_first(run_folder: Pa
     )
     assert sorted(p.name for p in run_folder.iterdir()) == ["checkpoint-10", "checkpoint-11", "checkpoint-5"]
     verify(run_folder / "checkpoint-10")
+
+
+def test_all_of_it_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    before: dict[str, list[str]] = {}
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def noted_rename(source: Any, target: Any) -> None:
+        before[str(source)] = list(synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    build_trainer(RUN, tmp_path, max_steps=5).train()
+    staged = str(tmp_path / STAGING / "checkpoint-5")
+    names = {path.name for path in (tmp_path / "checkpoint-5").iterdir()}
+    assert {MARKER, TENSORS, "model.safetensors", "optimizer.pt"} <= names
+    assert {staged, *(f"{staged}/{name}" for name in names)} <= set(before[staged])
+    marker = before[staged].index(f"{staged}/{MARKER}")
+    assert all(before[staged].index(f"{staged}/{name}") < marker for name in names - {MARKER}), "the marker comes last"
+    assert str(tmp_path) in synced[len(before[staged]) :], "and the name itself, after it"

@@ -78,7 +78,7 @@ def test_the_second_process_is_refused_with_folder_and_holder(tmp_path: Path, ho
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_the_same_thread_may_hold_it_again_and_another_may_not(tmp_path: Path) -> None:
+def test_the_same_thread_may_hold_it_again_when_it_says_so_and_another_may_not(tmp_path: Path) -> None:
     found: list[str] = []
 
     def other() -> None:
@@ -95,8 +95,10 @@ def test_the_same_thread_may_hold_it_again_and_another_may_not(tmp_path: Path) -
         return found.pop()
 
     with hold(tmp_path) as outer:
-        with hold(f"{tmp_path}/../{tmp_path.name}") as inner:
+        with hold(f"{tmp_path}/../{tmp_path.name}", again=True) as inner:
             assert inner == outer
+        with pytest.raises(FolderInUseError, match="this process"), hold(tmp_path):
+            pass
         assert "another thread of this process" in from_another_thread()
         assert not is_free(tmp_path)
     assert from_another_thread() == "held"

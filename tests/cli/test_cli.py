@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from hf_bilb import folder_lock, run
 from hf_bilb.cli import main
 from hf_bilb.data import DATA_SETS
+from hf_bilb.errors import FolderInUseError
 from hf_bilb.recipe import load_yaml, read_recipe
 from hf_bilb.reporting.results import read_results
 from tests.cli.made_up import MADE_UP, RECIPE, TASKS
@@ -183,6 +187,57 @@ def test_resume_without_a_complete_checkpoint_is_one_line(folder):
         "No valid checkpoint found in output directory (run): it has no complete checkpoint to resume from"
     )
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [("trainer.seed=1",), ("--resume",)])
+def test_a_folder_that_another_run_is_writing_into_is_left_as_it_is(folder, arguments):
+    assert hf_bilb("train", "small.yaml", "trainer.num_train_epochs=1").exit_code == 0
+    (folder / "run" / "results.json").unlink()  # as that of a run under way
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # a run of another process, as far as the folder tells
+        with folder_lock.hold(folder / "run"):
+            os.write(write, b"x")
+            signal.pause()
+    try:
+        os.read(read, 1)
+        before = contents(folder)
+        line = refused(hf_bilb("train", "small.yaml", *arguments))
+        assert line.startswith(f"{folder / 'run'}: another run is writing into this folder (process {child} on ")
+        assert contents(folder) == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert hf_bilb("train", "small.yaml", "--resume").exit_code == 0
+
+
+def test_a_folder_is_held_before_anything_is_loaded_and_until_the_results_are_written(folder, monkeypatch):
+    seen = []
+    for name in ("_write_recipe", "build_model", "_write_folder"):
+        original = getattr(run, name)
+
+        def look(*given, name=name, original=original):
+            with pytest.raises(FolderInUseError), folder_lock.hold(folder / "run"):
+                pass
+            seen.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(run, name, look)
+    assert hf_bilb("train", "small.yaml", "trainer.num_train_epochs=1").exit_code == 0
+    assert seen == ["_write_recipe", "build_model", "_write_folder"]
+    assert not (folder / "run" / folder_lock.LOCK_FILE).exists()
+
+
+def test_a_full_disk_outside_of_checkpoints_is_one_line(folder, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run, "_write_folder", full)
+    result = hf_bilb("train", "small.yaml", "trainer.num_train_epochs=1")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("hf-bilb: error: ")]
+    assert re.search(
+        r"a file cannot be written to its end \(No space left on device\): in run [\d,]+ bytes are free", line
+    )
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_one_line(folder):
