@@ -140,9 +140,18 @@ def _check_file(file: Path) -> int:
         for name, shape in expected.items():
             if name not in content:
                 raise OptionError(f"{file}: has no {name} (it has {', '.join(content)}), expected NYU Depth V2's file")
+            if not _is_array(content[name], "uif"):
+                raise OptionError(f"{file}: {name} is no array of numbers, expected NYU Depth V2's file")
             if content[name].shape[1:] != shape:
                 raise OptionError(f"{file}: {name} is {list(content[name].shape)}, expected [N, {str(shape)[1:-1]}]")
         return min(len(content[name]) for name in expected)
+
+
+def _is_array(entry: Any, kinds: str) -> bool:
+    """Whether an entry of the file is an array, not a folder, of numpy's `kinds` of values."""
+    import h5py
+
+    return isinstance(entry, h5py.Dataset) and entry.dtype.kind in kinds
 
 
 def _scenes(file: Path, count: int) -> list[str] | None:
@@ -152,10 +161,9 @@ def _scenes(file: Path, count: int) -> list[str] | None:
             return None
         cells = content["sceneTypes"]
         # References are what a cell array consists of.
-        if "ref" not in (cells.dtype.metadata or {}) or cells.size != count:
-            raise OptionError(
-                f"{file}: sceneTypes is {cells.dtype} {list(cells.shape)}, expected references [1, {count}]"
-            )
+        if not _is_array(cells, "O") or "ref" not in (cells.dtype.metadata or {}) or cells.size != count:
+            found = f"{cells.dtype} {list(cells.shape)}" if _is_array(cells, "uifSUVObc") else "a folder"
+            raise OptionError(f"{file}: sceneTypes is {found}, expected references [1, {count}]")
         with _reading(file, "sceneTypes"):
             return [_text(content[cell]) for cell in cells[()].ravel()]
 

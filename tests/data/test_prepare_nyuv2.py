@@ -18,7 +18,7 @@ from hf_bilb.cli import main
 from hf_bilb.data import prepare
 from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.data.nyuv2_labels import classes_13, official_split
-from hf_bilb.data.prepare import prepare_nyuv2
+from hf_bilb.data.prepare import SETTINGS, prepare_nyuv2
 from hf_bilb.data.surface_normals import NYUV2_CAMERA
 from hf_bilb.errors import MissingPackageError, OptionError
 from tests.data.dense_scenes import plane, write_mtan
@@ -337,11 +337,25 @@ def test_what_is_wrong_with_the_official_file_is_one_line(
         stream["images"] = np.zeros((1, 3, 64, 48), np.uint8)
     code, output = run(other, "--output", out)
     assert code == 2 and "other.mat: images is [1, 3, 64, 48], expected [N, 3, 640, 480]" in output
+    for wrong in ("folder", "text"):
+        with h5py.File(other, "w") as stream:
+            if wrong == "folder":
+                stream.create_group("images")
+            else:
+                stream["images"] = np.zeros((1, 3, 640, 480), "S1")
+        code, output = run(other, "--output", out)
+        assert code == 2 and output.endswith("images is no array of numbers, expected NYU Depth V2's file\n")
     with h5py.File(other, "w") as stream:
         stream["rawDepths"] = np.zeros(3)
     code, output = run(other, "--output", out)
     assert code == 2 and "other.mat: has no images (it has rawDepths), expected NYU Depth V2's file" in output
     assert not out.exists()
+
+
+def test_a_note_that_is_damaged_is_one_line(official: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
+    (tmp_path / SETTINGS).write_text("{")
+    with pytest.raises(OptionError, match=f"{SETTINGS}: cannot be read: "):
+        prepare_nyuv2(official[0], tmp_path, split=SPLIT)
 
 
 def test_a_folder_of_other_images_is_left_alone(official: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
