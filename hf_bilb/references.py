@@ -61,7 +61,7 @@ def import_source(source: str, path: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # a script that calls sys.exit() when it is imported
         where = f" (line {line})" if (line := _line_of(error, source)) else ""
         what = f"{type(error).__name__}: {error}"
-        raise OptionError(f"{path}: {shown(source)} cannot be imported: {what}{where}") from error
+        raise OptionError(f"{path}: {source} cannot be imported: {what}{where}") from error
     _own_files.update(file for file in (vars(module).get("__file__"),) if file)
     return module
 

@@ -341,6 +341,8 @@ class ConciseProgress(ProgressCallback):
 def _enter_folder(folder: Path, resume: bool, held: contextlib.ExitStack) -> str | None:
     """Hold the folder from now on, and look at what is in it; the first rank does it for all."""
     check_output_folder(folder, "trainer.output_dir")
+    if not resume:
+        make_output_folder(folder, "trainer.output_dir")
     if not resume or folder.is_dir():  # else there is nothing to resume, and no folder is left behind
         held.enter_context(folder_lock.hold(folder))
     return _check_folder(folder, resume)

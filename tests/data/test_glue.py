@@ -195,7 +195,10 @@ def test_what_is_missing_in_the_folder_is_named(tmp_path: Path) -> None:
         ({"hub": "b", "validation_fraction": 1.0}, "data.validation_fraction: 1.0 is not valid, expected a share "),
         ({"hub": "b", "max_train": 0}, "data.max_train: 0 is not valid, expected 1 or more"),
         ({"hub": "b", "max_train": {"cola": 0}}, "data.max_train.cola: 0 is not valid, expected 1 or more"),
-        ({"hub": "b", "max_train": {"qqp": 5}}, "data.max_train: 'qqp' is not known"),
+        (
+            {"hub": "b", "max_train": {"qqp": 5}},
+            "data.max_train.qqp: the task 'qqp' is none of tasks (cola, sst2, mrpc, stsb, rte, wnli)",
+        ),
         ({"hub": "b", "max_length": 4}, "data.max_length: 4 is not valid, expected 8 or more"),
         ({"hub": "b", "fodler": "x"}, "data.fodler: unknown option, value 'x' (did you mean \"folder\"?)"),
     ],
