@@ -33,7 +33,7 @@ class LossBalancer(BalancerDriver):
 
     State (all in `state_dict()`, flat tensors): the objective's parameters and buffers, its optimizer's moments, the
     reference losses, the last known losses, the guards' counters, the epoch; in a double loop also z, a copy of the
-    model's trainable parameters. Cost: one forward and one backward pass of the model, one all-reduce of 2K + 2
+    model's trainable parameters. Cost: one forward and one backward pass of the model, one all-reduce of 2K + 1
     numbers, K numbers of arithmetic.
 
     Attributes:

@@ -238,5 +238,6 @@ class BalancerDriver(BalancerState):
         held = self._memory.seen if self.normalization.kind == "none" else self.normalization.seen
         if self.absent_tasks == "hold":
             return held
-        # Batches of one task each: over the present task alone, f = 0 and sigma l / sigma = l say nothing.
-        return torch.where(whole.one_task_each, held, whole.present)
+        # Over a single task f = 0 and sigma l / sigma = l say nothing. The rule knows the global batch alone, so that
+        # its split into ranks and micro-batches cannot change what is decided.
+        return torch.where(whole.present.sum() == 1, held, whole.present)
