@@ -244,12 +244,13 @@ class LossBalancer(BalancerDriver):
             raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
         if self._follower is not None and self._whole is not None and self._optimizer.has_gradient:
             runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
-            active = self._active(self._whole)
-            self._follower.end(self._whole, active, self._memory.last_losses, runs, process_group)
+            self._follower.end(self._whole, self._ran_over, self._memory.last_losses, runs, process_group)
         if self._inner is not None and self._inner.runs and self._optimizer.has_gradient:
             runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
             self._inner.correct(self._whole, runs, process_group)
-        self._optimizer.step()
+        taken = self._optimizer.step()
+        if taken is not None:
+            self._guards.learn(taken, self._last.losses)
         if self._history is not None and self._open and self.phase != "warmup":
             self._history.end_update()
         self._open, self._before_trials = False, None
@@ -358,8 +359,8 @@ class LossBalancer(BalancerDriver):
 
     def diagnose(self) -> list[str]:
         """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
-        weights, one task with over 90 % of the sum of |coefficients|. Reads counters on the host: call it when
-        logging."""
+        weights, one task with over 90 % of the sum of |coefficients|, losses or gradients too large to learn from.
+        Reads counters on the host: call it when logging."""
         return self._guards.due_messages(self.task_names)
 
     def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
