@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from hf_bilb.task_losses import TaskLosses
 
@@ -132,3 +133,46 @@ def reach(tensors: Iterable[Tensor]) -> Tensor | None:
     """
     needed = [tensor for tensor in tensors if tensor.requires_grad]
     return _Reach.apply(*needed) if needed else None
+
+
+class _ReachRest(torch.autograd.Function):
+    """A loss as it is, with a backward pass that ends in zero gradients for the parameters it has not reached."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, parameters: list[Tensor]) -> Tensor:
+        ctx.parameters = parameters
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # The first node of the pass: from here on every accumulated gradient is seen.
+        parameters: list[Tensor] = ctx.parameters
+        reached: set[int] = set()
+        nodes = [get_gradient_edge(parameter).node for parameter in parameters]
+        hooks = [node.register_hook(functools.partial(_note, reached, i)) for i, node in enumerate(nodes)]
+
+        def reach_the_rest() -> None:
+            for hook in hooks:
+                hook.remove()
+            with torch.enable_grad():
+                zero = reach(parameter for i, parameter in enumerate(parameters) if i not in reached)
+                if zero is not None:
+                    zero.backward()
+
+        # After the pass, inner ones included: those of reentrant checkpointing run within it.
+        torch.autograd.Variable._execution_engine.queue_callback(reach_the_rest)
+        return gradients[0], None
+
+
+def _note(reached: set[int], number: int, *gradients: Any) -> None:
+    reached.add(number)
+
+
+def reach_rest(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Return `loss`; a backward pass through it gives a zero gradient to those of `parameters` that it does not reach.
+
+    As `reach`, for `DistributedDataParallel` without `find_unused_parameters`, which waits for every parameter and takes
+    none twice. Which ones are reached is seen in the backward pass itself: nothing before it tells, where reentrant
+    checkpointing hides a part of the graph. Cost: one hook per parameter, and what `reach` costs for the rest.
+    """
+    return _ReachRest.apply(loss, [parameter for parameter in parameters if parameter.requires_grad])

@@ -411,10 +411,12 @@ class BilevelMTLTrainer(TaskLossTrainer):
         else:
             loss = self._decide_for_micro_batch(batch, inputs)
         if not batch.complete and isinstance(model, DistributedDataParallel):
-            # Heads without a loss on this rank may have one on another: every output takes part in the reduction.
-            everywhere = [] if model.find_unused_parameters else list(model.parameters())
-            zero = distributed.reach([*tensors_in(outputs), *everywhere])
-            loss = loss if zero is None else loss + zero.to(loss.dtype)
+            # Heads without a loss on this rank may have one on another: every one takes part in the reduction.
+            if model.find_unused_parameters:
+                zero = distributed.reach(tensors_in(outputs))
+                loss = loss if zero is None else loss + zero.to(loss.dtype)
+            else:
+                loss = distributed.reach_rest(loss, model.parameters())
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Its backward pass ends in the optimizer's step: too late to look afterwards.
             self.update_is_valid()
