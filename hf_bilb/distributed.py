@@ -171,8 +171,8 @@ def _note(reached: set[int], number: int, *gradients: Any) -> None:
 def reach_rest(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """Return `loss`; a backward pass through it gives a zero gradient to those of `parameters` that it does not reach.
 
-    As `reach`, for `DistributedDataParallel` without `find_unused_parameters`, which waits for every parameter and takes
-    none twice. Which ones are reached is seen in the backward pass itself: nothing before it tells, where reentrant
-    checkpointing hides a part of the graph. Cost: one hook per parameter, and what `reach` costs for the rest.
+    As `reach`, for `DistributedDataParallel` without `find_unused_parameters`, which waits for every parameter and
+    takes none twice. Which ones are reached is seen in the backward pass itself: nothing before it tells, where
+    reentrant checkpointing hides a part of the graph. Cost: a hook per parameter, and that of `reach` for the rest.
     """
     return _ReachRest.apply(loss, [parameter for parameter in parameters if parameter.requires_grad])

@@ -80,7 +80,7 @@ class Guards(nn.Module):
             self._latest.clear()
 
     def due_messages(self, task_names: Sequence[str]) -> list[str]:
-        """Messages for what happened since the last call and has not been said yet. Cost: one read of 2K + 5 numbers."""
+        """Messages for what happened since the last call and has not been said yet. Cost: a read of 2K + 5 numbers."""
         self._put_together()
         everything = torch.cat([self.counts, self.dominated, self.learned.reshape(1), self.refused])
         steps, negative, beyond_edge, collapsed, *rest = everything.tolist()
@@ -90,8 +90,8 @@ class Guards(nn.Module):
             k = max(range(len(refused)), key=lambda k: refused[k])
             messages["refused"] = (
                 f"task {task_names[k]!r} had a loss of size {refused[k]:.3g}: the balancer learned nothing in "
-                f"{self._lessons - learned:.0f} of the last {self._lessons} steps, whose losses or gradients were beyond "
-                f"{TOO_LARGE:g}"
+                f"{self._lessons - learned:.0f} of the last {self._lessons} steps, whose losses or gradients were "
+                f"beyond {TOO_LARGE:g}"
             )
         self._lessons = 0
         self.learned.zero_()

@@ -93,7 +93,13 @@ class BalancerDriver(BalancerState):
         self._follower: Follower | None = None
         if isinstance(objective, ProgressObjective):
             self._follower = Follower(
-                objective, num_tasks, self.normalization, self._optimizer, self._validity, self._known_losses, self._guards
+                objective,
+                num_tasks,
+                self.normalization,
+                self._optimizer,
+                self._validity,
+                self._known_losses,
+                self._guards,
             )
             if self._follower.progress is not None:
                 self._parts["progress"] = self._follower.progress
@@ -236,9 +242,7 @@ class BalancerDriver(BalancerState):
     def _differentiate(self, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
         return self._differentiate_losses(self._known_losses(whole), whole, active, scalar)
 
-    def _differentiate_losses(
-        self, losses: Tensor, whole: GlobalBatch, active: Tensor, scalar: Scalar
-    ) -> Derivatives:
+    def _differentiate_losses(self, losses: Tensor, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
         features = None if whole.features is None else whole.features.to(self.dtype)
         return differentiate(self.objective, self.normalization, losses, active, features, scalar)
 

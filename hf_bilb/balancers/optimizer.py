@@ -18,8 +18,10 @@ class OwnOptimizer:
 
     Gradients of several micro-batches are combined as their item-weighted mean. `weight_decay` is an L2 penalty, whose
     gradient is added to theirs (no AdamW). In an update whose losses, or whose gradients, are beyond `TOO_LARGE` or not
-    finite, the gradients count as zero: SGD stays, Adam goes on by its momentum, as for a task that is absent. State: the optimizer's moments, allocated here (torch would do it at the first step, when a checkpoint may
-    already have been asked for).
+    finite, the gradients count as zero: SGD stays, Adam goes on by its momentum, as for a task that is absent.
+
+    State: the optimizer's moments, allocated here (torch would do it at the first step, when a checkpoint may already
+    have been asked for).
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class OwnOptimizer:
                 )
             for group in self._optimizer.param_groups:
                 group["lr"] = self._model_optimizer.param_groups[0]["lr"]
-        gradients = [gradient.to(parameter.dtype) for parameter, gradient in zip(self._parameters, self._mean, strict=True)]
+        gradients = [
+            gradient.to(parameter.dtype) for parameter, gradient in zip(self._parameters, self._mean, strict=True)
+        ]
         usable = _sum_of_squares(gradients, self._squares) < TOO_LARGE_SQUARED
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = torch.where(usable, gradient, self._zero)
@@ -166,6 +170,6 @@ class OwnOptimizer:
 
 
 def _sum_of_squares(gradients: Sequence[Tensor], squares: Tensor) -> Tensor:
-    """Scalar, `squares` among it; infinite or NaN where a gradient is, or where a square is no number of its precision."""
+    """Scalar, `squares` added; infinite or NaN where a gradient is, or where a square overflows."""
     flat = (gradient.flatten() for gradient in gradients)
     return functools.reduce(torch.add, [torch.dot(one, one) for one in flat], squares)

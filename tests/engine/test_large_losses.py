@@ -1,4 +1,4 @@
-"""One loss of 1e30 or 3e38 amid ordinary ones: the state stays finite, the balancer goes on learning, a guard speaks."""
+"""One loss of 1e30 amid ordinary ones: the state stays finite, the balancer goes on learning, a guard speaks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORGETFUL = {"ls", "si", "gls", "rlw"}
 
 
 def run(case: Case, dtype: torch.dtype, loss: float | None) -> tuple[LossBalancer, float, bool, list[str]]:
-    """The balancer, how far its parameters came from update LATER to END, whether the loss was refused, its messages."""
+    """The balancer, how far its parameters come from update LATER to END, whether the loss is refused, its messages."""
     model = Tilted(K, dtype)
     balancer = case.build(K, dtype).bind(model, torch.optim.SGD(model.parameters(), lr=0.0))
     balancer.on_epoch_begin(0)
@@ -51,8 +51,8 @@ def own_parameters(balancer: LossBalancer) -> Tensor:
 
 #: Every method, every kind of record and step.
 LABELS = {
-    "default", "next_batch", "epoch", "sgd", "schedule", "groups_3", "lloyd", "exact", "lagged", "auxiliary", "features",
-    "double_loop", "mean_of", "normalization_log", "celeba",
+    "default", "next_batch", "epoch", "sgd", "schedule", "groups_3", "lloyd", "exact", "lagged", "auxiliary",
+    "features", "double_loop", "mean_of", "normalization_log", "celeba",
 }  # fmt: skip
 
 
@@ -66,7 +66,9 @@ def test_one_loss_beyond_all_measure(case: Case) -> None:
         state = balancer.state_dict()
         assert [key for key, value in state.items() if not value.isfinite().all()] == []
         assert usual == 0 or 0.5 < moved / usual < 2
-        spoke = any(f"'task_1' had a loss of size {loss:.3g}: the balancer learned nothing in " in text for text in said)
+        spoke = any(
+            f"'task_1' had a loss of size {loss:.3g}: the balancer learned nothing in " in text for text in said
+        )
         assert spoke or refused or case.name in FORGETFUL
 
 
