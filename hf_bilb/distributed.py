@@ -138,6 +138,9 @@ def reach(tensors: Iterable[Tensor]) -> Tensor | None:
 class _ReachRest(torch.autograd.Function):
     """A loss as it is, with a backward pass that ends in zero gradients for the parameters it has not reached."""
 
+    #: Number of the last backward pass that came here.
+    pass_under_way = -1
+
     @staticmethod
     def forward(ctx: Any, loss: Tensor, parameters: list[Tensor]) -> Tensor:
         ctx.parameters = parameters
@@ -145,7 +148,12 @@ class _ReachRest(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # The first node of the pass: from here on every accumulated gradient is seen.
+        # The first node of the pass: from here on every accumulated gradient is seen. Of several losses that are added
+        # up, one node sees to all of them.
+        task = torch._C._current_graph_task_id()
+        if task == _ReachRest.pass_under_way:
+            return gradients[0], None
+        _ReachRest.pass_under_way = task
         parameters: list[Tensor] = ctx.parameters
         reached: set[int] = set()
         nodes = [get_gradient_edge(parameter).node for parameter in parameters]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Guards(nn.Module):
         self.register_buffer("learned", torch.zeros(()), persistent=False)
         self.register_buffer("refused", torch.zeros(num_tasks), persistent=False)
         self.register_buffer("_never", torch.zeros((), dtype=torch.bool), persistent=False)
+        self._counting = True
         self._lessons = 0
         self._latest: list[tuple[Tensor, Tensor]] = []
         self._said: set[str] = set()
@@ -63,10 +65,21 @@ class Guards(nn.Module):
     def learn(self, taken: Tensor, losses: Tensor) -> None:
         """Count a lesson, what the method's own step or its record was to learn from `losses [K]`, and whether it was
         `taken`, a bool scalar. Cost: on average an eighth of an operation."""
+        if not self._counting:
+            return
         self._lessons += 1
         self._latest.append((taken, losses))
         if len(self._latest) == LESSONS:
             self._put_together()
+
+    @contextmanager
+    def lessons_not_counted(self) -> Iterator[None]:
+        """Lessons inside leave no trace."""
+        self._counting, before = False, self._counting
+        try:
+            yield
+        finally:
+            self._counting = before
 
     @torch.no_grad()
     def _put_together(self) -> None:

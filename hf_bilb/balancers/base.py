@@ -188,15 +188,16 @@ class LossBalancer(BalancerDriver):
     def _no_trace(self) -> Iterator[None]:
         """Decisions that are taken inside leave nothing behind, whatever is under way."""
         before, last, whole = self.snapshot(), self._last, self._whole
-        counted, is_open = self._counted, self._open
+        ran_over, counted, is_open = self._ran_over, self._counted, self._open
         started = self._lower_level is not None and self._lower_level.started
         try:
-            with self._optimizer.accumulation_kept():
+            with self._optimizer.accumulation_kept(), self._guards.lessons_not_counted():
                 yield
         finally:
             with self._optimizer.accumulation_kept():
                 self.rollback(before)
-            self._last, self._whole, self._counted, self._open = last, whole, counted, is_open
+            self._last, self._whole, self._ran_over = last, whole, ran_over
+            self._counted, self._open = counted, is_open
             if self._lower_level is not None:
                 self._lower_level.started = started
 
