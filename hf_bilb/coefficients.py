@@ -27,6 +27,7 @@ class CoefficientRules(nn.Module):
     """
 
     task_priors: Tensor
+    zero: Tensor
 
     def __init__(
         self, num_tasks: int, floor: float | None, scale: CoefficientScale, task_priors: Sequence[float] | None
@@ -42,6 +43,8 @@ class CoefficientRules(nn.Module):
             raise OptionError(f"task_priors: {priors} is not valid, expected numbers >= 0")
         # Not state: the priors are what the user says today, also after a resume.
         self.register_buffer("task_priors", torch.tensor(priors, dtype=torch.float64), persistent=False)
+        # At hand where it is needed in every step: torch makes a new one of a Python number.
+        self.register_buffer("zero", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(
         self, coefficients: Tensor, value: Tensor, losses: Tensor, present: Tensor, active: Tensor

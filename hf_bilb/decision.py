@@ -74,11 +74,12 @@ def surrogate_loss(batch: TaskLosses, decision: Decision, ranks: int, share: Win
         share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
     """
     local = batch.num_items / decision.num_items.clamp(min=1) if share is None else share.local
+    coefficients = decision.coefficients if ranks == 1 else ranks * decision.coefficients
     per_feature = decision.feature_gradient
     if per_feature is not None:
         rows = ranks if share is None else ranks * share.rows
         per_feature = per_feature * rows / decision.num_rows.clamp(min=1)
-    total = local_share(batch, ranks * decision.coefficients * local, per_feature)
+    total = local_share(batch, coefficients * local, per_feature)
     reported = decision.value if share is None else _part_of_window(decision, share)
     if batch.auxiliary_loss is not None:
         parts = 1 if share is None else share.num_micro_batches

@@ -248,7 +248,9 @@ class LevelProbe:
         losses = whole.losses.tolist()
         bad = [k for k in present if not math.isfinite(losses[k])]
         if present and not bad and not bool((lower.output.value + _norm(lower)).isfinite()):
-            bad = [min(present, key=losses.__getitem__)]  # outside the domain of a logarithm
+            # Outside the domain of a logarithm, or so large that g overflows.
+            smallest = min(present, key=losses.__getitem__)
+            bad = [smallest if losses[smallest] <= 0 else max(present, key=losses.__getitem__)]
         if bad:
             advice = f"; an inner_learning_rate below {inner_learning_rate} may help" if place == "z" else ""
             found = f"the loss of task {self._task_names[bad[0]]!r} is {losses[bad[0]]} at {place}"

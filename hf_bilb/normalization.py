@@ -50,6 +50,7 @@ class Normalization(nn.Module):
     reference_losses: Tensor
     observations: Tensor
     seen: Tensor
+    one: Tensor
 
     def __init__(
         self, num_tasks: int, kind: NormalizationKind, reference: ReferenceKind | MeanOf, power: float = 0.5
@@ -62,6 +63,8 @@ class Normalization(nn.Module):
         self.register_buffer("reference_losses", torch.ones(num_tasks, dtype=torch.float64))
         self.register_buffer("observations", torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+        # At hand where it is needed in every step: torch makes a new one of a Python number.
+        self.register_buffer("one", torch.ones((), dtype=torch.float64), persistent=False)
 
     def begin_epoch(self) -> None:
         """With `reference: every_epoch`, let the next loss of each task replace its reference."""

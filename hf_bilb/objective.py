@@ -220,7 +220,7 @@ def differentiate(
     Cost: one forward and backward of K numbers, no device synchronisation, no communication.
     """
     # Placeholder one: finite under every normalization, so that no NaN or infinity reaches the graph.
-    point = torch.where(active, losses.detach(), 1.0).requires_grad_()
+    point = torch.where(active, losses.detach(), normalization.one).requires_grad_()
     inputs = [point, *objective.parameters()]
     if features is not None:
         features = features.detach().requires_grad_()
@@ -245,7 +245,7 @@ def progress_gradients(
     """
 
     def normalised(losses: Tensor, known: Tensor) -> Tensor:
-        return normalization(torch.where(known, losses, 1.0)).detach()
+        return normalization(torch.where(known, losses, normalization.one)).detach()
 
     opposite = None if step.opposite is None else normalised(step.opposite, step.compared)
     known = StepProgress(

@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils.generic import can_return_loss, find_labels
 
 from hf_bilb.balancers.bilb import BilbOptions
+from hf_bilb.balancers.driver import AbsentTasks
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.columns import config_of, innermost, takes_any
 from hf_bilb.errors import MissingPackageError, OptionError
@@ -208,6 +209,13 @@ class RunSettings:
     def method(self) -> tuple[object, ...]:
         """What decides whether a balancer's state fits another one."""
         return (self.name, self.resolved, self.task_names, self.dtype)
+
+
+def resolve_absent_tasks(args: BilevelMTLTrainingArguments) -> AbsentTasks:
+    """`absent_tasks`; `auto` is `hold` for the whole run where `task_sampling` draws batches of one task each."""
+    sampling = args.task_sampling_options()
+    one_task_each = sampling is not None and sampling.batches == "single_task"
+    return "hold" if args.absent_tasks == "auto" and one_task_each else args.absent_tasks
 
 
 def with_num_features(name: str, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -33,7 +33,8 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             cost; exact for methods that are linear in the losses. `window`: once per update, exact for all, at the cost
             of one more forward pass (without gradients) of each micro-batch.
         absent_tasks: what F does with tasks that have no items in a step: `skip` them, or `hold` their last known loss;
-            `auto` holds where no batch of any rank holds more than one task, and skips otherwise.
+            `auto` holds in the whole run where `task_sampling` draws batches of one task each, else in those steps
+            whose global batch (all ranks, and all micro-batches of a window) has a single task; it skips otherwise.
         nonfinite_loss: `raise` an error that names task, step and value, or `skip` the whole step (model, optimizer
             and balancer stay as they were; it is counted and logged). A gradient that is not finite behind losses that
             are is treated alike (under a GradScaler the scaler does it).

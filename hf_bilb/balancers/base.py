@@ -33,7 +33,7 @@ class LossBalancer(BalancerDriver):
 
     State (all in `state_dict()`, flat tensors): the objective's parameters and buffers, its optimizer's moments, the
     reference losses, the last known losses, the guards' counters, the epoch; in a double loop also z, a copy of the
-    model's trainable parameters. Cost: one forward and one backward pass of the model, one all-reduce of 2K + 2
+    model's trainable parameters. Cost: one forward and one backward pass of the model, one all-reduce of 2K + 1
     numbers, K numbers of arithmetic.
 
     Attributes:
@@ -188,15 +188,16 @@ class LossBalancer(BalancerDriver):
     def _no_trace(self) -> Iterator[None]:
         """Decisions that are taken inside leave nothing behind, whatever is under way."""
         before, last, whole = self.snapshot(), self._last, self._whole
-        counted, is_open = self._counted, self._open
+        ran_over, counted, is_open = self._ran_over, self._counted, self._open
         started = self._lower_level is not None and self._lower_level.started
         try:
-            with self._optimizer.accumulation_kept():
+            with self._optimizer.accumulation_kept(), self._guards.lessons_not_counted():
                 yield
         finally:
             with self._optimizer.accumulation_kept():
                 self.rollback(before)
-            self._last, self._whole, self._counted, self._open = last, whole, counted, is_open
+            self._last, self._whole, self._ran_over = last, whole, ran_over
+            self._counted, self._open = counted, is_open
             if self._lower_level is not None:
                 self._lower_level.started = started
 
@@ -244,12 +245,13 @@ class LossBalancer(BalancerDriver):
             raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
         if self._follower is not None and self._whole is not None and self._optimizer.has_gradient:
             runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
-            active = self._active(self._whole)
-            self._follower.end(self._whole, active, self._memory.last_losses, runs, process_group)
+            self._follower.end(self._whole, self._ran_over, self._memory.last_losses, runs, process_group)
         if self._inner is not None and self._inner.runs and self._optimizer.has_gradient:
             runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
             self._inner.correct(self._whole, runs, process_group)
-        self._optimizer.step()
+        taken = self._optimizer.step()
+        if taken is not None:
+            self._guards.learn(taken, self._last.losses)
         if self._history is not None and self._open and self.phase != "warmup":
             self._history.end_update()
         self._open, self._before_trials = False, None
@@ -358,8 +360,8 @@ class LossBalancer(BalancerDriver):
 
     def diagnose(self) -> list[str]:
         """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
-        weights, one task with over 90 % of the sum of |coefficients|. Reads counters on the host: call it when
-        logging."""
+        weights, one task with over 90 % of the sum of |coefficients|, losses or gradients too large to learn from.
+        Reads counters on the host: call it when logging."""
         return self._guards.due_messages(self.task_names)
 
     def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:

@@ -19,7 +19,7 @@ from hf_bilb.coefficients import CoefficientRules
 from hf_bilb.decision import Decision, LossMemory
 from hf_bilb.distributed import GlobalBatch
 from hf_bilb.errors import OptionError
-from hf_bilb.guards import Guards
+from hf_bilb.guards import TOO_LARGE_SQUARED, Guards
 from hf_bilb.look_ahead import LookAhead
 from hf_bilb.normalization import Normalization
 from hf_bilb.objective import (
@@ -81,6 +81,7 @@ class BalancerDriver(BalancerState):
         self._epoch = -1
         self._last: Decision | None = None
         self._whole: GlobalBatch | None = None
+        self._ran_over = self._memory.seen
         self._counted = False
         self._open = False
         self._optimizer = OwnOptimizer(
@@ -92,7 +93,13 @@ class BalancerDriver(BalancerState):
         self._follower: Follower | None = None
         if isinstance(objective, ProgressObjective):
             self._follower = Follower(
-                objective, num_tasks, self.normalization, self._optimizer, self._validity, self._known_losses
+                objective,
+                num_tasks,
+                self.normalization,
+                self._optimizer,
+                self._validity,
+                self._known_losses,
+                self._guards,
             )
             if self._follower.progress is not None:
                 self._parts["progress"] = self._follower.progress
@@ -147,7 +154,7 @@ class BalancerDriver(BalancerState):
         decision, of_all = self._decision(whole, active, valid, result)
         if self.phase != "warmup":
             self._guards.observe(of_all, active, decision.valid, result.output.edge_ratio, result.output.collapsed)
-        self._whole, self._open, self._last = whole, True, decision
+        self._whole, self._ran_over, self._open, self._last = whole, active, True, decision
         self._counted = any(batch.counted for batch in micro_batches)
         return decision
 
@@ -170,7 +177,7 @@ class BalancerDriver(BalancerState):
     ) -> tuple[Decision, Tensor]:
         """What to do on the global batch, and the coefficients `[K]` of all active tasks, held ones among them."""
         of_all, value = self._rules(result.coefficients, result.output.value, whole.losses, whole.present, active)
-        coefficients = torch.where(whole.present, of_all, 0.0)
+        coefficients = torch.where(whole.present, of_all, self._rules.zero)
         decision = Decision(
             value=value,
             losses=whole.losses,
@@ -204,31 +211,48 @@ class BalancerDriver(BalancerState):
         if self._follower is not None:
             self._follower.begin(whole, active)
         if self._history is not None:
-            known = active & valid & whole.present.any()
-            losses = self.normalization(torch.where(known, self._known_losses(whole), 1.0))
-            self._history.observe(losses, whole.num_items, known, self._epoch)
+            self._record(self._history, whole, active & valid & whole.present.any())
         return active
+
+    def _record(self, history: HistoryObjective, whole: GlobalBatch, known: Tensor) -> None:
+        """Let a method's record take in the `known` losses, none of them where one is beyond all measure."""
+        given = torch.where(known, self._memory.last_losses, self.normalization.one)
+        losses = self.normalization(given)
+        if self._follower is None:  # what a follower learns is in its own step
+            entered = torch.where(known, losses, self._rules.zero)
+            usable = torch.dot(given, given) + torch.dot(entered, entered) < TOO_LARGE_SQUARED
+            known = known & usable
+            self._guards.learn(usable, whole.losses)
+        history.observe(losses, whole.num_items, known, self._epoch)
 
     def _evaluate(self, whole: GlobalBatch, active: Tensor) -> Derivatives:
         """F with its derivatives; the router's gradient is kept for `step`."""
         if self.phase == "warmup":
             ones = whole.present.to(self.dtype)
             return Derivatives(ObjectiveValue(torch.dot(ones, whole.losses)), ones, ())
-        result = self._differentiate(whole, active, self.objective)
+        # Just observed, where they are valid: those of the present tasks are among them.
+        result = self._differentiate_losses(self._memory.last_losses, whole, active, self.objective)
         if self.phase == "balancing":
-            self._optimizer.accumulate(result.parameter_gradients, whole.num_items)
+            self._optimizer.accumulate(result.parameter_gradients, whole.num_items, self._squares(whole))
         return result
 
     def _differentiate_at(self, whole: GlobalBatch, scalar: Scalar) -> Derivatives:
         return self._differentiate(whole, self._active(whole), scalar)
 
     def _differentiate(self, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
-        losses = self._known_losses(whole)
+        return self._differentiate_losses(self._known_losses(whole), whole, active, scalar)
+
+    def _differentiate_losses(self, losses: Tensor, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
         features = None if whole.features is None else whole.features.to(self.dtype)
         return differentiate(self.objective, self.normalization, losses, active, features, scalar)
 
     def _known_losses(self, whole: GlobalBatch) -> Tensor:
         return torch.where(whole.present, whole.losses.to(self.dtype), self._memory.last_losses)
+
+    def _squares(self, whole: GlobalBatch) -> Tensor:
+        """The sum of the squares of the losses that F is of, a scalar."""
+        losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses
+        return torch.dot(losses, losses)
 
     def _active(self, whole: GlobalBatch) -> Tensor:
         """Bool `[K]`, the tasks that F runs over."""
@@ -238,5 +262,6 @@ class BalancerDriver(BalancerState):
         held = self._memory.seen if self.normalization.kind == "none" else self.normalization.seen
         if self.absent_tasks == "hold":
             return held
-        # Batches of one task each: over the present task alone, f = 0 and sigma l / sigma = l say nothing.
-        return torch.where(whole.one_task_each, held, whole.present)
+        # Over a single task f = 0 and sigma l / sigma = l say nothing. The rule knows the global batch alone, so that
+        # its split into ranks and micro-batches cannot change what is decided.
+        return torch.where(whole.present.sum() == 1, held, whole.present)

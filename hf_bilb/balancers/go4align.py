@@ -176,7 +176,7 @@ def _optimal_groups(ranked: Tensor, counts: Tensor, num_groups: int) -> Tensor:
     for start in reversed(starts):
         first = start.index_select(0, end)
         group = group + (position >= first)
-        end = first - 1
+        end = (first - 1).clamp(min=0)  # within, whatever an infinite cost leads to
     return group
 
 

@@ -13,6 +13,7 @@ from hf_bilb import distributed
 from hf_bilb.balancers.optimizer import OwnOptimizer
 from hf_bilb.distributed import GlobalBatch
 from hf_bilb.errors import OptionError
+from hf_bilb.guards import Guards
 from hf_bilb.normalization import Normalization
 from hf_bilb.objective import ProgressObjective, StepProgress, progress_gradients
 from hf_bilb.passes import MicroBatch, buffers_kept
@@ -61,6 +62,7 @@ class Follower:
         optimizer: of the objective's parameters.
         validity: says which losses the method can take.
         known_losses: global losses `[K]` in which the last known ones stand for those of absent tasks.
+        guards: are told whether a step could be taken.
 
     Attributes:
         progress: the state of `next_batch`; None for the others.
@@ -75,12 +77,14 @@ class Follower:
         optimizer: OwnOptimizer,
         validity: Validity,
         known_losses: Callable[[GlobalBatch], Tensor],
+        guards: Guards,
     ) -> None:
         self._objective = objective
         self._normalization = normalization
         self._optimizer = optimizer
         self._validity = validity
         self._known_losses = known_losses
+        self._guards = guards
         self.progress = Progress(num_tasks) if objective.reevaluate == "next_batch" else None
         self.model: nn.Module | None = None
 
@@ -143,5 +147,9 @@ class Follower:
 
     def _step(self, step: StepProgress, num_items: Tensor) -> None:
         gradients = progress_gradients(self._objective, self._normalization, step)
-        self._optimizer.accumulate(gradients, num_items)
-        self._optimizer.step()
+        one = self._normalization.one
+        after, before = torch.where(step.compared, step.after, one), torch.where(step.active, step.before, one)
+        self._optimizer.accumulate(gradients, num_items, torch.dot(after, after) + torch.dot(before, before))
+        taken = self._optimizer.step()
+        if taken is not None:
+            self._guards.learn(taken, after)

@@ -125,7 +125,8 @@ def build_balancer(
         num_tasks: K; may be left out when `task_names` is given.
         task_names: K names, used in messages, logs and checkpoints; default `task_0`, `task_1`, ...
         absent_tasks: `skip` (F over the present tasks), `hold` (the last known loss stands in, detached), or `auto`:
-            `hold` where no batch of any rank holds more than one task, else `skip`.
+            `hold` in a step whose global batch, over all ranks and micro-batches of the decision, has a single task,
+            else `skip`.
         task_priors: K fixed factors that the user gives the tasks; they multiply the coefficients, whatever the method.
         device, dtype: of the K numbers it works on; float64 where the model trains in float64.
         **options: the method's options, checked by name and type (see the method's options class).

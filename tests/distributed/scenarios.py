@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import IterableDataset
 
 from hf_bilb import BilevelMTLTrainer, distributed
@@ -103,7 +104,7 @@ def sabotaged(kind: str) -> Iterator[None]:
         here = batch.num_items > 0
         losses = torch.where(here, batch.losses.detach(), torch.zeros_like(batch.num_items))
         zero = batch.num_items.new_zeros(())
-        return distributed.GlobalBatch(losses, batch.num_items, here, here.sum() == 1, zero, None, zero)
+        return distributed.GlobalBatch(losses, batch.num_items, here, zero, None, zero)
 
     reduce = distributed.reduce_losses
     LossBalancer.surrogate = surrogate
@@ -161,13 +162,29 @@ class DictOfHeads(SeparateHeads):
         return SyntheticOutput(logits=torch.cat([head(hidden) for head in self.heads], dim=1))
 
 
+class Checkpointed(SeparateHeads):
+    """A trunk under reentrant checkpointing, whose parameters no graph shows before the backward pass is there."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        trunk = self.trunk.forward
+        self.trunk.forward = lambda features: checkpoint(trunk, features.requires_grad_(), use_reentrant=True)
+
+
 def dict_losses(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     losses, num_items = masked_mse(outputs.logits, batch["labels"])
     given = [k for k in range(len(num_items)) if num_items[k] > 0]
     return {TASK_NAMES[k]: losses[k] for k in given}, {TASK_NAMES[k]: num_items[k] for k in given}
 
 
-HEADS: dict[str, type[SeparateHeads]] = {"unused": SeparateHeads, "constant": ConstantZeros, "dropped": DictOfHeads}
+HEADS: dict[str, type[SeparateHeads]] = {
+    "unused": SeparateHeads,
+    "constant": ConstantZeros,
+    "dropped": DictOfHeads,
+    "checkpointed": Checkpointed,
+}
+#: Reentrant checkpointing does not go with find_unused_parameters, whatever is trained.
+FIND_UNUSED = {kind: (False,) if kind == "checkpointed" else (False, True) for kind in HEADS}
 
 
 def data_for_dicts() -> SyntheticData:
@@ -366,7 +383,7 @@ def all_scenarios() -> dict[str, Scenario]:
             found[f"equality/{balancer}/{absent}/{precision}"] = partial(equality, balancer, absent, DTYPES[precision])
     found["equality/bilb/hold/float32"] = partial(equality, "bilb", "hold", torch.float32)
     for kind in HEADS:
-        for find_unused in (False, True):
+        for find_unused in FIND_UNUSED[kind]:
             found[f"heads/{kind}/{find_unused}"] = partial(missing_heads, kind, find_unused)
             for over in ("micro_batch", "window"):
                 name = f"heads_over_{over}/{kind}/{find_unused}"

@@ -1,46 +1,36 @@
-"""`absent_tasks: auto`: whether batches hold one task each is decided over all ranks and micro-batches."""
+"""`absent_tasks: auto` with sparse labels: the same decision, whatever the split into ranks and micro-batches."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from tests.distributed.checks import assert_ranks_agree, assert_same_balancer, assert_same_logs, assert_same_state
+from tests.distributed.absent_tasks import BALANCERS
+from tests.distributed.checks import assert_equals_one_process, assert_same_balancer
 from tests.distributed.conftest import Runs
 from tests.synthetic import relative_difference
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("in_windows", [False, True])
-def test_one_task_on_each_rank_holds_on_both(runs: Runs, in_windows: bool) -> None:
-    name = f"one_task_each/auto/{in_windows}"
-    assert_ranks_agree(runs, name)
-    # One process sees several tasks in its batch: there `auto` would skip.
-    found, held, skipped = (
-        results[f"one_task_each/{absent}/{in_windows}"]
-        for results, absent in ((runs.ranks[0], "auto"), (runs.one, "hold"), (runs.one, "skip"))
-    )
-    assert relative_difference(found["parameters"], held["parameters"]) <= 1e-12
-    assert_same_balancer(found["balancer"], held["balancer"], 1e-11)
-    assert_same_logs(found["logs"], held["logs"], 1e-11)
-    assert relative_difference(found["parameters"], skipped["parameters"]) > 1e-4
-    assert torch.equal(runs.one[name]["parameters"], skipped["parameters"])
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_two_ranks_with_sparse_labels_equal_one_process(runs: Runs, balancer: str) -> None:
+    assert_equals_one_process(runs, f"sparse/{balancer}/auto")
 
 
-def test_two_tasks_on_one_rank_skip_on_both(runs: Runs) -> None:
-    name = "switching/auto"
-    assert_ranks_agree(runs, name)
-    found, expected = runs.ranks[0][name], runs.one[name]
+@pytest.mark.parametrize("balancer", BALANCERS)
+def test_windows_of_micro_batches_with_sparse_labels_equal_whole_batches(runs: Runs, balancer: str) -> None:
+    # Two ranks with four micro-batches each against one process with one batch.
+    assert_equals_one_process(runs, f"sparse_windows/{balancer}")
+
+
+def test_micro_batches_on_one_process_do_too(runs: Runs) -> None:
+    found, expected = runs.one["sparse_micro_batches/stch"], runs.one["sparse_windows/stch"]
     assert relative_difference(found["parameters"], expected["parameters"]) <= 1e-12
     assert_same_balancer(found["balancer"], expected["balancer"], 1e-11)
-    torch.testing.assert_close(found["values"], expected["values"], rtol=1e-11, atol=1e-11)
+
+
+def test_the_rule_is_neither_hold_nor_skip_there(runs: Runs) -> None:
+    parameters = runs.one["sparse/stch/auto"]["parameters"]
     for absent in ("hold", "skip"):
-        assert relative_difference(found["parameters"], runs.one[f"switching/{absent}"]["parameters"]) > 1e-4
-
-
-@pytest.mark.parametrize("absent", ["hold", "skip"])
-def test_what_is_said_holds_on_every_rank(runs: Runs, absent: str) -> None:
-    found, expected = runs.ranks[0][f"switching/{absent}"], runs.one[f"switching/{absent}"]
-    assert relative_difference(found["parameters"], expected["parameters"]) <= 1e-12
-    assert_same_state(found["balancer"], runs.ranks[1][f"switching/{absent}"]["balancer"])
+        assert_equals_one_process(runs, f"sparse/stch/{absent}")
+        assert relative_difference(runs.one[f"sparse/stch/{absent}"]["parameters"], parameters) > 1e-4

@@ -19,7 +19,7 @@ from tests.distributed.checks import (
     assert_same_logs,
 )
 from tests.distributed.conftest import Runs
-from tests.distributed.scenarios import BALANCERS, HEADS, SABOTAGE
+from tests.distributed.scenarios import BALANCERS, FIND_UNUSED, HEADS, SABOTAGE
 from tests.synthetic import TASK_NAMES, relative_difference
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ MISSING_HEADS = [
     f"{scenario}/{kind}/{find_unused}"
     for scenario in ("heads", "heads_over_micro_batch", "heads_over_window")
     for kind in HEADS
-    for find_unused in (False, True)
+    for find_unused in FIND_UNUSED[kind]
 ]
 
 

@@ -1,4 +1,4 @@
-"""`absent_tasks`: `auto` is `hold` for batches of one task each and `skip` for others; what holding means."""
+"""`absent_tasks`: `auto` is `hold` for global batches of one task and `skip` for others; what holding means."""
 
 from __future__ import annotations
 
@@ -109,17 +109,38 @@ def decide(absent_tasks: str, *windows: list[Tensor]) -> LossBalancer:
 @pytest.mark.parametrize(
     ("window", "rule"),
     [
-        ([items(1), items(2)], "hold"),
+        ([items(1)], "hold"),
         ([items(1), items(1), items()], "hold"),
+        ([items(1), items(2)], "skip"),
         ([items(1), items(2, 3)], "skip"),
         ([items(), items()], "skip"),
     ],
 )
-def test_auto_looks_at_each_micro_batch(window: list[Tensor], rule: str) -> None:
+def test_auto_looks_at_all_micro_batches_together(window: list[Tensor], rule: str) -> None:
     automatic, fixed, other = (decide(kind, window) for kind in ("auto", rule, {"hold": "skip", "skip": "hold"}[rule]))
     assert torch.equal(automatic._last.coefficients, fixed._last.coefficients)
     assert torch.equal(automatic._last.value, fixed._last.value)
     assert not torch.equal(automatic._last.value, other._last.value)
+
+
+@pytest.mark.parametrize("name", ["bilb", "stch", "si", "famo"])
+def test_auto_is_the_same_for_any_split(name: str) -> None:
+    # Sums and counts of two micro-batches, or one batch of all their items: the same decisions, by the same state.
+    options = {"reevaluate": "next_batch"} if name == "famo" else {}
+    parts, whole = (build_balancer(name, K, dtype=torch.float64, **options) for _ in range(2))
+    windows = [(items(0), items(0)), (items(0), items(1)), (items(), items(3)), (items(2), items(0, 2)), (items(1),)]
+    advance(parts, random_losses(K, 1)[0])
+    advance(whole, random_losses(K, 1)[0])
+    for seed, window in enumerate(windows):
+        rows = random_losses(K, len(window), seed=seed)
+        counts = sum(window)
+        together = sum(row * here for row, here in zip(rows, window, strict=True)) / counts.clamp(min=1)
+        parts.decide([TaskLosses(row, here) for row, here in zip(rows, window, strict=True)])
+        whole.decide([TaskLosses(together, counts)])
+        for balancer in (parts, whole):
+            balancer.step()
+        torch.testing.assert_close(parts.coefficients, whole.coefficients, rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-12, atol=1e-14)
 
 
 # --- a step without any task --------------------------------------------------------------------------------------

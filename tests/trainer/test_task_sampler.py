@@ -31,7 +31,7 @@ from hf_bilb.task_sampler import (
     refuse_other_sampling,
     set_sampler_epoch,
 )
-from tests.synthetic import TASK_NAMES, build_model
+from tests.synthetic import TASK_NAMES, build_model, flat_parameters
 from tests.task_sampling.training import TaskData, build_trainer, expected_batches
 
 NAMES = ["alpha", "beta", "gamma", "delta"]
@@ -605,6 +605,20 @@ def test_the_trainer_shows_the_batches_of_the_sampler(
     per_epoch = len(trainer.seen) // 3
     assert trainer.state.global_step == 3 * math.ceil(per_epoch / accumulation)
     assert trainer.seen[:per_epoch] != trainer.seen[per_epoch : 2 * per_epoch]
+
+
+def test_auto_holds_absent_tasks_in_a_run_of_single_task_batches(tmp_path: Path) -> None:
+    # One process stands for two ranks of different tasks: its batches hold two of the four.
+    def trained(absent_tasks: str) -> Tensor:
+        model = build_model()
+        settings = {"output_dir": str(tmp_path), "absent_tasks": absent_tasks, "num_train_epochs": 2}
+        build_trainer(model, TaskData(), {}, 2, per_device_train_batch_size=8, **settings).train()
+        return flat_parameters(model)
+
+    held = trained("hold")
+    assert torch.equal(trained("auto"), held) and not torch.equal(trained("skip"), held)
+    mixed = build_trainer(build_model(), TaskData(), MIXED[0], output_dir=str(tmp_path), absent_tasks="auto")
+    assert mixed.balancer.absent_tasks == "auto"
 
 
 def test_a_second_training_shows_the_same_batches_again(tmp_path: Path) -> None:
