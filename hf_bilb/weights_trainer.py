@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import is_sagemaker_mp_enabled
+from transformers.utils import CONFIG_NAME, is_sagemaker_mp_enabled
 
 from hf_bilb.adapter_weights import has_adapters, load_adapters, moved_beside, save_beside
 from hf_bilb.errors import CheckpointError
@@ -66,6 +68,7 @@ class RestoringTrainer(Trainer):
         if self._loads_otherwise():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
+            _say_other_version(Path(resume_from_checkpoint) / CONFIG_NAME)
             self._restore(resume_from_checkpoint, self.model if model is None else model)
 
     def _load_best_model(self) -> None:
@@ -88,3 +91,12 @@ class RestoringTrainer(Trainer):
         differences = Differences(list(load_result.missing_keys), list(load_result.unexpected_keys))
         if differences:
             raise CheckpointError(f"the weights of the checkpoint do not match the model: {differences}")
+
+
+def _say_other_version(config: Path) -> None:
+    """As `Trainer` does: the names of weights, and what a model computes, may change with transformers."""
+    if not config.is_file():
+        return
+    saved = PretrainedConfig.from_json_file(str(config)).transformers_version
+    if saved is not None and saved != transformers.__version__:
+        logger.warning("%s: was saved with transformers %s, this is %s", config, saved, transformers.__version__)

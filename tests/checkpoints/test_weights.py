@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
@@ -312,6 +313,17 @@ def test_another_type_of_number_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, "hf_bilb"):
         resume(FAMILIES["text/bert"](), checkpoint)
     assert "are of another type than the model's and are converted" in caplog.text
+
+
+def test_another_version_of_transformers_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = FAMILIES["text/bert"]()
+    config = Path(save(model, tmp_path)) / "config.json"
+    with caplog.at_level(logging.WARNING, "hf_bilb"):
+        resume(model, str(config.parent))
+        assert caplog.text == ""
+        config.write_text(config.read_text().replace(transformers.__version__, "5.0.1"))
+        resume(model, str(config.parent))
+    assert "was saved with transformers 5.0.1, this is " in caplog.text
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------
