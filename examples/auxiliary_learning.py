@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small batches: a second thread 
 
 import click
 
-from hf_bilb.errors import OptionError
-from hf_bilb.recipe import one_line, read_recipe
+from hf_bilb.errors import OptionError, one_line
+from hf_bilb.recipe import read_recipe
 from hf_bilb.reporting.results import FILE_NAME, RunResults, read_results
 
 MAIN = "income"

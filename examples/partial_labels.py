@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.data.nyuv2_labels import CLASSES_13
-from hf_bilb.errors import OptionError
-from hf_bilb.recipe import one_line, read_recipe
+from hf_bilb.errors import OptionError, one_line
+from hf_bilb.recipe import read_recipe
 from hf_bilb.reporting.results import FILE_NAME, RunResults, read_results
 from hf_bilb.reporting.tables import compare, render_text
 
