@@ -332,7 +332,9 @@ def test_passes(tmp_path: Path) -> None:
         )
         passes.watch(trainer)
         trainer.train()
-        assert passes.counts == [(parts, 0, parts), expected, (parts, 0, parts)]
+        # The first window's counts are compared with those of its losses, in a pass without gradients.
+        first = (parts, parts if parts > 1 else 0, parts)
+        assert passes.counts == [first, expected, (parts, 0, parts)]
 
 
 def test_a_double_loop_is_reported_at_no_cost(tmp_path: Path) -> None:

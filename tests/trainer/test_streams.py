@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -209,10 +208,6 @@ def test_without_a_position_the_state_of_trainer_tells_it(tmp_path: Path, caplog
 
 def without_position(checkpoint: Path) -> None:
     (checkpoint / "data_position_0.json").unlink()
-    marker = checkpoint / "checkpoint_complete.json"
-    found = json.loads(marker.read_text())
-    del found["files"]["data_position_0.json"]
-    marker.write_text(json.dumps(found))
 
 
 def test_what_trainer_counts_is_what_its_state_is_read_for(tmp_path: Path) -> None:
@@ -259,7 +254,7 @@ def test_a_damaged_position_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-2" / "data_position_0.json"
     text = path.read_text()
     path.write_text("[" + text[1:])
-    with pytest.raises(CheckpointError, match=r"data_position_0.json: is damaged or was not written by hf_bilb"):
+    with pytest.raises(CheckpointError, match=r"data_position_0.json: is damaged"):
         trainer_for(tmp_path / "other", Stream()).train(resume_from_checkpoint=str(path.parent))
 
 
