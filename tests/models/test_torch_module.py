@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_bilb.data import DATA_SETS
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS
 from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module, check_columns
 from hf_bilb.options import parse_options
@@ -274,6 +274,60 @@ def test_build_model_looks_at_the_columns(folder: Path) -> None:
     spec = DATA_SETS["sarcos"]
     message = refused(lambda: build_model(parse_recipe(raw, "x"), spec.load(spec.options(file="arm.npz"))))
     assert "takes 'feature', which is no column of a batch" in message
+
+
+SHARED = """
+import torch
+from torch import nn
+
+
+class Joints(nn.Module):
+    def __init__(self, num_features, num_tasks):
+        super().__init__()
+        encoder = nn.Sequential(nn.Linear(num_features, 8), nn.Tanh())
+        self.joints = nn.ModuleList(nn.Sequential(encoder, nn.Linear(8, 1)) for _ in range(num_tasks))
+
+    def forward(self, features):
+        return torch.cat([joint(features) for joint in self.joints], 1)
+
+
+class Text(Joints):
+    def get_extra_state(self):
+        return "text"
+
+    def set_extra_state(self, state):
+        pass
+
+
+def joints(num_features, num_tasks):
+    return Joints(num_features, num_tasks)
+
+
+def text(num_features, num_tasks):
+    return Text(num_features, num_tasks)
+"""
+
+
+def test_an_encoder_that_the_tasks_share(folder: Path) -> None:
+    (folder / "shared.py").write_text(SHARED)
+    raw = recipe(load_best_model_at_end=True).to_dict()
+    raw["model"] = {"name": "torch_module", "factory": "shared.py:joints", "arguments": {}}
+    whole = run_recipe(parse_recipe({**raw, "trainer": {**raw["trainer"], "output_dir": "whole"}}, "arm"))
+    run_recipe(parse_recipe({**raw, "trainer": {**raw["trainer"], "num_train_epochs": 1}}, "arm"))
+    (folder / "run" / "results.json").unlink()
+    resumed = run_recipe(parse_recipe(raw, "arm"), resume=True)
+    assert [m.value for m in resumed.metrics] == [m.value for m in whole.metrics]
+    saved, other = load_file("run/model.safetensors"), load_file("whole/model.safetensors")
+    assert len(saved) == 2 + 3 * 2  # the encoder once, a head for each of three joints
+    assert saved.keys() == other.keys() and all(torch.equal(saved[name], other[name]) for name in saved)
+
+
+def test_a_network_that_cannot_be_saved_is_refused_before_training(folder: Path) -> None:
+    (folder / "shared.py").write_text(SHARED)
+    raw = recipe(save_strategy="no").to_dict()
+    raw["model"] = {"name": "torch_module", "factory": "shared.py:text", "arguments": {}}
+    with pytest.raises(CheckpointError, match="the model cannot be saved: _extra_state is of type str"):
+        run_recipe(parse_recipe(raw, "arm"))
 
 
 @pytest.mark.parametrize("name", ["adult", "census", "sarcos"])
