@@ -112,20 +112,22 @@ def test_it_is_let_go_after_an_error(tmp_path: Path) -> None:
 
 
 def test_a_forked_child_neither_holds_it_nor_lets_it_go(tmp_path: Path) -> None:
-    read, write = os.pipe()
     with hold(tmp_path):
         child = os.fork()
-        if child == 0:  # outlives the `with` block of its parent
-            os.read(read, 1)
-            os._exit(0)
-        ended = os.fork()
-        if ended == 0:
-            os._exit(0)
-        os.waitpid(ended, 0)
-        assert not is_free(tmp_path)
-    assert is_free(tmp_path)
-    os.write(write, b"x")
-    os.waitpid(child, 0)
+        if child == 0:  # outlives its parent
+            signal.pause()
+        try:
+            ended = os.fork()
+            if ended == 0:
+                os._exit(0)
+            os.waitpid(ended, 0)
+            assert not is_free(tmp_path)
+            # As if the parent were killed: its descriptor goes, and nothing else happens.
+            folder_lock._forget()
+            assert (tmp_path / LOCK_FILE).exists() and is_free(tmp_path)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_a_child_with_the_descriptor_goes_on_holding_it(tmp_path: Path) -> None:
