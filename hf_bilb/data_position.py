@@ -178,8 +178,13 @@ class DataPosition:
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
+def position_file(rank: int) -> str:
+    """Its name."""
+    return f"data_position_{rank}.json"
+
+
 def _file(folder: str | Path, rank: int) -> Path:
-    return Path(folder) / f"data_position_{rank}.json"
+    return Path(folder) / position_file(rank)
 
 
 def write_position(folder: str | Path, rank: int, position: SavedPosition) -> None:

@@ -16,7 +16,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from hf_bilb.atomic_trainer import AtomicCheckpointTrainer
-from hf_bilb.data_position import DataPosition, SavedPosition, position_of_state, read_position, write_position
+from hf_bilb.data_position import (
+    DataPosition,
+    SavedPosition,
+    position_file,
+    position_of_state,
+    read_position,
+    write_position,
+)
 from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -58,6 +65,7 @@ class DataTrainer(AtomicCheckpointTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `Trainer`; raises `OptionError` when it would give no batch."""
+        say_split_already(self.train_dataset, "train_dataset", self.args.world_size)
         loader = super().get_train_dataloader()
         if has_length(loader) and len(loader) == 0:
             examples = f"{len(self.train_dataset)} examples" if has_length(self.train_dataset) else "its examples"
@@ -168,12 +176,24 @@ class DataTrainer(AtomicCheckpointTrainer):
         position = self.data_position.saved(
             self.state.global_step, self._rows_per_update(), self.control.should_epoch_stop
         )
-        write_position(output_dir, self.args.process_index, position)
+        rank = self.args.process_index
+        with self._writing(output_dir, position_file(rank)):
+            write_position(output_dir, rank, position)
 
 
 def nothing_to_dispatch(error: Exception) -> bool:
     """Whether accelerate's dispatching loader fails because rank 0 has read nothing, which it does not say."""
     return "Batch does not contain any data" in str(error) or "passed to `_gpu_broadcast_one`" in str(error)
+
+
+def say_split_already(dataset: Any, name: str, num_ranks: int) -> None:
+    """Warn of a stream that `datasets.distributed.split_dataset_by_node` has divided: it would be divided once more."""
+    split = getattr(dataset, "_distributed", None)  # where `datasets` keeps it; there is no public name
+    if num_ranks > 1 and split is not None and split.world_size > 1:
+        logger.warning(
+            "%s: split_dataset_by_node has divided it among %d ranks, and Trainer divides what it is given once more: "
+            "rows are left out; give it the whole data set", name, split.world_size,
+        )  # fmt: skip
 
 
 def refuse_empty(dataset: Any, name: str) -> None:

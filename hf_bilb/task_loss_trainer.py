@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_bilb.collation import with_missing_labels
 from hf_bilb.columns import ForwardColumns, MissingColumns, config_of
-from hf_bilb.data_trainer import GAVE_NOTHING, DataTrainer, Filler, nothing_to_dispatch, refuse_empty
+from hf_bilb.data_trainer import GAVE_NOTHING, DataTrainer, Filler, nothing_to_dispatch, refuse_empty, say_split_already
 from hf_bilb.errors import MissingColumnError, OptionError, TaskLossError
 from hf_bilb.evaluation import EvaluationLosses, own_part
 from hf_bilb.evaluation_loader import streamed_loader, whole_sets
@@ -289,7 +289,9 @@ class TaskLossTrainer(DataTrainer):
                 return super()._get_dataloader(
                     dataset, description, batch_size, sampler_fn, is_training, dataloader_key
                 )
-        refuse_empty(dataset, "test_dataset" if description == "test" else "eval_dataset")
+        name = "test_dataset" if description == "test" else "eval_dataset"
+        refuse_empty(dataset, name)
+        say_split_already(dataset, name, self.args.world_size)
         with self._labels_filled(dataset), whole_sets(self, dataset, drop_as_trainer=self._ordinary is not False):
             streamed = streamed_loader(self, dataset, description, batch_size)
             if streamed is not None:

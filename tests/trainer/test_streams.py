@@ -12,11 +12,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer
+from hf_bilb.data_trainer import say_split_already
 from hf_bilb.errors import CheckpointError, OptionError
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.harness import BATCH, FLOAT, arguments, plain_settings, untimed
@@ -197,17 +199,13 @@ def test_without_a_position_the_state_of_trainer_tells_it(tmp_path: Path, caplog
     whole = trainer_for(tmp_path, Stream())
     whole.train()
     checkpoint = tmp_path / "checkpoint-8"
-    without_position(checkpoint)
+    (checkpoint / "data_position_0.json").unlink()
     resumed = trainer_for(tmp_path / "other", Stream())
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert (
         "holds no data_position_0.json: by its trainer_state.json it was saved after 3 updates of pass 1" in caplog.text
     )
     assert torch.equal(flat_parameters(resumed.model), flat_parameters(whole.model))
-
-
-def without_position(checkpoint: Path) -> None:
-    (checkpoint / "data_position_0.json").unlink()
 
 
 def test_what_trainer_counts_is_what_its_state_is_read_for(tmp_path: Path) -> None:
@@ -252,10 +250,20 @@ def test_another_batch_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 def test_a_damaged_position_is_one_line(tmp_path: Path) -> None:
     trainer_for(tmp_path, Stream(), max_steps=2).train()
     path = tmp_path / "checkpoint-2" / "data_position_0.json"
-    text = path.read_text()
-    path.write_text("[" + text[1:])
-    with pytest.raises(CheckpointError, match=r"data_position_0.json: is damaged"):
-        trainer_for(tmp_path / "other", Stream()).train(resume_from_checkpoint=str(path.parent))
+    for found in ("[]", '{"format": 1}', path.read_text().replace('"epoch": 0', '"epoch": -1'), "{"):
+        path.write_text(found)
+        with pytest.raises(CheckpointError, match=r"data_position_0\.json: .*is damaged") as error:
+            trainer_for(tmp_path / "other", Stream()).train(resume_from_checkpoint=str(path.parent))
+        assert "\n" not in str(error.value)
+
+
+def test_a_stream_that_is_split_already(caplog: pytest.LogCaptureFixture) -> None:
+    whole = of_the_hub()
+    for data, ranks, said in ((whole, 2, False), (split_dataset_by_node(whole, 0, 2), 1, False), (Stream(), 2, False)):
+        say_split_already(data, "eval_dataset", ranks)
+        assert bool(caplog.text) == said
+    say_split_already(split_dataset_by_node(whole, 0, 2), "eval_dataset", 2)
+    assert "eval_dataset: split_dataset_by_node has divided it among 2 ranks" in caplog.text
 
 
 # --- data that are not there --------------------------------------------------------------------------------------
