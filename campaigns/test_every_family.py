@@ -136,6 +136,8 @@ Command: `{command}`.
 transformers' auto classes name {counts["asked"]} classes of models. {counts["built"]} of them could be made small here
 and were saved by the trainer, filled with other values, and restored as a resume does; transformers saves
 {counts["renamed"]} of these under other names, or in other shapes, than the module has.
+The others need a package that is not installed, have more than 20 million parameters even so, or cannot be built from
+sizes set by their usual names.
 
 Restored to the bit, every tensor: {counts["restored"]} of {counts["built"]}.
 """
