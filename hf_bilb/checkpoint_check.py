@@ -83,7 +83,10 @@ class Findings:
         said = []
         if self.marker is None:
             gone = [name for key in self.fresh if balancing or key != "balancer" for name in _USUAL[key]]
-            said.append(f"{MARKER} is missing, so that nothing tells whether its files are what was saved")
+            said.append(
+                f"{MARKER} is missing (a checkpoint of Trainer has none), so that nothing tells whether its files are "
+                "what was saved"
+            )
         elif "optimizer" in self.fresh and not any(_kind(name) == "optimizer" for name in gone):
             said.append("holds the model alone (save_only_model)")
         elif balancing and "balancer" in self.fresh and not any(_kind(name) == "balancer" for name in gone):

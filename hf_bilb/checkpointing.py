@@ -237,7 +237,10 @@ def check_description(folder: str | Path, balancer: LossBalancer) -> None:
 def _check_description(path: Path, description: dict[str, Any], balancer: LossBalancer) -> None:
     if description["balancer"] != balancer.name:
         saved = description["balancer"]
-        raise CheckpointError(f"{path}: was saved by balancer {saved!r}, this run uses {balancer.name!r}")
+        raise CheckpointError(
+            f"{path}: was saved by balancer {saved!r}, this run uses {balancer.name!r}; go on with {saved!r}, or start "
+            "a new run from the model's weights"
+        )
     if list(description["task_names"]) != list(balancer.task_names):
         raise CheckpointError(f"{path}: {_task_difference(description['task_names'], balancer.task_names)}")
 

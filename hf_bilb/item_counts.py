@@ -72,12 +72,18 @@ class ItemCounter:
         num_tasks = len(self._task_names)
         if self._given is not None:
             counts: object = self._given(batch)
+            if isinstance(counts, Mapping) and counts.keys() == set(self._task_names):
+                counts = torch.stack([torch.as_tensor(counts[name]).reshape(()) for name in self._task_names])
             if not isinstance(counts, Tensor) or counts.shape != (num_tasks,):
-                raise TaskLossError(f"task_item_counts: returned {counts!r}, expected a tensor [{num_tasks}]")
+                raise TaskLossError(
+                    f"task_item_counts: returned {counts!r}, expected a tensor [{num_tasks}], or a dict with a number "
+                    "for each task"
+                )
             return ItemCounts(counts, ())
         columns = label_columns(batch, self._label_names, self._task_names)
         if isinstance(columns, Tensor):
-            return ItemCounts(valid_labels(columns, self._ignore_index).sum(dim=0), ())
+            valid = valid_labels(columns, self._ignore_index)
+            return ItemCounts(valid.sum(dim=[dim for dim in range(valid.ndim) if dim != 1]), ())
         told = _valid_numbers(list(columns.values()), self._ignore_index)
         if len(columns) == num_tasks:
             return ItemCounts(told, ())
@@ -154,16 +160,16 @@ def label_columns(
     """Which labels of a batch belong to which task.
 
     Returns:
-        one column `[B, K]` that holds those of all tasks (the only one, or `labels`); or task -> its column, `[B]` or
-        `[B, ...]`, in the order of `task_names`: the column of its name, the others, where there are K columns, in the
-        order of `label_names`.
+        one column `[B, K]` or `[B, K, ...]` that holds those of all tasks (the only one, or `labels`); or task -> its
+        column, `[B]` or `[B, ...]`, in the order of `task_names`: the column of its name, the others, where there are K
+        columns, in the order of `label_names`.
         Tasks without a column in the batch have no entry.
     """
     num_tasks = len(task_names)
     if len(label_names) == 1 or ("labels" in label_names and not set(label_names) & set(task_names)):
         # Beside `labels` there may be columns that only the loss needs, such as weights of the examples.
         only = batch.get("labels" if len(label_names) > 1 else label_names[0])
-        if isinstance(only, Tensor) and only.ndim == 2 and only.shape[1] == num_tasks:
+        if isinstance(only, Tensor) and only.ndim > 1 and only.shape[1] == num_tasks:
             return only
     column_of = {task: task for task in task_names if task in label_names}
     if len(label_names) == num_tasks:

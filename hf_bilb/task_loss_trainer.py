@@ -73,6 +73,7 @@ class TaskLossTrainer(DataTrainer):
         self._ordinary: bool | None = None  # None = not known yet
         self._evaluation: EvaluationLosses | None = None
         self._to_be_evaluated = False
+        self._last_columns: list[str] = []
         self._fields: PredictedFields | None = None
         self._not_joined: list[str] = []
         self._settle_tasks()
@@ -252,6 +253,11 @@ class TaskLossTrainer(DataTrainer):
                 f"task_loss_func: KeyError {error}; the model's outputs are: {of_model}; the batch's columns: "
                 f"{', '.join(inputs)}"
             ) from error
+        if isinstance(result, tuple) and len(result) != 2:
+            raise TaskLossError(
+                f"task_loss_func: returned a tuple of {len(result)}, expected losses (a tensor "
+                f"[{len(self.task_names)}], or a dict task -> scalar), or the pair (losses, num_items)"
+            )
         losses = result[0] if isinstance(result, tuple) and result else result
         if not has_task_names(self) and isinstance(losses, Mapping) and set(losses) != set(self.task_names):
             raise TaskLossError(
@@ -363,7 +369,7 @@ class TaskLossTrainer(DataTrainer):
     def _remark(self, evaluation: EvaluationLosses, losses: Mapping[str, float], prefix: str) -> None:
         """Say what is missing in the losses of an evaluation, once for each kind of it."""
         if evaluation.num_batches == 0:
-            logger.warning("no evaluation losses: %s", self._why_no_losses())
+            logger.warning("%s: no evaluation losses: %s", prefix, self._why_no_losses())
             return
         remarks = evaluation.remarks(losses, prefix)
         if evaluation.assumed and (evaluation.num_batches > 1 or self.args.world_size > 1):
@@ -374,9 +380,14 @@ class TaskLossTrainer(DataTrainer):
                 logger.warning("%s", remark)
 
     def _why_no_losses(self) -> str:
+        """Trainer asks for a loss, and for metrics, only of batches that hold all label columns."""
         if not self.label_names:
-            return "label_names is empty; name the columns there that the losses are taken from"
-        return f"the batches do not hold all of label_names {self.label_names}"
+            why = "label_names is empty; name the columns there that the losses are taken from"
+        else:
+            missing = [name for name in self.label_names if name not in self._last_columns]
+            has = ", ".join(self._last_columns) or "none"
+            why = f"the batches have no column {', '.join(map(repr, missing))} of label_names (their columns: {has})"
+        return f"{why}; compute_metrics is not called either"
 
     def _begin_evaluation(self) -> EvaluationLosses:
         self._evaluation = evaluation = EvaluationLosses(self.task_names, self.args.device)
@@ -384,6 +395,7 @@ class TaskLossTrainer(DataTrainer):
             # What an evaluation that died has left must not count in this one.
             self.compute_metrics.reset()
         self._fields = None
+        self.expect_batch()
         over_batches = self.args.eval_do_concat_batches and not self.args.batch_eval_metrics
         if self.preprocess_logits_for_metrics is None and (over_batches or self.args.world_size > 1):
             self._fields = PredictedFields(self.accelerator.gather, self.args.device, over_batches)
@@ -401,7 +413,8 @@ class TaskLossTrainer(DataTrainer):
 
         `generate_arguments` are those of `Seq2SeqTrainer`, before which this class may stand.
         """
-        self._to_be_evaluated = True
+        self.expect_batch()
+        self._last_columns = [str(name) for name in inputs]
         try:
             return self._predicted(model, inputs, prediction_loss_only, ignore_keys, **generate_arguments)
         finally:
@@ -460,8 +473,12 @@ class TaskLossTrainer(DataTrainer):
             labels = self._prepare_inputs(inputs).get("labels")
         return loss, tokens, labels
 
+    def expect_batch(self) -> None:
+        """The next losses that `compute_loss` finds in evaluation mode count in the evaluation under way."""
+        self._to_be_evaluated = True
+
     def _evaluated_loss(self, model: nn.Module, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
-        """The unweighted mean of the tasks' losses in one batch, which `prediction_step` takes into the exact ones."""
+        """The unweighted mean of the tasks' losses in one batch, which is also taken into the exact ones, once."""
         if self._evaluation is not None and self._to_be_evaluated:
             self._to_be_evaluated = False  # a second call for the same batch is a look
             self._evaluation.add(self._without_repetitions(model, batch, inputs))

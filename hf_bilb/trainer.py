@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollator, EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, default_compute_objective
 
 from hf_bilb import checkpointing, distributed
 from hf_bilb.accumulation import AccumulationWindow, WindowCounter
@@ -28,12 +28,18 @@ from hf_bilb.data_trainer import Filler
 from hf_bilb.decision import Decision, share_of_window
 from hf_bilb.diagnostics import LowerLevelDiagnostics
 from hf_bilb.epochs import EpochDataset
-from hf_bilb.errors import NonFiniteLossError, TrainerError
+from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
 from hf_bilb.gradient_check import tasks_with_nonfinite_slope
 from hf_bilb.micro_batches import MicroBatches
 from hf_bilb.passes import buffers_kept
 from hf_bilb.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
-from hf_bilb.task_loss_trainer import TaskItemCounts, TaskLossFunc, TaskLossTrainer, tensors_in
+from hf_bilb.task_loss_trainer import (
+    TaskItemCounts,
+    TaskLossFunc,
+    TaskLossTrainer,
+    evaluation_names,
+    tensors_in,
+)
 from hf_bilb.task_losses import TaskLosses, short_names
 from hf_bilb.task_sampler import build_task_sampler, set_sampler_epoch
 from hf_bilb.trainer_callback import BalancerCallbackHandler
@@ -44,7 +50,7 @@ from hf_bilb.trainer_checks import (
     plain_optimizer,
     resolve_absent_tasks,
 )
-from hf_bilb.training_args import AS_IT_IS, OWN_FIELDS, as_bilevel_arguments
+from hf_bilb.training_args import AS_IT_IS, OWN_FIELDS, as_bilevel_arguments, is_task_loss
 from hf_bilb.update import GRADIENT, Update
 from hf_bilb.validity import Phase
 
@@ -194,6 +200,30 @@ class BilevelMTLTrainer(TaskLossTrainer):
                     setattr(self.args, key, value)
         if self.model_init is not None:  # a model built anew, and a trial's arguments; else `train` has done it
             self._settle_balancing()
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in `Trainer`, also over the arguments of balancing: `{"balancer": "famo"}`, or a mapping with options.
+
+        The default objective is Trainer's: the loss, or the sum of the metrics where there are any. The tasks' losses
+        `eval_loss_<task>` are none of them.
+        """
+        objective = self._objective_of_search if compute_objective is None else compute_objective
+        return super().hyperparameter_search(hp_space, objective, *args, **kwargs)
+
+    def _objective_of_search(self, metrics: dict[str, float]) -> float:
+        names = evaluation_names(self.eval_dataset)
+        kept = {
+            key: value
+            for key, value in metrics.items()
+            if is_task_loss(key, (), names) or not is_task_loss(key, self.task_names, names)
+        }
+        return float(default_compute_objective(kept))
 
     def _build_balancer(self, settings: RunSettings) -> LossBalancer:
         return build_balancer(
@@ -410,17 +440,32 @@ class BilevelMTLTrainer(TaskLossTrainer):
             loss = self.balancer.attach(batch, self._decision, share=share)
         else:
             loss = self._decide_for_micro_batch(batch, inputs)
-        if not batch.complete and isinstance(model, DistributedDataParallel):
-            # Heads without a loss on this rank may have one on another: every one takes part in the reduction.
-            if model.find_unused_parameters:
+        if not batch.complete:
+            # Heads without a loss on this rank may have one on another: every one takes part in the reduction. On one
+            # process alike, so that an optimizer with momentum does the same on any number of them.
+            if self._finds_unused(model):
                 zero = distributed.reach(tensors_in(outputs))
                 loss = loss if zero is None else loss + zero.to(loss.dtype)
             else:
                 loss = distributed.reach_rest(loss, model.parameters())
+        if not loss.requires_grad:
+            raise TaskLossError(
+                "losses: none of them depends on a trainable parameter (detached, or made under torch.no_grad), "
+                "expected losses that a backward pass can start from"
+            )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Its backward pass ends in the optimizer's step: too late to look afterwards.
             self.update_is_valid()
         return loss
+
+    def _finds_unused(self, model: nn.Module) -> bool:
+        """Whether DistributedDataParallel looks for parameters without a gradient; what it would do, on one process."""
+        if isinstance(model, DistributedDataParallel):
+            return bool(model.find_unused_parameters)
+        if self.args.ddp_find_unused_parameters is not None:
+            return bool(self.args.ddp_find_unused_parameters)
+        checkpointing = self.args.activation_checkpointing or getattr(self.model, "is_activation_checkpointing", False)
+        return not (isinstance(self.model, PreTrainedModel) and checkpointing)
 
     def _decide_for_micro_batch(self, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
         share = None
@@ -568,7 +613,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             logs["train_loss"] = self._running_log.run_mean()
             unseen = self.balancer.unseen_tasks() if self.state.global_step > 0 else []
             if unseen:
-                logger.warning("%s had no label in any step: not trained", short_names(unseen))
+                logger.warning("%s had no label, or no loss, in any step: not trained", short_names(unseen))
         super().log(logs, start_time)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------

@@ -76,6 +76,14 @@ class BalancerCallbackHandler(CallbackHandler):
             self._dropped = False
         return super().on_step_end(args, state, control, **kwargs)
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """As in `CallbackHandler`; after the callbacks, whose looks at losses do not count, the next batch does."""
+        control = super().on_prediction_step(args, state, control, **kwargs)
+        self._trainer.expect_batch()
+        return control
+
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.columns import config_of, innermost, takes_any
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.objective import ProgressObjective
-from hf_bilb.options import unknown_name
+from hf_bilb.options import nearest, unknown_name
 from hf_bilb.task_losses import check_task_names
 from hf_bilb.task_sampler import TaskSamplingOptions, example_tasks, refuse_other_sampling
 from hf_bilb.training_args import BilevelMTLTrainingArguments
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from hf_bilb.task_loss_trainer import TaskLossTrainer
     from hf_bilb.trainer import BilevelMTLTrainer
 
+
+logger = logging.getLogger(__name__)
 
 #: What a reporter of `report_to` needs: the package, and modules of which one is enough; by default of its own name.
 _REPORTERS: dict[str, tuple[str, ...]] = {
@@ -98,10 +102,18 @@ def check_settings(trainer: Trainer) -> None:
 
 
 def check_losses(trainer: TaskLossTrainer) -> None:
-    """Raise `OptionError` for what Trainer's own loss would be made of, where the tasks' losses take its place."""
+    """Raise `OptionError` for what Trainer's own loss would be made of, where the tasks' losses take its place, and for
+    a `task_loss_func` that cannot be called; say what may have been forgotten."""
     where = "with several tasks" if len(trainer.task_names) > 1 else "beside a task_loss_func"
     if len(trainer.task_names) == 1 and trainer.task_loss_func is None:
+        _say_one_task(trainer)
         return
+    if trainer.task_loss_func is not None and not _takes_two(trainer.task_loss_func):
+        raise OptionError(
+            "task_loss_func: is called as task_loss_func(outputs, batch), which it does not take: "
+            f"{inspect.signature(trainer.task_loss_func)}"
+        )
+    _say_unknown_labels(trainer)
     if trainer.compute_loss_func is not None:
         raise OptionError(f"compute_loss_func: would be ignored {where}; use task_loss_func")
     if trainer.args.label_smoothing_factor != 0:
@@ -109,6 +121,38 @@ def check_losses(trainer: TaskLossTrainer) -> None:
             f"label_smoothing_factor: {trainer.args.label_smoothing_factor} would be ignored {where}; "
             "smooth in the model's or the task_loss_func's own losses"
         )
+
+
+def _say_one_task(trainer: TaskLossTrainer) -> None:
+    """One task is nothing to balance; with several label columns, or a balancer asked for, more were perhaps meant."""
+    labels, name = trainer.args.label_names or [], trainer.args.balancer_name_and_options()[0]
+    if not has_task_names(trainer) and (len(labels) > 1 or name != "bilb"):
+        logger.warning(
+            "task_names: not given, so that there is one task, the model's own loss is trained as Trainer does, and "
+            "nothing is balanced; for several tasks set task_names in BilevelMTLTrainingArguments, and let the model "
+            "return `losses` or give the Trainer a task_loss_func"
+        )
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature to look at
+        return True
+    return True
+
+
+def _say_unknown_labels(trainer: TaskLossTrainer) -> None:
+    columns = getattr(trainer.train_dataset, "column_names", None)
+    for name in trainer.args.label_names or []:
+        if isinstance(columns, list) and name not in columns:
+            logger.warning(
+                "label_names: %r is no column of train_dataset%s; there is no evaluation loss of batches without it",
+                name,
+                nearest(name, columns),
+            )
 
 
 def check_balancer(trainer: BilevelMTLTrainer) -> None:

@@ -149,8 +149,10 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             task_names: the K tasks; a loss is `[eval_][<data set>_]loss[_<task>]` of one of them, or of all.
             data_sets: names of the evaluation sets, where there are several.
         """
-        if self._better_is_undecided and is_task_loss(self.metric_for_best_model or "", task_names, data_sets):
-            self.greater_is_better = False
+        metric = self.metric_for_best_model
+        if self._better_is_undecided and metric is not None:
+            # Again from the name: it may have been set since.
+            self.greater_is_better = not (metric.endswith("loss") or is_task_loss(metric, task_names, data_sets))
 
     def _check_steps(self) -> None:
         self.max_dropped_steps = check_value(self.max_dropped_steps, int, "max_dropped_steps")
@@ -238,8 +240,9 @@ def as_bilevel_arguments(args: TrainingArguments | None) -> BilevelMTLTrainingAr
             value = added.default if added.default_factory is MISSING else added.default_factory()
             setattr(upgraded, added.name, value)
     upgraded.__dict__.update(vars(args))
-    # A task's loss for which a higher value is better is Trainer's guess from its name, which does not end in "loss".
-    upgraded._better_is_undecided = upgraded.greater_is_better is not False
+    # What Trainer has made of the name of the metric may be its guess.
+    guess = not (upgraded.metric_for_best_model or "").endswith("loss")
+    upgraded._better_is_undecided = upgraded.greater_is_better in (None, guess)
     upgraded.check_settings()
     return upgraded
 

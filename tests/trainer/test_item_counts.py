@@ -403,6 +403,8 @@ def test_a_column_that_only_the_loss_needs_is_no_label() -> None:
     batch = {"labels": labels, "weight": torch.ones(3), "mask": torch.ones(3)}
     for names in (["labels"], ["labels", "weight"], ["weight", "labels"], ["labels", "weight", "mask"]):
         assert ItemCounter(None, names, ["a", "b"]).count(batch).num_items.tolist() == [3, 1]
+    vectors = {"labels": labels[:, :, None].expand(3, 2, 5), "weight": torch.ones(3)}
+    assert ItemCounter(None, ["labels", "weight"], ["a", "b"]).count(vectors).num_items.tolist() == [15, 5]
     # Columns named as the tasks are theirs, whatever else is called `labels`.
     named = {"a": torch.ones(3), "labels": labels}
     assert ItemCounter(None, ["a", "labels"], ["a", "b"]).count(named).num_items.tolist() == [3, 4]
