@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import IterableDataset
@@ -232,6 +233,30 @@ def missing_heads_in_windows(kind: str, find_unused: bool, balance_over: str) ->
     )
 
 
+def rest_reached(several: bool) -> dict[str, Any]:
+    """Three backward passes with one head or two of four, others on each rank; one process takes what both take."""
+    trunk, heads = nn.Linear(3, 4).double(), nn.ModuleList(nn.Linear(4, 1) for _ in range(4)).double()
+    model = nn.ModuleDict({"trunk": trunk, "heads": heads})
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view_as(parameter) + number)
+    model.forward = lambda row, k: heads[k](trunk(row)).square().sum()
+    ranks = world_size()
+    wrapped = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    found = []
+    for step in range(3):
+        row = torch.arange(3, dtype=torch.float64) + step
+        losses = []
+        for number in [dist.get_rank()] if ranks > 1 else [0, 1]:
+            for k in (number, number + 1) if several else (number,):
+                loss = wrapped(row, k)
+                losses.append(distributed.reach_rest(loss, model.parameters()) if ranks > 1 else loss / 2)
+        sum(losses).backward()
+        found += [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+    return {"gradients": torch.cat([gradient.flatten() for gradient in found])}
+
+
 def build_separate_heads(cls: type[SeparateHeads]) -> SeparateHeads:
     reference = build_model(torch.float64)
     model = cls(reference.config).double()
@@ -385,6 +410,8 @@ def all_scenarios() -> dict[str, Scenario]:
             for over in ("micro_batch", "window"):
                 name = f"heads_over_{over}/{kind}/{find_unused}"
                 found[name] = partial(missing_heads_in_windows, kind, find_unused, over)
+    for several in (False, True):
+        found[f"rest/{several}"] = partial(rest_reached, several)
     for kwargs_forward in (False, True):
         for accumulation in (1, 4):
             found[f"factor/{kwargs_forward}/{accumulation}"] = partial(no_factor, kwargs_forward, accumulation)

@@ -99,6 +99,15 @@ def test_heads_that_are_not_connected_on_one_rank(runs: Runs, name: str) -> None
     assert_same_logs(found["logs"], expected["logs"], 1e-11)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_rest_is_reached_once_by_one_loss_or_several(runs: Runs, several: bool) -> None:
+    expected = runs.one[f"rest/{several}"]["gradients"]
+    assert expected.count_nonzero() > 20
+    for results in runs.ranks:
+        assert results[f"rest/{several}"]["world_size"] == 2
+        assert relative_difference(results[f"rest/{several}"]["gradients"], expected) <= 1e-15
+
+
 @pytest.mark.parametrize("name", ["poisoned/skip", "steep/skip"])
 def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_drops_the_step_on_both(runs: Runs, name: str) -> None:
     found, expected = runs.ranks[0][name], runs.one[name]

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.errors import NonFiniteLossError
+from hf_bilb.task_losses import TaskLosses
 from tests.contract.cases import CASES, Case, Tilted, advance, random_losses
 
 K = 3
@@ -133,6 +134,14 @@ def test_said_once_and_counted_from_the_last_look() -> None:
     )
     advance(balancer, torch.tensor([1.0, 1e20, 2.0]))
     assert balancer.diagnose() == []
+
+
+def test_a_preview_is_no_lesson() -> None:
+    for name in ("uw", "go4align"):
+        balancer = build_balancer(name, K)
+        advance(balancer, ORDINARY)
+        balancer.preview(TaskLosses(torch.tensor([1.0, 1e30, 2.0]), torch.ones(K)))
+        assert balancer.diagnose() == []
 
 
 def test_a_loss_that_is_not_finite_is_another_matter() -> None:
