@@ -114,7 +114,7 @@ def edit(path: Path) -> None:
         ("scheduler.pt", delete, "scheduler.pt is missing; what starts FRESH: optimizer and learning rate schedule"),
         (TENSORS, delete, f"{TENSORS} is missing; what starts FRESH: balancer"),
         (DESCRIPTION, delete, f"{DESCRIPTION} is missing; what starts FRESH: balancer"),
-        (MARKER, delete, f"{MARKER} is missing, so that nothing tells"),
+        (MARKER, delete, f"{MARKER} is missing (a checkpoint of Trainer has none), so that nothing tells"),
     ],
 )
 def test_it_is_loaded_with_one_warning(
