@@ -184,6 +184,8 @@ HEADS: dict[str, type[SeparateHeads]] = {
     "dropped": DictOfHeads,
     "checkpointed": Checkpointed,
 }
+#: Several losses in one backward pass or not, and of how many heads; of two, two losses leave no rest.
+RESTS = [(False, 4), (True, 4), (True, 2)]
 #: Reentrant checkpointing does not go with find_unused_parameters, whatever is trained.
 FIND_UNUSED = {kind: (False,) if kind == "checkpointed" else (False, True) for kind in HEADS}
 
@@ -233,9 +235,9 @@ def missing_heads_in_windows(kind: str, find_unused: bool, balance_over: str) ->
     )
 
 
-def rest_reached(several: bool) -> dict[str, Any]:
-    """Three backward passes with one head or two of four, others on each rank; one process takes what both take."""
-    trunk, heads = nn.Linear(3, 4).double(), nn.ModuleList(nn.Linear(4, 1) for _ in range(4)).double()
+def rest_reached(several: bool, number_of_heads: int) -> dict[str, Any]:
+    """Three backward passes with one head or several, others on each rank; one process takes what both take."""
+    trunk, heads = nn.Linear(3, 4).double(), nn.ModuleList(nn.Linear(4, 1) for _ in range(number_of_heads)).double()
     model = nn.ModuleDict({"trunk": trunk, "heads": heads})
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
@@ -248,7 +250,7 @@ def rest_reached(several: bool) -> dict[str, Any]:
         row = torch.arange(3, dtype=torch.float64) + step
         losses = []
         for number in [dist.get_rank()] if ranks > 1 else [0, 1]:
-            for k in (number, number + 1) if several else (number,):
+            for k in (number, (number + 1) % number_of_heads) if several else (number,):
                 loss = wrapped(row, k)
                 losses.append(distributed.reach_rest(loss, model.parameters()) if ranks > 1 else loss / 2)
         sum(losses).backward()
@@ -410,8 +412,8 @@ def all_scenarios() -> dict[str, Scenario]:
             for over in ("micro_batch", "window"):
                 name = f"heads_over_{over}/{kind}/{find_unused}"
                 found[name] = partial(missing_heads_in_windows, kind, find_unused, over)
-    for several in (False, True):
-        found[f"rest/{several}"] = partial(rest_reached, several)
+    for several, heads in RESTS:
+        found[f"rest/{several}/{heads}"] = partial(rest_reached, several, heads)
     for kwargs_forward in (False, True):
         for accumulation in (1, 4):
             found[f"factor/{kwargs_forward}/{accumulation}"] = partial(no_factor, kwargs_forward, accumulation)

@@ -19,7 +19,7 @@ from tests.distributed.checks import (
     assert_same_logs,
 )
 from tests.distributed.conftest import Runs
-from tests.distributed.scenarios import BALANCERS, FIND_UNUSED, HEADS, SABOTAGE
+from tests.distributed.scenarios import BALANCERS, FIND_UNUSED, HEADS, RESTS, SABOTAGE
 from tests.synthetic import TASK_NAMES, relative_difference
 
 pytestmark = pytest.mark.distributed
@@ -99,13 +99,13 @@ def test_heads_that_are_not_connected_on_one_rank(runs: Runs, name: str) -> None
     assert_same_logs(found["logs"], expected["logs"], 1e-11)
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_the_rest_is_reached_once_by_one_loss_or_several(runs: Runs, several: bool) -> None:
-    expected = runs.one[f"rest/{several}"]["gradients"]
+@pytest.mark.parametrize("name", [f"rest/{several}/{heads}" for several, heads in RESTS])
+def test_the_rest_is_reached_once_by_one_loss_or_several(runs: Runs, name: str) -> None:
+    expected = runs.one[name]["gradients"]
     assert expected.count_nonzero() > 20
     for results in runs.ranks:
-        assert results[f"rest/{several}"]["world_size"] == 2
-        assert relative_difference(results[f"rest/{several}"]["gradients"], expected) <= 1e-15
+        assert results[name]["world_size"] == 2
+        assert relative_difference(results[name]["gradients"], expected) <= 1e-15
 
 
 @pytest.mark.parametrize("name", ["poisoned/skip", "steep/skip"])
