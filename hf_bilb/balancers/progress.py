@@ -152,4 +152,4 @@ class Follower:
         self._optimizer.accumulate(gradients, num_items, torch.dot(after, after) + torch.dot(before, before))
         taken = self._optimizer.step()
         if taken is not None:
-            self._guards.learn(taken, after)
+            self._guards.learn(taken, after, before)

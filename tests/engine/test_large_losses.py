@@ -136,6 +136,17 @@ def test_said_once_and_counted_from_the_last_look() -> None:
     assert balancer.diagnose() == []
 
 
+@pytest.mark.parametrize(("before", "after"), [(1e25, 0.5), (0.5, 1e25)])
+def test_a_comparison_names_the_larger_of_both(before: float, after: float) -> None:
+    balancer = build_balancer("famo", K)
+    balancer.backward(torch.tensor([1.0, before, 2.0], requires_grad=True))
+    balancer.step(reevaluate=lambda: torch.tensor([1.0, after, 2.0]))
+    (message,) = balancer.diagnose()
+    assert message.startswith(
+        "task 'task_1' had a loss of size 1e+25: the balancer learned nothing in 1 of the last 1 "
+    )
+
+
 def test_a_preview_is_no_lesson() -> None:
     for name in ("uw", "go4align"):
         balancer = build_balancer(name, K)
