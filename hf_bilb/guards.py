@@ -64,7 +64,7 @@ class Guards(nn.Module):
 
     def learn(self, taken: Tensor, losses: Tensor, before: Tensor | None = None) -> None:
         """Count a lesson, what the method's own step or its record was to learn from `losses [K]`, and whether it was
-        `taken`, a bool scalar; `before`: what the losses were compared with. Cost: on average an eighth of an operation."""
+        `taken`, a bool scalar; `before`: what the losses were compared with. Cost: an eighth of an operation."""
         if not self._counting:
             return
         self._lessons += 1
