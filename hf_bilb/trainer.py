@@ -131,6 +131,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._diagnostics: LowerLevelDiagnostics | None = None
         self._gradient_norm: Tensor | float | None = None
         self._dropped_in_a_row = 0
+        self._overflow_said = False
         self._calls: int | None = None  # of compute_loss in the micro-batch under way; None between two
         self._settings: RunSettings | None = None
         self._settle_balancing()
@@ -497,7 +498,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self._check_begun()
             return True
         problem = None if update.empty else update.problem(self.state.global_step + 1, self._norm_to_look_at())
-        if problem is None:
+        if problem is None or (problem.task == GRADIENT and self._is_clipped_away(update)):
             return True
         if self.args.nonfinite_loss == "raise" or problem.refused:
             message = (
@@ -524,6 +525,28 @@ class BilevelMTLTrainer(TaskLossTrainer):
             norm = norm.full_tensor()
         return norm if isinstance(norm, Tensor) else torch.tensor(norm)
 
+    def _is_clipped_away(self, update: Update) -> bool:
+        """Whether the gradient is finite and only its norm overflows (a loss of 1e30): clipping has made it zero.
+
+        Looked at where the norm is not finite; said once.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.args.max_grad_norm <= 0 or not gradients:
+            return False
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        bad = torch.stack([~grad.isfinite().all() for grad in local]).any().float()
+        if bool(distributed.all_reduce_sum(bad)):
+            return False
+        if not self._overflow_said:
+            self._overflow_said = True
+            task, loss = update.largest_loss()
+            logger.warning(
+                "step %d: the gradient's norm is beyond its number type, so that clipping makes the gradient zero; the "
+                "largest loss is that of task %r, %.4g",
+                *(self.state.global_step + 1, task, loss),
+            )
+        return True
+
     def _say_whose_gradient(self) -> str:
         """Which tasks have a gradient that is not finite, from one more pass over the update's batches."""
         tasks: list[str] = []
@@ -531,11 +554,16 @@ class BilevelMTLTrainer(TaskLossTrainer):
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             with buffers_kept(self.model):
                 tasks = tasks_with_nonfinite_slope(self._micro_batches.again(self.model), parameters, self.task_names)
+        if not tasks:
+            task, loss = self._update.largest_loss() if self._update is not None else ("", 0.0)
+            return (
+                f"no single task's slope is undefined; the largest loss is that of task {task!r}, {loss:.4g}, whose "
+                "gradient may be too large for the number type (fix the data or the model, or set nonfinite_loss: skip)"
+            )
         shown = ", ".join(repr(task) for task in tasks[:8])
-        whose = f"that of task {shown} has none that is defined" if tasks else "which task has it is not known"
         return (
-            f"{whose}; look for a root or a norm at 0, and for a mean over no items that is masked afterwards (mask "
-            "before the mean), or set nonfinite_loss: skip"
+            f"that of task {shown} is not defined; look for a root or a norm at 0, and for a mean over no items that "
+            "is masked afterwards (mask before the mean), or set nonfinite_loss: skip"
         )
 
     def _drop_update(self, update: Update, task: str) -> None:

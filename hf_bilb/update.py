@@ -70,6 +70,12 @@ class Update:
             return Problem(f"the gradient is not finite at step {step}, though all losses are", GRADIENT, False)
         return None
 
+    def largest_loss(self) -> tuple[str, float]:
+        """The task with the largest loss of the update, by size, and that loss. Reads the device."""
+        losses = torch.stack([decision.losses.abs() for decision in self._decisions]).amax(dim=0)
+        k = int(losses.argmax())
+        return self._balancer.task_names[k], float(losses[k])
+
     def undo(self) -> None:
         """Bring the balancer and the model's buffers back to where they were (parameters have not moved yet)."""
         if self._state is None:

@@ -73,7 +73,7 @@ def test_raise_names_step_and_task_before_the_model_moves(losses: Any, clipped: 
     network = Net()
     with pytest.raises(NonFiniteLossError) as caught:
         run(tmp_path, network, Rows((3,)), **settings(losses, max_grad_norm=clipped))
-    message = "the gradient is not finite at step 4, though all losses are: that of task 'second' has none that is"
+    message = "the gradient is not finite at step 4, though all losses are: that of task 'second' is not defined"
     assert str(caught.value).startswith(message) and "nonfinite_loss: skip" in str(caught.value)
     good = run(tmp_path, Net(), Rows(()), max_steps=3, **settings(losses, max_grad_norm=clipped))
     assert torch.equal(flat_parameters(network), good.parameters) and bool(good.parameters.isfinite().all())
@@ -126,3 +126,19 @@ def test_the_tasks_are_told_apart_where_one_backward_pass_mixes_them() -> None:
     (mixed,) = torch.autograd.grad(run_once().losses[0], weight)
     assert bool(mixed.isnan().any())  # so that asking for one loss's gradient would blame the first task
     assert tasks_with_nonfinite_slope([run_once], [weight], ["a", "b", "c", "d"]) == ["b"]
+
+
+def test_a_gradient_too_large_for_its_number_type_names_the_largest_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def huge(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        factors = torch.tensor([1.0, 1.0, 1e300], dtype=FLOAT) if bool(batch["labels"].any()) else torch.ones(3)
+        return outputs.square().mean(0) * factors
+
+    options = settings(huge, balancer="ls")
+    with pytest.raises(NonFiniteLossError, match=r"the largest loss is that of task 'third', \S+e\+(29|30)\d, whose"):
+        run(tmp_path, Net(), Rows((3,)), **options)
+    # Clipped to a norm of 1, it is zero: the step changes nothing that is not finite, and training goes on.
+    clipped = run(tmp_path, Net(), Rows((3,)), **options, max_grad_norm=1.0)
+    assert clipped.trainer.state.global_step == 5 and bool(clipped.parameters.isfinite().all())
+    assert "step 4: the gradient's norm is beyond its number type" in caplog.text and "'third'" in caplog.text
