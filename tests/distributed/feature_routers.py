@@ -103,8 +103,10 @@ def router_sabotaged(kind: str) -> Iterator[None]:
         }
         return attach(self, batch, decision._replace(**replaced.get(kind, {})), *args, **kwargs)
 
-    def broken_reduce(micro_batches: Any, with_features: bool = False, group: Any = None) -> distributed.GlobalBatch:
-        whole = reduce(micro_batches, with_features, group)
+    def broken_reduce(
+        micro_batches: Any, with_features: bool = False, group: Any = None, alone: bool = False
+    ) -> distributed.GlobalBatch:
+        whole = reduce(micro_batches, with_features, group, alone)
         local = micro_batches[0].router_features.detach()
         local = local.sum(dim=0) / max(len(local), 1)
         mean = distributed.all_reduce_sum(local, group) / ranks

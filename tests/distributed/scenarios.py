@@ -100,7 +100,7 @@ def sabotaged(kind: str) -> Iterator[None]:
             self, batch, process_group, WindowShare(local, torch.ones_like(local), torch.ones(()), torch.ones(()), 1)
         )
 
-    def reduce_locally(micro_batches: Any, with_features: bool = False, group: Any = None) -> Any:
+    def reduce_locally(micro_batches: Any, with_features: bool = False, group: Any = None, alone: bool = False) -> Any:
         (batch,) = micro_batches
         here = batch.num_items > 0
         losses = torch.where(here, batch.losses.detach(), torch.zeros_like(batch.num_items))
