@@ -149,10 +149,11 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._settle_tasks()
         self._task_sampling = check_sampling(self)
         settings = RunSettings.of(self)
-        if settings == self._settings:
+        former = self._settings
+        if settings == former:
             check_balancer(self)
+            self._window_counter = self._build_window_counter()
             return
-        former, self._settings = self._settings, settings
         learned = None if former is None or former.method != settings.method else self.balancer.snapshot()
         self.balancer = self._build_balancer(settings)
         check_balancer(self)
@@ -171,6 +172,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._decision: Decision | None = None
         self._announce([])
         self._settle_diagnostics()
+        self._settings = settings  # last: what was refused on the way is refused again the next time
 
     def _settle_diagnostics(self) -> None:
         if self._diagnostics in self.callback_handler.callbacks:

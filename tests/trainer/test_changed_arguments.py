@@ -109,6 +109,11 @@ def test_what_does_not_go_together_is_refused_after_a_change_too(tmp_path: Path)
     trainer.args.gradient_accumulation_steps = 2
     with pytest.raises(OptionError, match=r"^balance_over: 'micro_batch' is not valid with reevaluate: 'same_batch'"):
         trainer.train()
+    trainer.args.gradient_accumulation_steps, trainer.args.task_priors = 1, [1.0]
+    for _ in range(2):  # and again, not passed over the second time
+        with pytest.raises(OptionError, match=r"^task_priors: got 1 values, expected one for each of the 4 tasks"):
+            trainer.train()
+    trainer.args.task_priors = None
     trainer.args.balance_over = "windw"
     with pytest.raises(OptionError, match=r"^balance_over: 'windw' is not valid"):
         trainer.train()
