@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 400
+TIMEOUT = 900
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ CASES = {
     "falcon": Case("falcon", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}, packable=False),
     "falcon, alibi": Case("falcon", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
                                      "alibi": True}, packable=False),
-    "bloom": Case("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2}, packable=False),
+    "bloom": Case("bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2}, packable=False, single=True),
     "mamba": Case("mamba", {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}, packable=False, single=True),
     "lfm2": Case("lfm2", {**SIZES, "layer_types": ["conv", "full_attention"]}, packable=False, single=True),
     "bert, decoder": Case("bert", {**BERT, "is_decoder": True}, packable=False),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions
 from hf_bilb.options import parse_options
 from tests.models.files import saved_and_loaded
@@ -182,7 +182,10 @@ def test_heads_that_are_missing_in_the_file_are_initialised_and_nothing_else(tmp
     model(*_batch())
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("heads")}
     model.save_pretrained(tmp_path, state_dict=state)
-    loaded = CelebaCnnModel.from_pretrained(tmp_path).state_dict()
+    with pytest.raises(CheckpointError, match="its weights do not match CelebaCnnModel: "):
+        CelebaCnnModel.from_pretrained(tmp_path)
+    model, _ = CelebaCnnModel.from_pretrained(tmp_path, output_loading_info=True)
+    loaded = model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
     assert 0 < loaded["heads.weight"].abs().max() <= 32**-0.5
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
 from hf_bilb.models.heads import TaskHeads
 from hf_bilb.options import parse_options
@@ -166,7 +166,9 @@ def test_weights_that_are_missing_in_the_file_are_initialised(tmp_path: Path) ->
     model = _model()
     state = {name: value for name, value in model.state_dict().items() if name != "heads.weight"}
     model.save_pretrained(tmp_path, state_dict=state)
-    loaded = Qm9MlpModel.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="its weights do not match Qm9MlpModel: 1 is missing"):
+        Qm9MlpModel.from_pretrained(tmp_path)
+    loaded, _ = Qm9MlpModel.from_pretrained(tmp_path, output_loading_info=True)
     assert torch.equal(loaded.trunk[0].weight, model.trunk[0].weight)
     assert loaded.heads.weight.isfinite().all() and 0.01 < loaded.heads.weight.std() < 0.2
 
