@@ -457,7 +457,7 @@ def test_what_cannot_be_read_is_one_line(
 @pytest.mark.parametrize(
     ("settings", "tasks", "pattern"),
     [
-        ({"balancer": "uw"}, TASK_NAMES, rf"{DESCRIPTION}: was saved by balancer 'bilb', this run uses 'uw'$"),
+        ({"balancer": "uw"}, TASK_NAMES, rf"{DESCRIPTION}: was saved by balancer 'bilb', this run uses 'uw'; go on"),
         ({}, [*TASK_NAMES[:3], "epsilon"], r"task 3 is 'delta' there and 'epsilon' in this run$"),
         ({}, TASK_NAMES[:3], r"was saved for 4 tasks, this run has 3$"),
         ({"balancer": {**QM9, "optimizer": "sgd"}}, TASK_NAMES, rf"{TENSORS}: .*entry 'optimizer.*; was it saved by"),
