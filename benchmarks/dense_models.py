@@ -33,9 +33,9 @@ from output import write_results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_bilb.dense_losses import DENSE_TASKS, dense_task_losses
+from hf_bilb.losses.dense import DENSE_TASKS, dense_task_losses
 from hf_bilb.models import MtanConfig, MtanModel, SegNetConfig, SegNetModel
-from hf_bilb.models.dense_layers import finished
+from hf_bilb.models.dense.layers import finished
 from tests.models.looped_dense import LoopedSegNet, with_weights_of
 
 BATCH = 2

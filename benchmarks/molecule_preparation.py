@@ -27,9 +27,9 @@ from output import write_results
 from torch.utils.data import DataLoader, Dataset
 
 import hf_bilb
-from hf_bilb.data.array_cache import Arrays
-from hf_bilb.data.graphs import GraphBatch, GraphRows, collate_graphs
-from hf_bilb.data.qm9_graphs import Qm9GraphsOptions, prepare_qm9_graphs, task_data
+from hf_bilb.data.cache import Arrays
+from hf_bilb.data.molecules.graphs import GraphBatch, GraphRows, collate_graphs
+from hf_bilb.data.molecules.qm9_graphs import Qm9GraphsOptions, prepare_qm9_graphs, task_data
 
 BATCH = 120
 

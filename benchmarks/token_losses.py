@@ -39,7 +39,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import hf_bilb
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.token_losses import TokenLosses, token_task_losses
+from hf_bilb.losses.tokens import TokenLosses, token_task_losses
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARIES = (32_000, 50_257)

@@ -24,8 +24,8 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.models.auto import modeling_auto
 
-from hf_bilb.tensor_files import read_tensors, same_bits, weight_files
-from hf_bilb.weights_trainer import RestoringTrainer
+from hf_bilb.storage.tensor_files import read_tensors, same_bits, weight_files
+from hf_bilb.trainer.weights_trainer import RestoringTrainer
 
 REPORT = Path(__file__).with_name("every_family.md")
 MOST_PARAMETERS = 20_000_000

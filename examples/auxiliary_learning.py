@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small batches: a second thread 
 import click
 
 from hf_bilb.errors import OptionError, one_line
-from hf_bilb.recipe import read_recipe
+from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import FILE_NAME, RunResults, read_results
 
 MAIN = "income"
@@ -62,7 +62,7 @@ def train(method: Method, seed: int, run: Path, overrides: Sequence[str]) -> Run
     settings = [*method.settings, f"trainer.seed={seed}", f"trainer.output_dir={run}", *overrides]
     recipe = read_recipe(RECIPES / method.recipe, settings)
     if not (run / FILE_NAME).is_file():
-        from hf_bilb.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
 
         click.echo(f"{method.title}, seed {seed}")
         run_recipe(recipe, resume=any(run.glob("checkpoint-*")))

@@ -30,9 +30,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.nyuv2_labels import CLASSES_13
+from hf_bilb.data.dense.nyuv2_labels import CLASSES_13
 from hf_bilb.errors import OptionError, one_line
-from hf_bilb.recipe import read_recipe
+from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import FILE_NAME, RunResults, read_results
 from hf_bilb.reporting.tables import compare, render_text
 
@@ -125,7 +125,7 @@ def train(method: str, data: Path, run: Path, seed: int, overrides: Sequence[str
     ]
     recipe = read_recipe(RECIPES / f"scenes_{method}.yaml", [*SETTINGS, *own, *overrides])
     if not (run / FILE_NAME).is_file():
-        from hf_bilb.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
 
         run_recipe(recipe, resume=any(run.glob("checkpoint-*")))
     return read_results(run)

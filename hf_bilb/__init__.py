@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hf_bilb._version import __version__
 from hf_bilb.balancers import LossBalancer, build_balancer, list_balancers, register_balancer
 from hf_bilb.errors import (
     CheckpointError,
@@ -20,10 +21,8 @@ from hf_bilb.errors import (
 )
 
 if TYPE_CHECKING:
-    from hf_bilb.trainer import BilevelMTLTrainer
-    from hf_bilb.training_args import BilevelMTLTrainingArguments
-
-__version__ = "0.1.0"
+    from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
+    from hf_bilb.trainer.trainer import BilevelMTLTrainer
 
 __all__ = [
     "BilevelMTLTrainer",
@@ -40,13 +39,14 @@ __all__ = [
     "StorageError",
     "TaskLossError",
     "TrainerError",
+    "__version__",
     "build_balancer",
     "list_balancers",
     "register_balancer",
 ]
 
 # Importing transformers takes seconds; people with their own loop do not need it.
-_LAZY = {"BilevelMTLTrainer": "hf_bilb.trainer", "BilevelMTLTrainingArguments": "hf_bilb.training_args"}
+_LAZY = {"BilevelMTLTrainer": "hf_bilb.trainer.trainer", "BilevelMTLTrainingArguments": "hf_bilb.trainer.arguments"}
 
 
 def __getattr__(name: str) -> Any:

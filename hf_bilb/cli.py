@@ -21,12 +21,11 @@ from typing import IO, Any
 
 import click
 
-from hf_bilb.catalogue import catalogue, describe
+from hf_bilb.config.options import shown
+from hf_bilb.config.user_code import own_code
 from hf_bilb.errors import HfBilbError, NonFiniteLossError, one_line
-from hf_bilb.folders import check_output_folder, make_output_folder
-from hf_bilb.options import shown
-from hf_bilb.recipe import dump_recipe, import_sources, read_recipe
-from hf_bilb.references import own_code
+from hf_bilb.experiments.balancer_descriptions import catalogue, describe
+from hf_bilb.experiments.recipe import dump_recipe, import_sources, read_recipe
 from hf_bilb.reporting.balancer_table import (
     render_one_json,
     render_one_markdown,
@@ -38,6 +37,7 @@ from hf_bilb.reporting.balancer_table import (
 from hf_bilb.reporting.results import labels, read_results, write_text
 from hf_bilb.reporting.tables import Comparison, render_csv, render_markdown, render_text
 from hf_bilb.reporting.tables import compare as compare_runs
+from hf_bilb.storage.folders import check_output_folder, make_output_folder
 
 
 def _speaks() -> bool:
@@ -174,7 +174,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
     """
     with _one_line_errors():
         checked = read_recipe(recipe, overrides)
-        from hf_bilb.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
 
         run_recipe(checked, resume=resume)
 
@@ -250,7 +250,7 @@ def compare(
     In the folder: comparison.md, .csv, .tex, .json, tasks.png, progress.png, and a run for each cell.
     """
     with _one_line_errors():
-        from hf_bilb.compare import Interrupted, plan, run_comparison  # only now: matplotlib, torch
+        from hf_bilb.experiments.compare import Interrupted, plan, run_comparison  # only now: matplotlib, torch
 
         comparison = plan(
             recipe,
@@ -322,7 +322,7 @@ def prepare_nyuv2_command(file: Path, output: Path, size: tuple[int, int], worke
     scene of each image. An interrupted command goes on where it stood.
     """
     with _one_line_errors("interrupted; the same command goes on where it stood"):
-        from hf_bilb.data.prepare import prepare_nyuv2
+        from hf_bilb.data.dense.prepare import prepare_nyuv2
 
         check_output_folder(output, "--output")
         train, test = prepare_nyuv2(file, output, size, workers)

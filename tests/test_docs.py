@@ -17,7 +17,7 @@ import yaml
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import resolve_options
-from hf_bilb.objective import Derivatives, differentiate
+from hf_bilb.engine.objective import Derivatives, differentiate
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -53,8 +53,8 @@ def assert_holds(found, given, path):
 
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_arrives_in_the_recipe_and_in_the_training_arguments(block, tmp_path):
-    from hf_bilb.recipe import load_yaml, parse_recipe
-    from hf_bilb.run import training_arguments
+    from hf_bilb.experiments.recipe import load_yaml, parse_recipe
+    from hf_bilb.experiments.run import training_arguments
 
     printed = load_yaml(block, "page")
     trainer = {**printed.get("trainer", {}), "output_dir": str(tmp_path), "use_cpu": True}

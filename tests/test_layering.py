@@ -1,4 +1,4 @@
-"""Imports point one way: methods know torch alone, the Trainer knows methods, recipes know everything."""
+"""Imports point one way: a folder of the package is a layer, and knows only the layers below it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,46 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted((ROOT / "hf_bilb").rglob("*.py"))
 }
-TOP = {f"hf_bilb.{name}" for name in ("recipe", "run", "cells", "compare", "cli", "__main__")}
-TRAINING = {"hf_bilb.trainer", "hf_bilb.training_args", "hf_bilb.data", "hf_bilb.models", "hf_bilb.reporting"}
+
+#: Folder, or file of the package itself -> those that it may import from, besides itself. Everything knows `errors`.
+BELOW = {
+    "errors": set(),
+    "_version": set(),
+    "config": set(),
+    "storage": {"config"},
+    "losses": {"config"},
+    "engine": {"config", "losses"},
+    "balancers": {"config", "losses", "engine"},
+    "metrics": {"config", "losses"},
+    "models": {"config", "storage", "losses"},
+    "data": {"config", "losses", "metrics"},
+    "trainer": {"_version", "config", "storage", "losses", "engine", "balancers", "metrics"},
+    "reporting": {"config", "metrics"},
+    "experiments": {
+        "config", "storage", "losses", "engine", "balancers", "metrics", "models", "data", "trainer", "reporting",
+    },
+    "cli": {"config", "storage", "data", "reporting", "experiments"},
+    "__main__": {"cli"},
+    "hf_bilb": {"_version", "config", "losses", "engine", "balancers", "trainer"},
+}  # fmt: skip
+#: Packages that a folder may import at all, besides the standard library.
+PACKAGES = {
+    "errors": set(),
+    "_version": set(),
+    "config": {"yaml"},
+    "losses": {"torch"},
+    "engine": {"torch"},
+    "balancers": {"torch"},
+    "reporting": {"matplotlib", "numpy"},
+    "cli": {"click"},
+    "__main__": set(),
+    "hf_bilb": set(),
+}
+
+
+def folder(module: str) -> str:
+    """`engine` for `hf_bilb.engine.balancer`, `hf_bilb` for the package itself."""
+    return module.split(".")[1] if "." in module else module
 
 
 def imported(module: str) -> set[str]:
@@ -42,60 +80,36 @@ def reachable(module: str) -> set[str]:
     return seen
 
 
-def within(names: set[str], packages: set[str]) -> set[str]:
-    return {name for name in names if any(name == p or name.startswith(f"{p}.") for p in packages)}
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name == "hf_bilb" or name.startswith("hf_bilb.")}
 
 
 def outside(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names} - {"hf_bilb"} - sys.stdlib_module_names
 
 
-#: What a loop of one's own needs beside the methods: none of it knows the Trainer.
-ENGINE = {
-    f"hf_bilb.{name}"
-    for name in (
-        "coefficients",
-        "decision",
-        "discrepancy",
-        "distributed",
-        "errors",
-        "guards",
-        "look_ahead",
-        "lower_level",
-        "normalization",
-        "objective",
-        "options",
-        "passes",
-        "references",
-        "router",
-        "task_losses",
-        "token_losses",
-        "validity",
-    )
-}
-METHODS = sorted(ENGINE | {name for name in MODULES if name.startswith("hf_bilb.balancers")})
+def test_every_folder_has_its_place():
+    assert {folder(module) for module in MODULES} == BELOW.keys()
+    for name, below in BELOW.items():
+        for lower in below:
+            assert name not in BELOW[lower], f"{name} and {lower} know each other"
 
 
-@pytest.mark.parametrize("module", METHODS)
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_arrows_point_down(module):
+    own = folder(module)
+    found = {folder(name) for name in ours(imported(module))} - {own, "errors"}
+    assert found <= BELOW[own], f"{module} imports from {sorted(found - BELOW[own])}"
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if folder(module) in PACKAGES))
+def test_a_folder_needs_only_its_packages(module):
+    assert outside(imported(module)) <= PACKAGES[folder(module)]
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if folder(m) in ("engine", "balancers")))
 def test_methods_need_nothing_but_torch(module):
-    # hf_bilb itself is where the version stands; its imports of the Trainer are lazy
-    names = reachable(module) - reachable("hf_bilb") if "hf_bilb" in imported(module) else reachable(module)
-    assert outside(names) <= {"torch"}
-    assert within(names, TOP | TRAINING) == set()
-
-
-@pytest.mark.parametrize("module", sorted(MODULES.keys() - TOP))
-def test_nothing_imports_recipes_or_the_command_line(module):
-    assert within(imported(module), TOP) == set()
-
-
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.startswith("hf_bilb.reporting")))
-def test_reports_need_neither_torch_nor_transformers(module):
-    assert outside(reachable(module)) <= {"matplotlib", "numpy"}
-
-
-def test_the_trainer_knows_no_data_set_model_or_report():
-    assert within(reachable("hf_bilb.trainer"), {"hf_bilb.data", "hf_bilb.models", "hf_bilb.reporting"}) == set()
+    assert outside(reachable(module)) <= {"torch"}
 
 
 ONE_STEP = """
@@ -125,8 +139,8 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 
 
 def test_the_walk_sees_what_is_imported():
-    assert "hf_bilb.balancers.base" in reachable("hf_bilb.trainer")
-    assert outside(reachable("hf_bilb.run")) >= {"torch", "transformers", "click", "yaml", "matplotlib"}
+    assert "hf_bilb.engine.balancer" in reachable("hf_bilb.trainer.trainer")
+    assert outside(reachable("hf_bilb.experiments.run")) >= {"torch", "transformers", "click", "yaml", "matplotlib"}
 
 
 def test_every_error_of_the_package_has_one_base_and_is_a_builtin_too():

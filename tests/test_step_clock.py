@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_bilb import step_clock
-from hf_bilb.step_clock import WARM_UP_UPDATES, StepClock
+from hf_bilb.experiments import timing
+from hf_bilb.experiments.timing import WARM_UP_UPDATES, StepClock
 
 STEP, FIRST, EVALUATION, SAVE = 1.0, 20.0, 1000.0, 10_000.0  # seconds
 
@@ -28,7 +28,7 @@ class Time:
 @pytest.fixture(autouse=True)
 def clock_time(monkeypatch) -> Time:
     fake = Time()
-    monkeypatch.setattr(step_clock, "time", fake)
+    monkeypatch.setattr(timing, "time", fake)
     return fake
 
 

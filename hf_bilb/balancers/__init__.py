@@ -2,22 +2,7 @@
 
 from __future__ import annotations
 
-from hf_bilb.balancers import (
-    bilb,
-    dwa,
-    famo,
-    gls,
-    go4align,
-    imtl_l,
-    linear_scalarization,
-    marigold,
-    rlw,
-    scale_invariant,
-    stch,
-    uncertainty,
-)
-from hf_bilb.balancers.base import LossBalancer
-from hf_bilb.balancers.options import BalancerOptions
+from hf_bilb.balancers import bilb, dwa, famo, gls, go4align, imtl_l, ls, marigold, rlw, si, stch, uw
 from hf_bilb.balancers.registry import (
     BalancerSpec,
     Cost,
@@ -27,6 +12,8 @@ from hf_bilb.balancers.registry import (
     register_balancer,
     resolve_options,
 )
+from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.options import BalancerOptions
 
 __all__ = [
     "BalancerOptions",
@@ -41,13 +28,13 @@ __all__ = [
     "gls",
     "go4align",
     "imtl_l",
-    "linear_scalarization",
     "list_balancers",
+    "ls",
     "marigold",
     "register_balancer",
     "resolve_options",
     "rlw",
-    "scale_invariant",
+    "si",
     "stch",
-    "uncertainty",
+    "uw",
 ]

@@ -30,10 +30,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
-from hf_bilb.objective import HistoryObjective, ObjectiveValue
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.balancers.registry import Cost, register_balancer
+from hf_bilb.balancers.router import initial_values
+from hf_bilb.engine.objective import ObjectiveValue, ProgressObjective, StepProgress
+from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
-from hf_bilb.objective import ObjectiveValue, ProgressObjective, StepProgress
-from hf_bilb.router import initial_values
 
 EPSILON = 1e-8
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.options import BalancerOptions, masked_sum
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.objective import Objective, ObjectiveValue
+from hf_bilb.engine.objective import Objective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, masked_sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.draws import NormalDraws
-from hf_bilb.balancers.options import BalancerOptions, masked_sum
+from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, masked_sum
 from hf_bilb.errors import OptionError
-from hf_bilb.objective import HistoryObjective, ObjectiveValue
 
 #: Lloyd's algorithm: the square of the centres' shifts together below which it rests, and the most rounds it takes.
 _REST, _ROUNDS = 1e-4, 50

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_sum
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.objective import Objective, ObjectiveValue
-from hf_bilb.router import initial_values
+from hf_bilb.balancers.router import initial_values
+from hf_bilb.engine.objective import Objective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,14 +41,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.draws import NormalDraws
-from hf_bilb.balancers.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
+from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import Cost, register_balancer
+from hf_bilb.balancers.router import initial_values
+from hf_bilb.config.options import nearest
+from hf_bilb.config.user_code import check_reference, load_reference
+from hf_bilb.engine.objective import HistoryObjective, LookAheadObjective, ObjectiveValue, Scalar, StepProgress
+from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
-from hf_bilb.objective import HistoryObjective, LookAheadObjective, ObjectiveValue, Scalar, StepProgress
-from hf_bilb.options import nearest
-from hf_bilb.references import check_reference, load_reference
-from hf_bilb.router import initial_values
 
 Mode = Literal["exact", "commit", "lagged"]
 Parametrization = Literal["softmax_over_loss", "softmax", "identity", "positive"]

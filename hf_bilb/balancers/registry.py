@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from hf_bilb.config.options import parse_options, unknown_name
+from hf_bilb.engine.objective import Objective
 from hf_bilb.errors import OptionError
-from hf_bilb.objective import Objective
-from hf_bilb.options import parse_options, unknown_name
-from hf_bilb.task_losses import check_task_names
+from hf_bilb.losses.contract import check_task_names
 
 if TYPE_CHECKING:
-    from hf_bilb.balancers.base import LossBalancer
-    from hf_bilb.balancers.driver import AbsentTasks
-    from hf_bilb.balancers.options import BalancerOptions
+    from hf_bilb.engine.balancer import LossBalancer
+    from hf_bilb.engine.driver import AbsentTasks
+    from hf_bilb.engine.options import BalancerOptions
 
 ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
 
@@ -137,7 +137,7 @@ def build_balancer(
     Raises:
         OptionError: unknown name or option (with the nearest valid one), wrong type, lengths that do not match K.
     """
-    from hf_bilb.balancers.base import LossBalancer
+    from hf_bilb.engine.balancer import LossBalancer
 
     given = dict(balancer) if isinstance(balancer, Mapping) else {"name": balancer}
     if "name" not in given:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_bilb.balancers.draws import NormalDraws
-from hf_bilb.balancers.options import BalancerOptions, masked_softmax, masked_sum
+from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, masked_softmax, masked_sum
 
 
 @dataclass(frozen=True, kw_only=True)

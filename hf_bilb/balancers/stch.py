@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.balancers.options import BalancerOptions, masked_sum
 from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.balancers.router import initial_values
+from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, masked_sum
 from hf_bilb.errors import OptionError
-from hf_bilb.objective import HistoryObjective, ObjectiveValue
-from hf_bilb.router import initial_values
 
 EPSILON = 1e-20
 

@@ -6,18 +6,18 @@ gives the `TaskData`. Importing this package needs none of the data packages.
 
 from __future__ import annotations
 
-from hf_bilb.data.adult import AdultOptions, load_adult
-from hf_bilb.data.base import DataSetSpec, MetricInfo, TaskData
-from hf_bilb.data.celeba import CelebaOptions, load_celeba
-from hf_bilb.data.census import CensusOptions, load_census
-from hf_bilb.data.cityscapes import CityscapesOptions, load_cityscapes
-from hf_bilb.data.glue import GlueOptions, load_glue
-from hf_bilb.data.instructions import InstructionOptions, load_instructions
-from hf_bilb.data.molecule_net import MoleculeNetOptions, load_sider, load_tox21
-from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
-from hf_bilb.data.qm9 import Qm9Options, load_qm9
-from hf_bilb.data.qm9_graphs import Qm9GraphsOptions, load_qm9_graphs
-from hf_bilb.data.sarcos import SarcosOptions, load_sarcos
+from hf_bilb.data.dense.cityscapes import CityscapesOptions, load_cityscapes
+from hf_bilb.data.dense.nyuv2 import Nyuv2Options, load_nyuv2
+from hf_bilb.data.images.celeba import CelebaOptions, load_celeba
+from hf_bilb.data.molecules.molecule_net import MoleculeNetOptions, load_sider, load_tox21
+from hf_bilb.data.molecules.qm9 import Qm9Options, load_qm9
+from hf_bilb.data.molecules.qm9_graphs import Qm9GraphsOptions, load_qm9_graphs
+from hf_bilb.data.tables.adult import AdultOptions, load_adult
+from hf_bilb.data.tables.census import CensusOptions, load_census
+from hf_bilb.data.tables.sarcos import SarcosOptions, load_sarcos
+from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
+from hf_bilb.data.text.glue import GlueOptions, load_glue
+from hf_bilb.data.text.instructions import InstructionOptions, load_instructions
 
 DATA_SETS: dict[str, DataSetSpec] = {
     "adult": DataSetSpec(options=AdultOptions, load=load_adult),

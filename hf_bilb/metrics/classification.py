@@ -1,8 +1,8 @@
 """Accuracy, F1 and Matthews correlation of one classification task.
 
 The functions take class indices; the accumulators beside them take what a model puts out, batch by batch, and keep a
-confusion matrix. Missing labels are NaN or -100, as in `hf_bilb.task_losses`. Where a quotient is 0 / 0 the value is
-scikit-learn's: 0.0.
+confusion matrix. Missing labels are NaN or -100, as in `hf_bilb.losses.contract`. Where a quotient is 0 / 0 the value
+is scikit-learn's: 0.0.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_bilb.config.options import nearest
 from hf_bilb.errors import MetricError, OptionError
+from hf_bilb.losses.contract import valid_labels
 from hf_bilb.metrics.base import Accumulator, as_vector_pair
-from hf_bilb.options import nearest
-from hf_bilb.task_losses import valid_labels
 
 Average: TypeAlias = Literal["binary", "macro"]
 #: `matrix[i, j]`: how many examples of class i were taken for class j.

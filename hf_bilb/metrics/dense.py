@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
-from hf_bilb.dense_losses import IMAGE_LABELS, check_dense_task, labels_by_task
+from hf_bilb.config.options import unknown_name
 from hf_bilb.errors import MetricError, OptionError, TaskLossError
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.losses.dense import IMAGE_LABELS, check_dense_task, labels_by_task
 from hf_bilb.metrics.dense_accumulators import DenseAccumulator, Depth, ImageClasses, Normals, Segmentation
 from hf_bilb.metrics.info import DELTA_M_INFO, MetricInfo
 from hf_bilb.metrics.multi_task import DELTA_M, DELTA_M_BY_TASK, delta_m, grouped_delta_m
 from hf_bilb.metrics.streaming import StreamingMetrics, as_tensor, check_base, of_task
-from hf_bilb.options import unknown_name
-from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction
@@ -106,7 +106,7 @@ class DenseMetrics(StreamingMetrics):
     96 images of 288 x 384 on two CPU ranks: 4 s, or 1 s, on top of the 53 s that the papers' SegNet takes to predict.
 
     Args:
-        task_names: some of `hf_bilb.dense_losses.DENSE_TASKS` and those of `image_tasks`, in the order of predictions.
+        task_names: some of `hf_bilb.losses.dense.DENSE_TASKS` and those of `image_tasks`, in the order of predictions.
         num_classes: of the segmentation; not looked at without it.
         delta_m_base: `<task>_<metric>` (without suffix) -> result of models trained on that task alone, for Delta_m
             (`published_base`); None for none.

@@ -3,7 +3,7 @@
 Every accumulator works in two steps, so that the first can run where the predictions are and only its result travels:
 `per_image` makes one row of statistics of each image, `add` takes rows. Two figures come of them: that of all pixels
 of the set, and the one that the papers print, the mean over evaluation batches of the figure of a batch. Which pixels
-have a label is what the losses take for it (`hf_bilb.dense_losses.known_pixels`).
+have a label is what the losses take for it (`hf_bilb.losses.dense.known_pixels`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_bilb.dense_losses import known_pixels
 from hf_bilb.errors import MetricError
+from hf_bilb.losses.dense import known_pixels
 from hf_bilb.metrics.base import Statistics, wide
 from hf_bilb.metrics.classification import AccuracyAndF1
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.errors import MetricError, OptionError
+from hf_bilb.losses.contract import check_task_names, valid_labels
 from hf_bilb.metrics.multi_task import DELTA_M, delta_m
 from hf_bilb.metrics.roc_auc import roc_auc
 from hf_bilb.metrics.streaming import StreamingMetrics, as_tensor
-from hf_bilb.task_losses import check_task_names, valid_labels
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_bilb.errors import MetricError
+from hf_bilb.losses.contract import valid_labels
 from hf_bilb.metrics.base import Accumulator, as_vector_pair, one_output, wide
-from hf_bilb.task_losses import valid_labels
 
 
 def normalized_entropy(logits: Any, labels: Any) -> float:

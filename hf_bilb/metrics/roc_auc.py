@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_bilb.config.options import unknown_name
 from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.metrics.base import Accumulator, as_vector_pair
 from hf_bilb.metrics.classification import AccuracyAndF1
-from hf_bilb.options import unknown_name
 
 # --- all at once --------------------------------------------------------------------------------------------------
 

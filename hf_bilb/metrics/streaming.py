@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_bilb.config.options import nearest, unknown_name
 from hf_bilb.errors import MetricError, OptionError
+from hf_bilb.losses.contract import check_task_names
 from hf_bilb.metrics.base import Accumulator, wide
 from hf_bilb.metrics.multi_task import DELTA_M, delta_m
-from hf_bilb.options import nearest, unknown_name
-from hf_bilb.task_losses import check_task_names
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction

@@ -11,23 +11,23 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from hf_bilb.models.causal_lm import CausalLmOptions, build_causal_lm
 from hf_bilb.models.celeba_cnn import CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions
-from hf_bilb.models.dense_backbone import (
+from hf_bilb.models.dense.backbone import (
     DenseBackboneConfig,
     DenseBackboneModel,
     DenseBackboneOptions,
     build_dense_backbone,
 )
+from hf_bilb.models.dense.mtan import MtanConfig, MtanModel
+from hf_bilb.models.dense.segnet import SegNetConfig, SegNetModel, SegNetOptions
+from hf_bilb.models.graph.mpnn import MpnnConfig, MpnnModel, MpnnOptions
 from hf_bilb.models.image_encoder import (
     MultiTaskImageConfig,
     MultiTaskImageModel,
     MultiTaskImageOptions,
     build_multi_task_image,
 )
-from hf_bilb.models.mpnn import MpnnConfig, MpnnModel, MpnnOptions
-from hf_bilb.models.mtan import MtanConfig, MtanModel
 from hf_bilb.models.outputs import MultiTaskOutput
 from hf_bilb.models.qm9_mlp import Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
-from hf_bilb.models.segnet import SegNetConfig, SegNetModel, SegNetOptions
 from hf_bilb.models.text_encoder import (
     MultiTaskTextConfig,
     MultiTaskTextModel,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models.outputs import MultiTaskOutput
-from hf_bilb.tensor_files import Differences
+from hf_bilb.storage.tensor_files import Differences
 
 _ALIGNMENT = 64  # bytes, of what torch allocates on a CPU
 

@@ -1,7 +1,7 @@
 """Any causal language model of `AutoModelForCausalLM`, unmodified, whole or with LoRA.
 
 The model returns logits alone: labels never reach its forward, and the K losses are made of the logits once, by
-`hf_bilb.token_losses`. Gradient checkpointing is the Trainer's (`trainer.gradient_checkpointing: true`). What is saved
+`hf_bilb.losses.tokens`. Gradient checkpointing is the Trainer's (`trainer.gradient_checkpointing: true`). What is saved
 is an ordinary checkpoint: `AutoModelForCausalLM.from_pretrained(folder)` loads it, adapters included, with the base
 model that they belong to.
 """
@@ -17,10 +17,10 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from hf_bilb.config.options import check_one_of, nearest
 from hf_bilb.errors import OptionError
 from hf_bilb.models.lora import LoraOptions, lora_config
 from hf_bilb.models.token_influence import check_causal, check_packing
-from hf_bilb.options import check_one_of, nearest
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -69,7 +69,7 @@ def build_causal_lm(
         options: the recipe's.
         vocab_size: entries of the tokenizer that made the data; the model must have as many.
         max_length: tokens of the data's longest example; the model must take as many.
-        packed: several examples share a row, see `hf_bilb.data.instruction_rows`.
+        packed: several examples share a row, see `hf_bilb.data.text.instruction_rows`.
         special_tokens: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer, for a fresh model's config.
 
     Raises:

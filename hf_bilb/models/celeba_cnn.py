@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hf_bilb.data.celeba import ATTRIBUTES
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.contract import check_task_names, masked_bce_with_logits
+from hf_bilb.losses.task_names import CELEBA_ATTRIBUTES
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
-from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CelebaCnnConfig(PretrainedConfig):
 
     def __init__(
         self,
-        task_names: Sequence[str] = ATTRIBUTES,
+        task_names: Sequence[str] = CELEBA_ATTRIBUTES,
         image_size: int = 64,
         width: int = CelebaCnnOptions.width,
         **kwargs: Any,

@@ -4,8 +4,8 @@
     logits   = heads(features)
 
 Any image model of `AutoModel` will do (ViT, ResNet, ConvNeXt, Swin, ...). Pixels come in [0, 1], as
-`hf_bilb.data.images` serves them; the mean and standard deviation of the encoder's image processor are in the config,
-and applied in here.
+`hf_bilb.data.images.rows` serves them; the mean and standard deviation of the encoder's image processor are in the
+config, and applied in here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.contract import check_task_names, masked_bce_with_logits
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
@@ -34,7 +35,6 @@ from hf_bilb.models.pretrained import (
     read_encoder_config,
     read_image_processor,
 )
-from hf_bilb.task_losses import check_task_names, masked_bce_with_logits
 
 logger = logging.getLogger(__name__)
 

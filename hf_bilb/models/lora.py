@@ -10,9 +10,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_bilb.config.options import nearest
 from hf_bilb.errors import OptionError
 from hf_bilb.models.base import check_dropout
-from hf_bilb.options import nearest
 
 
 @dataclass(frozen=True)

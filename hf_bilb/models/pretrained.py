@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from hf_bilb.data.text import pretrained_path
+from hf_bilb.config.pretrained import pretrained_path
 from hf_bilb.errors import OptionError
 from hf_bilb.models.base import MultiTaskModel
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hf_bilb.data.qm9 import TARGETS
+from hf_bilb.losses.contract import check_task_names, masked_mse
+from hf_bilb.losses.task_names import QM9_TARGETS
 from hf_bilb.models.base import MultiTaskModel, check_dropout, check_size
 from hf_bilb.models.heads import TaskHeads
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
-from hf_bilb.task_losses import check_task_names, masked_mse
-
-TASK_NAMES = tuple(target.name for target in TARGETS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Qm9MlpConfig(PretrainedConfig):
     def __init__(
         self,
         num_features: int = 34,
-        task_names: Sequence[str] = TASK_NAMES,
+        task_names: Sequence[str] = QM9_TARGETS,
         feature_means: Sequence[float] | None = None,
         feature_stds: Sequence[float] | None = None,
         label_means: Sequence[float] | None = None,

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from hf_bilb.adapter_weights import with_adapters
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.contract import check_task_names, masked_task_means
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.lora import LoraOptions, lora_config
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
@@ -34,7 +34,7 @@ from hf_bilb.models.pretrained import (
     pooler_argument,
     read_encoder_config,
 )
-from hf_bilb.task_losses import check_task_names, masked_task_means
+from hf_bilb.storage.adapter_weights import with_adapters
 
 Pooling = Literal["mean", "cls"]
 

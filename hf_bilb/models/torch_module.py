@@ -22,9 +22,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_bilb.config.options import nearest
+from hf_bilb.config.user_code import check_reference, load_reference
 from hf_bilb.errors import OptionError
-from hf_bilb.options import nearest
-from hf_bilb.references import check_reference, load_reference
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_bilb.config.options import parse_options, shown
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options, shown
 
 FILE_NAME = "results.json"
 FORMAT = 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.errors import NonFiniteLossError, OptionError
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.contract.cases import advance, random_losses
 
 

@@ -13,7 +13,7 @@ from examples import toy
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.errors import NonFiniteLossError, OptionError
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.balancers.reference import load
 
 GAMMA = 1e-3

@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.errors import NonFiniteLossError, OptionError
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.balancers.reference import ProblemR, load
 
 FLOAT = torch.float64

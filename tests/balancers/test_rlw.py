@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 
 ROW = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
 

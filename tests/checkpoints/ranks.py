@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_bilb.folder_lock import hold
+from hf_bilb.storage.folder_lock import hold
 from tests.checkpoints.runs import RUNS, build_trainer, in_processes
 
 RUN = RUNS["two_ranks"]

@@ -25,8 +25,10 @@ from typing import Any, NoReturn
 import torch
 from transformers import TrainerCallback
 
-from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, atomic_trainer, checkpointing, folder_lock
-from hf_bilb.running_log import VECTORS_FILE
+from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
+from hf_bilb.storage import folder_lock
+from hf_bilb.trainer.running_log import VECTORS_FILE
+from hf_bilb.trainer.trainer import checkpoint_trainer, checkpointing
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.models import FeatureModel, build
 
@@ -312,9 +314,9 @@ def kill_when_saving(point: str, trainer: BilevelMTLTrainer) -> None:
     places = {
         "weights_written": (trainer, "_save_optimizer_and_scheduler", "before"),
         "balancer_written": (trainer, "_save_optimizer_and_scheduler", "after"),
-        "before_marker": (atomic_trainer.checkpointing, "publish", "before"),
+        "before_marker": (checkpoint_trainer.checkpointing, "publish", "before"),
         "before_rename": (checkpointing.os, "rename", "before"),
-        "before_rotation": (atomic_trainer, "rotate_checkpoints", "before"),
+        "before_rotation": (checkpoint_trainer, "rotate_checkpoints", "before"),
     }
     owner, attribute, when = places[point]
     original = getattr(owner, attribute)

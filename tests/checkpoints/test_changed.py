@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.checkpointing import DESCRIPTION, MARKER, TENSORS, last_complete_checkpoint
 from hf_bilb.errors import CheckpointError
+from hf_bilb.trainer.checkpointing import DESCRIPTION, MARKER, TENSORS, last_complete_checkpoint
 from tests.checkpoints.runs import Run, build_trainer
 from tests.checkpoints.test_damage import RUN, delete, flip, forget_digests
 from tests.synthetic import SyntheticModel, build_data, build_model, flat_parameters
@@ -234,7 +234,7 @@ def test_shards_that_do_not_agree_are_refused(
 
 def test_one_shard_of_another_run_is_refused(run_folder: Path) -> None:
     # Saved in shards from the start: then one of them is exchanged, or the index is edited as well.
-    from hf_bilb.checkpoint_marker import write_marker
+    from hf_bilb.storage.checkpoint_marker import write_marker
 
     checkpoint = run_folder / "checkpoint-11"
     shards = shard(checkpoint)
@@ -367,7 +367,7 @@ def test_a_resume_goes_on_with_the_later_of_two_runs(run_folder: Path, caplog: p
 
 
 def test_looking_twice_at_a_checkpoint_hashes_it_once_until_it_is_touched(run_folder: Path, monkeypatch: Any) -> None:
-    from hf_bilb import checkpoint_marker
+    from hf_bilb.storage import checkpoint_marker
 
     hashed: list[str] = []
     digest = checkpoint_marker._digest

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_bilb.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS, verify
 from hf_bilb.errors import CheckpointError
-from hf_bilb.folder_lock import LOCK_FILE
+from hf_bilb.storage.folder_lock import LOCK_FILE
+from hf_bilb.trainer.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS, verify
 from tests.checkpoints.runs import Begin, Run, build_trainer
 from tests.synthetic import flat_parameters
 

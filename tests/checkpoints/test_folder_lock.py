@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hf_bilb import folder_lock
 from hf_bilb.errors import FolderInUseError, OptionError
-from hf_bilb.folder_lock import LOCK_FILE, hold
+from hf_bilb.storage import folder_lock
+from hf_bilb.storage.folder_lock import LOCK_FILE, hold
 from tests.checkpoints.conftest import ROOT
 from tests.checkpoints.runs import Run, build_trainer
 from tests.processes import wait_for

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from hf_bilb.checkpointing import verify
 from hf_bilb.errors import CheckpointError
+from hf_bilb.trainer.checkpointing import verify
 from tests.checkpoints.conftest import ROOT
 from tests.checkpoints.runs import RUNS, build_trainer
 from tests.synthetic import flat_parameters

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hf_bilb.checkpoint_marker import read_marker
-from hf_bilb.checkpointing import STAGING
+from hf_bilb.storage.checkpoint_marker import read_marker
+from hf_bilb.trainer.checkpointing import STAGING
 from tests.checkpoints.conftest import ROOT
 
 pytestmark = pytest.mark.distributed

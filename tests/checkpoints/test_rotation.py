@@ -15,9 +15,9 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints as stock_rotation
 
-from hf_bilb.checkpoint_marker import MARKER, read_marker
-from hf_bilb.checkpoint_rotation import rotate_checkpoints
-from hf_bilb.finite_weights import weights_are_finite
+from hf_bilb.storage.checkpoint_marker import MARKER, read_marker
+from hf_bilb.storage.checkpoint_rotation import rotate_checkpoints
+from hf_bilb.trainer.finite_weights import weights_are_finite
 from tests.checkpoints.runs import Begin, Run, build_trainer
 
 NAN, INF = float("nan"), float("inf")

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.checkpointing import TENSORS
+from hf_bilb.trainer.checkpointing import TENSORS
 from tests.checkpoints.runs import BILB, DOUBLE, QM9, Begin, Run, build_trainer
 from tests.synthetic import build_data
 

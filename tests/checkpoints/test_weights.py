@@ -15,10 +15,10 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_bilb.adapter_weights import BESIDE
 from hf_bilb.errors import CheckpointError
-from hf_bilb.weights import check_savable, load_weights
-from hf_bilb.weights_trainer import RestoringTrainer
+from hf_bilb.storage.adapter_weights import BESIDE
+from hf_bilb.storage.weights import check_savable, load_weights
+from hf_bilb.trainer.weights_trainer import RestoringTrainer
 from tests.checkpoints.weight_models import (
     ADAPTED,
     FAMILIES,

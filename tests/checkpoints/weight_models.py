@@ -10,7 +10,7 @@ import transformers as hf
 from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from hf_bilb.models.dense_backbone import DenseBackboneConfig, DenseBackboneModel
+from hf_bilb.models.dense.backbone import DenseBackboneConfig, DenseBackboneModel
 from hf_bilb.models.image_encoder import MultiTaskImageConfig, MultiTaskImageModel
 from hf_bilb.models.text_encoder import MultiTaskTextConfig, MultiTaskTextModel
 

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 
 from hf_bilb import build_balancer, list_balancers
 from hf_bilb.balancers import get_balancer_spec, resolve_options
-from hf_bilb.catalogue import _in_terms_of_k
 from hf_bilb.cli import main
-from hf_bilb.recipe import load_yaml
+from hf_bilb.experiments.balancer_descriptions import _in_terms_of_k
+from hf_bilb.experiments.recipe import load_yaml
 from tests.registration import registration_undone
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +167,7 @@ OWN = '''"""My own method: F = slope sum_k l_k."""
 from dataclasses import dataclass
 from hf_bilb import register_balancer
 from hf_bilb.balancers import BalancerOptions
-from hf_bilb.objective import Objective
+from hf_bilb.engine.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)

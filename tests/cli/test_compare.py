@@ -19,13 +19,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hf_bilb import checkpointing, compare
-from hf_bilb.cells import parse_balancers, parse_seeds, state_of
 from hf_bilb.cli import main
 from hf_bilb.data import DATA_SETS, DataSetSpec
 from hf_bilb.errors import OptionError
-from hf_bilb.recipe import read_recipe
+from hf_bilb.experiments import compare
+from hf_bilb.experiments.plan import parse_balancers, parse_seeds, state_of
+from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import read_results, write_results
+from hf_bilb.trainer import checkpointing
 from tests.cli.made_up import RECIPE, TASKS, MadeUpOptions, load_made_up
 from tests.reporting.made_up_study import cell as results_of_cell
 

@@ -17,11 +17,11 @@ from peft import PeftModel
 from transformers import AutoModel, AutoTokenizer
 
 from hf_bilb.cli import main
-from hf_bilb.data.glue import load_glue
+from hf_bilb.data.text.glue import load_glue
+from hf_bilb.experiments.recipe import read_recipe
+from hf_bilb.experiments.run import resolve_data_options, training_arguments
 from hf_bilb.models.text_encoder import load_multi_task_text
-from hf_bilb.recipe import read_recipe
 from hf_bilb.reporting.results import read_results
-from hf_bilb.run import resolve_data_options, training_arguments
 from tests.data.glue_files import write_encoder, write_tsv
 
 ROOT = Path(__file__).parents[2]

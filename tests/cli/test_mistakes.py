@@ -15,18 +15,18 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from hf_bilb import cells
 from hf_bilb.cli import main
+from hf_bilb.config.options import check_value, shown
 from hf_bilb.data import DATA_SETS, DataSetSpec
-from hf_bilb.data.base import split_rows
-from hf_bilb.data.glue import GlueOptions
-from hf_bilb.data.molecule_net import GraphRows, task_data
+from hf_bilb.data.molecules.molecule_net import GraphRows, task_data
 from hf_bilb.data.rows import VectorRows
-from hf_bilb.data.sarcos import squared_errors
-from hf_bilb.data.tabular import read_rows
+from hf_bilb.data.tables.sarcos import squared_errors
+from hf_bilb.data.tables.tables import read_rows
+from hf_bilb.data.task_data import split_rows
+from hf_bilb.data.text.glue import GlueOptions
 from hf_bilb.errors import HfBilbError, OptionError, StorageError, one_line
-from hf_bilb.options import check_value, shown
-from hf_bilb.recipe import load_yaml
+from hf_bilb.experiments import plan
+from hf_bilb.experiments.recipe import load_yaml
 from hf_bilb.reporting.results import as_json, read_results
 from tests.cli.made_up import MADE_UP, RECIPE, MadeUpOptions, load_made_up
 
@@ -450,7 +450,7 @@ def test_a_part_without_rows_is_one_line_before_training(folder, monkeypatch, pa
 
 
 def test_a_table_without_rows_is_named(tmp_path):
-    from hf_bilb.data.adult import LAYOUT
+    from hf_bilb.data.tables.adult import LAYOUT
 
     (tmp_path / "adult.data").write_text(",".join(LAYOUT.columns) + "\n")
     with pytest.raises(OptionError, match=r"^data: .*adult\.data has no rows$"):
@@ -458,7 +458,7 @@ def test_a_table_without_rows_is_named(tmp_path):
 
 
 def test_a_task_without_a_training_label_is_one_line():
-    from hf_bilb.data.graphs import MoleculeGraphs
+    from hf_bilb.data.molecules.graphs import MoleculeGraphs
 
     labels = torch.tensor([[1.0, torch.nan]] * 9 + [[0.0, 1.0]])
     rows = split_rows(10, 0, 6, 2, 2)
@@ -504,8 +504,8 @@ def test_an_argument_that_is_missing_or_unknown_is_one_line(arguments):
 
 
 def test_a_cell_has_the_value_that_was_asked_for_beyond_16_bits(folder):
-    asked = cells.parse_balancers("ls", {"name": "ls"})
-    (cell,) = cells.plan_cells("small.yaml", [], Path("\U0001f600"), asked, [0])
+    asked = plan.parse_balancers("ls", {"name": "ls"})
+    (cell,) = plan.plan_cells("small.yaml", [], Path("\U0001f600"), asked, [0])
     assert cell.folder == Path("\U0001f600/ls/seed-0")
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_bilb import build_balancer, list_balancers
 from hf_bilb.balancers import LossBalancer, get_balancer_spec, resolve_options
-from hf_bilb.normalization import NormalizationKind
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.engine.normalization import NormalizationKind
+from hf_bilb.losses.contract import TaskLosses
 
 #: Features of the feature routers, of which there are three.
 FEATURES = {"router": "features", "num_features": 3, "initial_logits": None}

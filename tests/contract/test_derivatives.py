@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.objective import differentiate
+from hf_bilb.engine.objective import differentiate
 from tests.contract.cases import CASES, Case, Tilted, advance, features_for, random_losses
 from tests.contract.frozen import Frozen, central_differences
 

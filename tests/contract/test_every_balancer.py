@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bilb import list_balancers
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.running_log import RunningLog
-from hf_bilb.task_losses import as_task_losses
+from hf_bilb.losses.contract import as_task_losses
+from hf_bilb.trainer.running_log import RunningLog
 from tests.contract.cases import (
     CASES,
     SEPARABLE,

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_bilb.data.celeba import ATTRIBUTES
-from hf_bilb.data.images import decode
+from hf_bilb.data.images.celeba import ATTRIBUTES
+from hf_bilb.data.images.rows import decode
 
 SMILING = ATTRIBUTES.index("Smiling")
 

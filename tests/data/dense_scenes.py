@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.augmentation import View
-from hf_bilb.data.surface_normals import Intrinsics
+from hf_bilb.data.dense.augmentation import View
+from hf_bilb.data.dense.surface_normals import Intrinsics
 
 CAMERA = Intrinsics(fx=40.0, fy=42.0, cx=17.5, cy=11.0)
 SIZE = (24, 32)

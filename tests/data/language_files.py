@@ -31,7 +31,7 @@ def write_jsonl(file: Path, count: int = 20, seed: int = 0) -> Path:
 
 
 def tokenizer_of(vocab_size: int = 400) -> Any:
-    from hf_bilb.data.instructions import new_tokenizer
+    from hf_bilb.data.text.instructions import new_tokenizer
 
     return new_tokenizer([row[key] for row in rows(60, seed=9) for key in ("prompt", "response")], vocab_size)
 

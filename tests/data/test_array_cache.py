@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_bilb.data import array_cache
-from hf_bilb.data.array_cache import META, Arrays, Preparation, prepare_arrays
+from hf_bilb.data import cache as array_cache
+from hf_bilb.data.cache import META, Arrays, Preparation, prepare_arrays
 from hf_bilb.errors import OptionError
 from tests.processes import group_is_gone, wait_for
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_bilb.data.augmentation import SCALES, View, draw_view
-from hf_bilb.data.surface_normals import Intrinsics, normals_from_depth
+from hf_bilb.data.dense.augmentation import SCALES, View, draw_view
+from hf_bilb.data.dense.surface_normals import Intrinsics, normals_from_depth
 from tests.data.dense_scenes import CAMERA, SIZE, plane, rays, seen_depth, seen_image, seen_labels, seen_normals
 
 SIZES = [(24, 32), (144, 192), (288, 384), (128, 256), (17, 31)]

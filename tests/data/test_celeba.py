@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS
-from hf_bilb.data.celeba import ATTRIBUTES, SINGLE_TASK_F1, CelebaOptions, load_celeba, read_folder, read_hub
-from hf_bilb.data.images import collate_images, decode
+from hf_bilb.data.images.celeba import ATTRIBUTES, SINGLE_TASK_F1, CelebaOptions, load_celeba, read_folder, read_hub
+from hf_bilb.data.images.rows import collate_images, decode
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options
-from hf_bilb.recipe import read_recipe
+from hf_bilb.experiments.recipe import read_recipe
+from hf_bilb.experiments.run import run_recipe
 from hf_bilb.reporting.results import read_results
-from hf_bilb.run import run_recipe
 from tests.data.celeba_files import change_line, made_up, name_of, write_celeba
 
 ROOT = Path(__file__).parents[2]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_bilb.data import array_cache, dense_files
-from hf_bilb.data.augmentation import draw_view
-from hf_bilb.data.cityscapes import CLASS_NAMES, CityscapesOptions, load_cityscapes
-from hf_bilb.data.cityscapes_files import class_table
+from hf_bilb.config.options import parse_options
+from hf_bilb.data import cache as array_cache
+from hf_bilb.data.dense import files as dense_files
+from hf_bilb.data.dense.augmentation import draw_view
+from hf_bilb.data.dense.cityscapes import CLASS_NAMES, CityscapesOptions, load_cityscapes
+from hf_bilb.data.dense.cityscapes_files import class_table
 from hf_bilb.errors import MissingPackageError, OptionError
-from hf_bilb.options import parse_options
 from tests.data.dense_scenes import SIZE, seen_labels, write_mtan
 
 # Label id -> name and group of cityscapesScripts' labels.py, for the 19 classes of the evaluation, in its order.

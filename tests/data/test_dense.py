@@ -15,16 +15,16 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from hf_bilb.data import dense_files
-from hf_bilb.data.augmentation import View, draw_view
-from hf_bilb.data.dense import DenseRows
-from hf_bilb.data.dense_files import resize_image, resize_nearest
-from hf_bilb.data.images import collate_images
-from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
-from hf_bilb.dense_losses import dense_item_counts
-from hf_bilb.epochs import EpochDataset
+from hf_bilb.config.options import parse_options
+from hf_bilb.data.dense import files as dense_files
+from hf_bilb.data.dense.augmentation import View, draw_view
+from hf_bilb.data.dense.files import resize_image, resize_nearest
+from hf_bilb.data.dense.nyuv2 import Nyuv2Options, load_nyuv2
+from hf_bilb.data.dense.rows import DenseRows
+from hf_bilb.data.images.rows import collate_images
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options
+from hf_bilb.losses.dense import dense_item_counts
+from hf_bilb.trainer.epochs import EpochDataset
 from tests.data.dense_scenes import SIZE, seen_depth, seen_image, seen_labels, seen_normals, write_mtan
 
 TASKS = ("segmentation", "depth", "normals")
@@ -262,7 +262,7 @@ def test_files_are_read_once_and_again_when_one_changes(folder: Path, monkeypatc
         return np.load(path)
 
     monkeypatch.setattr(dense_files, "_load", counted)
-    monkeypatch.setattr("hf_bilb.data.array_cache.available_cores", lambda: 1)  # reads are counted in this process
+    monkeypatch.setattr("hf_bilb.data.cache.available_cores", lambda: 1)  # reads are counted in this process
     again = load_nyuv2(options(folder, augment=False))
     assert len(reads) == 2  # the first image of each part, for the size
     assert all(same(one, other) for one, other in zip(first.train, again.train, strict=True))
@@ -274,7 +274,7 @@ def test_files_are_read_once_and_again_when_one_changes(folder: Path, monkeypatc
 
 def test_an_interrupted_preparation_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_files, "_AT_ONCE", 2)
-    monkeypatch.setattr("hf_bilb.data.array_cache.available_cores", lambda: 1)
+    monkeypatch.setattr("hf_bilb.data.cache.available_cores", lambda: 1)
     reads: list[Path] = []
     load = dense_files._load
 

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bilb.data.cityscapes import CityscapesOptions, load_cityscapes
-from hf_bilb.data.dense import DenseOptions
-from hf_bilb.data.images import collate_images
-from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
-from hf_bilb.data.prepare import prepare_nyuv2
+from hf_bilb.data.dense.cityscapes import CityscapesOptions, load_cityscapes
+from hf_bilb.data.dense.nyuv2 import Nyuv2Options, load_nyuv2
+from hf_bilb.data.dense.prepare import prepare_nyuv2
+from hf_bilb.data.dense.rows import DenseOptions
+from hf_bilb.data.images.rows import collate_images
 from hf_bilb.errors import OptionError
-from hf_bilb.recipe import read_recipe
-from hf_bilb.run import build_model, run_recipe
+from hf_bilb.experiments.recipe import read_recipe
+from hf_bilb.experiments.run import build_model, run_recipe
 from tests.data.dense_scenes import write_mtan
 from tests.data.test_prepare_nyuv2 import write_scenes
 

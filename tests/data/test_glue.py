@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hf_bilb.config.options import parse_options
+from hf_bilb.config.pretrained import pretrained_path
 from hf_bilb.data import DATA_SETS
-from hf_bilb.data.glue import (
+from hf_bilb.data.text.glue import (
     DEFAULT_TASKS,
     TASKS,
     GlueOptions,
@@ -24,10 +26,9 @@ from hf_bilb.data.glue import (
     read_tsv,
     split_training_rows,
 )
-from hf_bilb.data.text import PadTokens, TokenRows, count_task_items, pretrained_path, tokenize
+from hf_bilb.data.text.pretrained_text import PadTokens, TokenRows, count_task_items, tokenize
 from hf_bilb.errors import MissingPackageError, OptionError
-from hf_bilb.options import parse_options
-from hf_bilb.task_sampler import example_tasks
+from hf_bilb.trainer.sampling import example_tasks
 from tests.data.glue_files import FOLDERS, HEADERS, rows, write_encoder, write_glue, write_tsv
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"

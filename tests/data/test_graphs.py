@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_bilb.data.graphs import GraphRows, MoleculeGraphs, collate_graphs
+from hf_bilb.data.molecules.graphs import GraphRows, MoleculeGraphs, collate_graphs
 
 SIZES = [4, 1, 7, 2, 7, 3]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_bilb.data.image_labels import ImageLabels, read_image_labels
+from hf_bilb.data.dense.image_labels import ImageLabels, read_image_labels
 from hf_bilb.errors import OptionError
 
 IMAGES = {"train": ["0", "1", "2", "10"], "val": ["0", "1"]}

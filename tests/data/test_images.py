@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bilb.data import images
-from hf_bilb.data.celeba import CelebaOptions, load_celeba
-from hf_bilb.data.images import ImageRows, collate_images, decode, prepare_images
+from hf_bilb.data.images import rows as images
+from hf_bilb.data.images.celeba import CelebaOptions, load_celeba
+from hf_bilb.data.images.rows import ImageRows, collate_images, decode, prepare_images
 from hf_bilb.errors import OptionError
 from tests.data.celeba_files import Counted, name_of, write_celeba
 
@@ -123,7 +123,7 @@ def test_of_two_that_prepare_at_once_one_does(tmp_path: Path, monkeypatch: pytes
 
 KILLED = """
 import sys
-from hf_bilb.data import images
+from hf_bilb.data.images import rows as images
 from tests.data.celeba_files import Counted
 images.CHUNK = 3
 source = Counted()

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS, TaskData
-from hf_bilb.data.glue_prompts import WORDINGS
-from hf_bilb.data.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
-from hf_bilb.data.instructions import new_tokenizer, read_jsonl, unigram_perplexity
+from hf_bilb.data.text.glue_prompts import WORDINGS
+from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
+from hf_bilb.data.text.instructions import new_tokenizer, read_jsonl, unigram_perplexity
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options
 from tests.data.glue_files import write_glue
 from tests.data.language_files import TASKS, rows, tokenizer_of, write_jsonl
 
@@ -256,7 +256,7 @@ def test_glue_becomes_prompts_and_answers(tmp_path: Path) -> None:
      ("mnli", 1, " maybe"), ("wnli", 0, " no"), ("qqp", 1, " yes"), ("stsb", 3.25, " 3.2")],
 )  # fmt: skip
 def test_labels_in_words(task: str, label: float, answer: str) -> None:
-    from hf_bilb.data.glue_prompts import instruction
+    from hf_bilb.data.text.glue_prompts import instruction
 
     prompt, response = instruction(task, ("a {0} b", "c"), label)
     assert response == answer

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_bilb.data import DATA_SETS, TaskData, molecule_net
-from hf_bilb.data.molecule_net import (
+from hf_bilb.config.options import parse_options
+from hf_bilb.data import DATA_SETS, TaskData
+from hf_bilb.data.molecules import molecule_net
+from hf_bilb.data.molecules.molecule_net import (
     SIDER_TASKS,
     TOX21_TASKS,
     MoleculeNetOptions,
@@ -24,7 +26,6 @@ from hf_bilb.data.molecule_net import (
     scaffold_split,
 )
 from hf_bilb.errors import MissingPackageError, OptionError
-from hf_bilb.options import parse_options
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_rdkit = pytest.mark.skipif(
@@ -263,7 +264,7 @@ def test_a_task_with_one_class_alone_has_no_area_and_is_named(
 
 @needs_rdkit
 def test_the_network_takes_the_batches_and_counts_the_labels_that_are_there(tox21: Path, cache: str) -> None:
-    from hf_bilb.models.mpnn import MpnnConfig, MpnnModel
+    from hf_bilb.models.graph.mpnn import MpnnConfig, MpnnModel
 
     data = load(tox21, cache)
     torch.manual_seed(0)

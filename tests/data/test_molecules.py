@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from hf_bilb.data.molecules import (
+from hf_bilb.data.molecules.features import (
     BOND_TYPES,
     GEOMETRY_ATOM_FEATURES,
     SMILES_ATOM_FEATURES,

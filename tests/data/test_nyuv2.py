@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_bilb.data.nyuv2 import Nyuv2Options, load_nyuv2
-from hf_bilb.data.nyuv2_labels import CLASSES_13, classes_13, classes_40, official_split
-from hf_bilb.data.surface_normals import NYUV2_CAMERA, Intrinsics, normals_from_depth
+from hf_bilb.data.dense.nyuv2 import Nyuv2Options, load_nyuv2
+from hf_bilb.data.dense.nyuv2_labels import CLASSES_13, classes_13, classes_40, official_split
+from hf_bilb.data.dense.surface_normals import NYUV2_CAMERA, Intrinsics, normals_from_depth
 from hf_bilb.errors import OptionError
 from tests.data.dense_scenes import plane
 

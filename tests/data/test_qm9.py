@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS
-from hf_bilb.data.base import TaskData
-from hf_bilb.data.coulomb import coulomb_eigenvalues, coulomb_matrices
-from hf_bilb.data.qm9 import (
+from hf_bilb.data.molecules.coulomb import coulomb_eigenvalues, coulomb_matrices
+from hf_bilb.data.molecules.qm9 import (
     NUM_MOLECULES,
     TARGETS,
     Molecules,
@@ -33,8 +33,8 @@ from hf_bilb.data.qm9 import (
     read_molecules,
     task_data,
 )
+from hf_bilb.data.task_data import TaskData
 from hf_bilb.errors import MissingPackageError, OptionError
-from hf_bilb.options import parse_options
 
 needs_qm9pack = pytest.mark.skipif(
     importlib.util.find_spec("qm9pack") is None, reason='needs the data: pip install "hf-bilb[qm9]"'
@@ -455,7 +455,7 @@ def _no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> Molecules:
         raise AssertionError("the CSV files were read again")
 
-    monkeypatch.setattr("hf_bilb.data.qm9.read_molecules", fail)
+    monkeypatch.setattr("hf_bilb.data.molecules.qm9.read_molecules", fail)
 
 
 @needs_qm9pack
@@ -489,8 +489,8 @@ def test_an_interrupted_preparation_leaves_nothing_that_a_later_one_trips_over(
             raise KeyboardInterrupt
         return coulomb_eigenvalues(*arguments, **keywords)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("hf_bilb.data.qm9.CHUNK", 1000)
-    monkeypatch.setattr("hf_bilb.data.qm9.coulomb_eigenvalues", interrupted)
+    monkeypatch.setattr("hf_bilb.data.molecules.qm9.CHUNK", 1000)
+    monkeypatch.setattr("hf_bilb.data.molecules.qm9.coulomb_eigenvalues", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_arrow(cache_dir=str(tmp_path), max_molecules=FEW)
     monkeypatch.undo()

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS, TaskData
-from hf_bilb.data import adult as adult_module
-from hf_bilb.data import census as census_module
-from hf_bilb.data.adult import AdultOptions, load_adult
-from hf_bilb.data.census import CensusOptions, load_census
-from hf_bilb.data.sarcos import SarcosOptions, load_sarcos
-from hf_bilb.data.tabular import Layout, OneHotRows, binary_metrics
+from hf_bilb.data.tables import adult as adult_module
+from hf_bilb.data.tables import census as census_module
+from hf_bilb.data.tables.adult import AdultOptions, load_adult
+from hf_bilb.data.tables.census import CensusOptions, load_census
+from hf_bilb.data.tables.sarcos import SarcosOptions, load_sarcos
+from hf_bilb.data.tables.tables import Layout, OneHotRows, binary_metrics
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 STATES = ("Never-married", "Married-civ-spouse", "Divorced", "Separated")

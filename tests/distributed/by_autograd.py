@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb import build_balancer
-from hf_bilb.balancers.base import LossBalancer
+from hf_bilb.engine.balancer import LossBalancer
 from tests.distributed.models import HIDDEN, FeatureModel
 from tests.distributed.training import GLOBAL_BATCH, STEPS_PER_EPOCH
 from tests.synthetic import SyntheticData, flat_parameters

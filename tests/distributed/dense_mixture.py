@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import default_data_collator
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.dense_losses import dense_item_counts
+from hf_bilb.losses.dense import dense_item_counts
 from hf_bilb.models import DenseBackboneConfig, DenseBackboneModel
 from tests.distributed.training import world_size
 from tests.distributed.worker import main

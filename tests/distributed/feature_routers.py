@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_bilb import distributed
-from hf_bilb.balancers.base import LossBalancer
-from hf_bilb.decision import Decision
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.engine import reduction
+from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.weighting import Decision
+from hf_bilb.losses.contract import TaskLosses
 from tests.distributed.models import HIDDEN, build_feature_model
 from tests.distributed.training import SmallestGap, optimizer_settings, train, train_standalone, uneven_data
 from tests.synthetic import TASK_NAMES, SyntheticData, build_data
@@ -91,8 +91,8 @@ def router_repeated(times: int) -> dict[str, Any]:
 
 @contextmanager
 def router_sabotaged(kind: str) -> Iterator[None]:
-    attach, reduce = LossBalancer.attach, distributed.reduce_losses
-    ranks = distributed.data_parallel_size()
+    attach, reduce = LossBalancer.attach, reduction.reduce_losses
+    ranks = reduction.data_parallel_size()
 
     def broken_attach(self: LossBalancer, batch: TaskLosses, decision: Decision, *args: Any, **kwargs: Any) -> Tensor:
         rows = decision.num_rows.new_tensor(ranks * len(batch.router_features))
@@ -105,19 +105,19 @@ def router_sabotaged(kind: str) -> Iterator[None]:
 
     def broken_reduce(
         micro_batches: Any, with_features: bool = False, group: Any = None, alone: bool = False
-    ) -> distributed.GlobalBatch:
+    ) -> reduction.GlobalBatch:
         whole = reduce(micro_batches, with_features, group, alone)
         local = micro_batches[0].router_features.detach()
         local = local.sum(dim=0) / max(len(local), 1)
-        mean = distributed.all_reduce_sum(local, group) / ranks
+        mean = reduction.all_reduce_sum(local, group) / ranks
         features = {"local_features": local, "mean_of_means": mean}
         return whole._replace(features=features.get(kind, whole.features))
 
-    LossBalancer.attach, distributed.reduce_losses = broken_attach, broken_reduce
+    LossBalancer.attach, reduction.reduce_losses = broken_attach, broken_reduce
     try:
         yield
     finally:
-        LossBalancer.attach, distributed.reduce_losses = attach, reduce
+        LossBalancer.attach, reduction.reduce_losses = attach, reduce
 
 
 def router_sabotage(kind: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def feature_router_scenarios() -> dict[str, Callable[[], dict[str, Any]]]:
         for absent, precision in (("skip", "float64"), ("hold", "float32")):
             name = f"router/{router}/{absent}/{precision}"
             found[name] = partial(router_equality, router, absent, getattr(torch, precision))
-    if distributed.data_parallel_size() > 1:
+    if reduction.data_parallel_size() > 1:
         for kind in ROUTER_SABOTAGE:
             found[f"router_sabotage/{kind}"] = partial(router_sabotage, kind)
     return found

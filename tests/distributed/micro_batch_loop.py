@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb import build_balancer
-from hf_bilb.objective import HistoryObjective, ProgressObjective, StepProgress
+from hf_bilb.engine.objective import HistoryObjective, ProgressObjective, StepProgress
 from tests.distributed.models import HIDDEN, FeatureModel
 from tests.synthetic import SyntheticData, flat_parameters
 

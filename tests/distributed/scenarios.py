@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import IterableDataset
 
-from hf_bilb import BilevelMTLTrainer, distributed
-from hf_bilb.balancers.base import LossBalancer
-from hf_bilb.decision import WindowShare
+from hf_bilb import BilevelMTLTrainer
+from hf_bilb.engine import reduction
+from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.weighting import WindowShare
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.task_losses import masked_mse
+from hf_bilb.losses.contract import masked_mse
 from tests.distributed.absent_tasks import absent_task_scenarios
 from tests.distributed.double_loop import double_loop_scenarios
 from tests.distributed.feature_routers import feature_router_scenarios
@@ -91,9 +92,9 @@ def sabotaged(kind: str) -> Iterator[None]:
     original = LossBalancer.surrogate
 
     def surrogate(self: LossBalancer, batch: Any, process_group: Any = None, share: Any = None) -> Any:
-        ranks = distributed.data_parallel_size(process_group)
+        ranks = reduction.data_parallel_size(process_group)
         here = (batch.num_items > 0).to(batch.num_items.dtype)
-        everywhere = distributed.all_reduce_sum(batch.num_items, process_group).clamp(min=1)
+        everywhere = reduction.all_reduce_sum(batch.num_items, process_group).clamp(min=1)
         exact = batch.num_items / everywhere
         local = {"local_denominator": here / ranks, "local_objective": exact, "no_factor_ranks": exact / ranks}[kind]
         return original(
@@ -105,17 +106,17 @@ def sabotaged(kind: str) -> Iterator[None]:
         here = batch.num_items > 0
         losses = torch.where(here, batch.losses.detach(), torch.zeros_like(batch.num_items))
         zero = batch.num_items.new_zeros(())
-        return distributed.GlobalBatch(losses, batch.num_items, here, zero, None, zero)
+        return reduction.GlobalBatch(losses, batch.num_items, here, zero, None, zero)
 
-    reduce = distributed.reduce_losses
+    reduce = reduction.reduce_losses
     LossBalancer.surrogate = surrogate
     if kind == "local_objective":
-        distributed.reduce_losses = reduce_locally
+        reduction.reduce_losses = reduce_locally
     try:
         yield
     finally:
         LossBalancer.surrogate = original
-        distributed.reduce_losses = reduce
+        reduction.reduce_losses = reduce
 
 
 def sabotage(kind: str, balancer: str) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def rest_reached(several: bool, number_of_heads: int) -> dict[str, Any]:
         for number in [dist.get_rank()] if ranks > 1 else [0, 1]:
             for k in (number, (number + 1) % number_of_heads) if several else (number,):
                 loss = wrapped(row, k)
-                losses.append(distributed.reach_rest(loss, model.parameters()) if ranks > 1 else loss / 2)
+                losses.append(reduction.reach_rest(loss, model.parameters()) if ranks > 1 else loss / 2)
         sum(losses).backward()
         found += [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
         model.zero_grad()

@@ -22,8 +22,8 @@ from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, build_balancer
 from hf_bilb.balancers import bilb
-from hf_bilb.balancers.base import LossBalancer
-from hf_bilb.task_losses import TaskLosses, as_task_losses
+from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.losses.contract import TaskLosses, as_task_losses
 from tests.synthetic import SyntheticData, build_data, flat_parameters
 
 #: Rows of a global batch, whatever the number of ranks.

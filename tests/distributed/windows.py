@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.objective import Objective
+from hf_bilb.engine.objective import Objective
 from tests.distributed.models import build_feature_model
 from tests.distributed.training import SmallestGap, optimizer_settings, train, world_size
 from tests.synthetic import SyntheticData, build_data

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_bilb.recipe import read_recipe
+from hf_bilb.experiments.recipe import read_recipe
+from hf_bilb.experiments.run import run_recipe
 from hf_bilb.reporting.results import read_results
-from hf_bilb.run import run_recipe
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.contract.cases import CASES, Case, Tilted, advance, features_for, random_losses
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)

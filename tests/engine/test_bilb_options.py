@@ -14,9 +14,9 @@ from torch import Tensor
 from hf_bilb import OptionError, build_balancer
 from hf_bilb.balancers import resolve_options
 from hf_bilb.balancers.bilb import PRESETS, BilbOptions, EdgeFraction
+from hf_bilb.balancers.router import UniformLogits
 from hf_bilb.errors import TaskLossError
-from hf_bilb.router import UniformLogits
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.engine.paper import LOGITS, MODEL_RATE, D, K, Toy, by_hand, drawn, end_to_end
 
 #: A parameter router with everything switched on that the paper has; every option, written out.

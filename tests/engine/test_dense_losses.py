@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bilb.dense_losses import (
+from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.losses.dense import (
     dense_item_counts,
     dense_task_losses,
     depth_loss,
@@ -19,7 +20,6 @@ from hf_bilb.dense_losses import (
     segmentation_loss,
     unit_vectors,
 )
-from hf_bilb.errors import OptionError, TaskLossError
 
 PARITY = Path(__file__).parents[1] / "parity_data" / "metrics.npz"
 TASKS = ("segmentation", "depth", "normals")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb import OptionError, build_balancer
+from hf_bilb.engine.double_loop import LowerLevelReport
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.lower_level import LowerLevelReport
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.engine.algorithm_2 import K, Network, Part, Reference
 from tests.engine.trained import ADAM, FEATURES, OPTIONS, PARTS, WHOLE, Trained
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bilb.discrepancy import discrepancy, largest_slopes
+from hf_bilb.balancers.discrepancy import discrepancy, largest_slopes
 
 
 def by_loops(values: Tensor, active: Tensor, pairs: str, smoothing: float) -> Tensor:

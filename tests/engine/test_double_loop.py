@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb import OptionError, build_balancer
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.engine.algorithm_2 import D, K, Network, Part, Reference, part, trainable
 from tests.engine.trained import ADAM, FEATURES, GAPS, LATE, NAMES, OPTIONS, PARTS, WHOLE, Trained, build
 

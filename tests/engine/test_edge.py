@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
+from hf_bilb.engine.objective import differentiate
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.objective import differentiate
 from tests.contract.cases import advance, random_losses
 
 TAUS, PAIRS, DENOMINATORS = ("weights", "one"), ("adjacent", "all"), ("none", "sum", "detached_sum")

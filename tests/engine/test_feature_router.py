@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.decision import WindowShare
+from hf_bilb.engine.weighting import WindowShare
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.engine.paper import drawn
 
 K, D = 3, 4

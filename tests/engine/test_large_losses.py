@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.contract.cases import CASES, Case, Tilted, advance, random_losses
 
 K = 3

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
+from hf_bilb.engine.objective import HistoryObjective, ProgressObjective
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
-from hf_bilb.objective import HistoryObjective, ProgressObjective
 from tests.contract.cases import CASES, DOUBLE_LOOP, Case, Tilted, advance, batch_for, features_for, random_losses
 
 K = 4

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hf_bilb import OptionError, build_balancer, list_balancers, register_balancer
 from hf_bilb.balancers import BalancerOptions, get_balancer_spec, registry
-from hf_bilb.balancers.options import masked_sum
-from hf_bilb.objective import Objective, ObjectiveValue
+from hf_bilb.engine.objective import Objective, ObjectiveValue
+from hf_bilb.engine.options import masked_sum
 from tests.contract.cases import advance, random_losses
 
 

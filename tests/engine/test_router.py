@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_bilb import build_balancer
+from hf_bilb.balancers.router import ParameterRouter, UniformLogits, initial_values
 from hf_bilb.errors import OptionError
-from hf_bilb.router import ParameterRouter, UniformLogits, initial_values
 
 LOGITS = [-2.0, -0.5, 0.0, 0.3, 4.0]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_bilb.errors import TaskLossError
-from hf_bilb.task_losses import as_task_losses
+from hf_bilb.losses.contract import as_task_losses
 
 NAMES = ["homo", "lumo", "gap"]
 

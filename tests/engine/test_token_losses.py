@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
 from hf_bilb.errors import TaskLossError
-from hf_bilb.token_losses import TokenLosses, token_item_counts, token_task_losses
+from hf_bilb.losses.tokens import TokenLosses, token_item_counts, token_task_losses
 
 
 def made_up(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.engine.algorithm_2 import X_RATE, D, Network, Part, flat, part, trainable
 
 NAMES = ["a", "b", "c"]

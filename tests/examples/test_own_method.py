@@ -20,10 +20,10 @@ from torch import Tensor
 from hf_bilb import OptionError, build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.cli import main
+from hf_bilb.config.user_code import import_source
 from hf_bilb.data import DATA_SETS
-from hf_bilb.objective import differentiate
-from hf_bilb.recipe import load_yaml, read_recipe
-from hf_bilb.references import import_source
+from hf_bilb.engine.objective import differentiate
+from hf_bilb.experiments.recipe import load_yaml, read_recipe
 from hf_bilb.reporting.results import read_results
 from tests.cli.made_up import MADE_UP, RECIPE
 from tests.contract.cases import advance, random_losses

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_bilb.checkpointing import DESCRIPTION, MARKER, TENSORS
+from hf_bilb.trainer.checkpointing import DESCRIPTION, MARKER, TENSORS
 from tests.hub.server import Hub
 from tests.hub.worker import LAST_SAVE, REPO, RUN
 

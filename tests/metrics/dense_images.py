@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hf_bilb.dense_losses import dense_task_losses
+from hf_bilb.losses.dense import dense_task_losses
 from hf_bilb.metrics.dense import DenseMetrics
 
 TASKS = ("segmentation", "depth", "normals")

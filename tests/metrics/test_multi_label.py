@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from hf_bilb.data.celeba import ATTRIBUTES, SINGLE_TASK_F1
+from hf_bilb.data.images.celeba import ATTRIBUTES, SINGLE_TASK_F1
 from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.metrics.multi_label import MultiLabelMetrics
 from hf_bilb.metrics.roc_auc import BinaryClassification

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.data.instruction_rows import InstructionRows, PackExamples
+from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples
+from hf_bilb.losses.tokens import TokenLosses
 from hf_bilb.metrics.perplexity import Perplexity
 from hf_bilb.models.causal_lm import CausalLmOptions, build_causal_lm
-from hf_bilb.token_losses import TokenLosses
 
 TASKS = ("copy", "length", "shout")
 VOCAB = 50

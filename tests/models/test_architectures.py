@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_bilb.data.instruction_rows import InstructionRows, PackExamples, PadExamples
+from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, PadExamples
 from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.losses.tokens import TokenLosses
 from hf_bilb.models.causal_lm import CausalLmOptions, build_causal_lm
 from hf_bilb.models.token_influence import check_packing
-from hf_bilb.token_losses import TokenLosses
 from tests.models.language_training import LLAMA, TASKS, VOCAB, data_of
 
 SIZES = {name: value for name, value in LLAMA.items() if name != "model_type"}

@@ -14,15 +14,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_bilb.data.instruction_rows import PackExamples, PadExamples
+from hf_bilb.config.options import parse_options
+from hf_bilb.data.text.instruction_rows import PackExamples, PadExamples
 from hf_bilb.errors import OptionError
+from hf_bilb.experiments.recipe import parse_recipe, read_recipe
+from hf_bilb.experiments.run import build_model, resolve_data_options, run_recipe
+from hf_bilb.losses.tokens import TokenLosses
 from hf_bilb.models import MODELS
 from hf_bilb.models.causal_lm import CausalLmOptions, add_adapters, build_causal_lm
 from hf_bilb.models.token_influence import check_packing
-from hf_bilb.options import parse_options
-from hf_bilb.recipe import parse_recipe, read_recipe
-from hf_bilb.run import build_model, resolve_data_options, run_recipe
-from hf_bilb.token_losses import TokenLosses
 from tests.data.language_files import write_jsonl, write_language_model
 from tests.models.language_training import LLAMA, TASKS, VOCAB, by_row, data_of, flat, model_of, trainer_of
 

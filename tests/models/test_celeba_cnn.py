@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions
-from hf_bilb.options import parse_options
 from tests.models.files import saved_and_loaded
 
 # Of FAMO's and LDC-MTL's network, in units of its first layer's width; "M" is a max-pooling by 2.

@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.dense_losses import dense_item_counts
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.losses.dense import dense_item_counts
 from hf_bilb.models import MODELS, DenseBackboneConfig, DenseBackboneModel, DenseBackboneOptions
-from hf_bilb.models.dense_backbone import build_dense_backbone
-from hf_bilb.options import parse_options
+from hf_bilb.models.dense.backbone import build_dense_backbone
 from tests.models.files import saved_and_loaded
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]

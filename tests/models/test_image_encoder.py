@@ -21,10 +21,10 @@ from transformers import (
     ViTModel,
 )
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.models import MODELS, MultiTaskImageConfig, MultiTaskImageModel, MultiTaskImageOptions
 from hf_bilb.models.image_encoder import build_multi_task_image
-from hf_bilb.options import parse_options
 from tests.models.files import saved_and_loaded
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]

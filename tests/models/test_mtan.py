@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.dense_losses import dense_task_losses
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.dense import dense_task_losses
 from hf_bilb.models import MODELS, MtanConfig, MtanModel, SegNetOptions
-from hf_bilb.models.dense_layers import SharedBatchNorm
-from hf_bilb.options import parse_options
+from hf_bilb.models.dense.layers import SharedBatchNorm
 from tests.models.files import saved_and_loaded
 from tests.models.looped_dense import LoopedMtan, pairs_of_tasks, trunk_gradients, with_weights_of
 from tests.models.test_segnet import TASKS, batch, unlike_the_first

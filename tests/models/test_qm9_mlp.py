@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
 from hf_bilb.models.heads import TaskHeads
-from hf_bilb.options import parse_options
 from tests.models.files import saved_and_loaded
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.dense_losses import dense_task_losses
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError, TaskLossError
+from hf_bilb.losses.dense import dense_task_losses
 from hf_bilb.models import MODELS, SegNetConfig, SegNetModel, SegNetOptions
-from hf_bilb.options import parse_options
 from tests.models.files import saved_and_loaded
 from tests.models.looped_dense import LoopedSegNet, pairs_of_tasks, trunk_gradients, with_weights_of
 

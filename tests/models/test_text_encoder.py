@@ -29,6 +29,7 @@ from transformers import (
     ViTConfig,
 )
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, MultiTaskTextConfig, MultiTaskTextModel, MultiTaskTextOptions
 from hf_bilb.models.text_encoder import (
@@ -38,7 +39,6 @@ from hf_bilb.models.text_encoder import (
     load_multi_task_text,
     row_task_losses,
 )
-from hf_bilb.options import parse_options
 from tests.data.glue_files import write_encoder
 
 TASKS = {"cola": 2, "stsb": 1, "mnli": 3, "rte": 2}

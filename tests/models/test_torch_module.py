@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS
 from hf_bilb.errors import CheckpointError, OptionError
+from hf_bilb.experiments.recipe import parse_recipe
+from hf_bilb.experiments.run import build_model, run_recipe, task_loss_func
 from hf_bilb.models import MODELS
 from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module, check_columns
-from hf_bilb.options import parse_options
-from hf_bilb.recipe import parse_recipe
-from hf_bilb.run import build_model, run_recipe, task_loss_func
 
 ROOT = Path(__file__).resolve().parents[2]
 DICTATED = {"num_features": 5, "task_names": ["a", "b", "c"], "label_means": [0.0, 0.0, 0.0]}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_bilb.recipe import read_recipe
+from hf_bilb.experiments.recipe import read_recipe
+from hf_bilb.experiments.run import run_recipe
 from hf_bilb.reporting.results import read_results
-from hf_bilb.run import run_recipe
 from tests.data.dense_scenes import write_mtan
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_bilb.errors import OptionError
-from hf_bilb.recipe import SECTIONS, dump_recipe, load_yaml, parse_recipe, read_recipe
+from hf_bilb.experiments.recipe import SECTIONS, dump_recipe, load_yaml, parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

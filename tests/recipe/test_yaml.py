@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hf_bilb.errors import OptionError
-from hf_bilb.recipe import apply_override, differences, load_yaml
+from hf_bilb.experiments.recipe import apply_override, differences, load_yaml
 
 
 @pytest.mark.parametrize(

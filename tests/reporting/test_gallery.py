@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bilb.data.base import GalleryInfo
+from hf_bilb.data.task_data import GalleryInfo
 from hf_bilb.errors import OptionError
-from hf_bilb.gallery import gallery_rows
+from hf_bilb.experiments.gallery import gallery_rows
 from hf_bilb.reporting.gallery import (
     CLASS_COLOURS,
     DEPTH_COLOURS,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.task_sampler import TaskSampler, TaskSamplingOptions, build_task_sampler
+from hf_bilb.trainer.sampling import TaskSampler, TaskSamplingOptions, build_task_sampler
 from tests.synthetic import TASK_NAMES, SyntheticData, build_data
 
 #: Of the four tasks; the third is smaller than a batch.

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.synthetic import TASK_NAMES, build_data, build_model, flat_parameters
 
 BATCH = 4

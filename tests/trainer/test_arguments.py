@@ -13,7 +13,7 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, OptionError
-from hf_bilb.training_args import OWN_FIELDS, as_bilevel_arguments
+from hf_bilb.trainer.arguments import OWN_FIELDS, as_bilevel_arguments
 from tests.trainer.harness import FLOAT, TASK_NAMES, build_data, build_model, flat_parameters, plain_settings, run
 
 #: Values other than the defaults, of each kind of field.

@@ -200,13 +200,13 @@ def test_a_column_that_only_the_loss_needs(how: str, accumulation: int, tmp_path
 def test_asking_whether_a_dropped_column_is_there(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     given = {"task_loss_func": asking("weight", how)}
     run(tmp_path, TwoHeads(), rows(), trainer_arguments=given, **COMMON)
-    assert [r.getMessage() for r in caplog.records if r.name == "hf_bilb.columns"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "hf_bilb.trainer.columns"] == [
         f"task_loss_func asks for the column 'weight': {DROPPED.split(': ', 1)[1]}"
     ]
     caplog.clear()
     run(tmp_path, TwoHeads(), rows(), trainer_arguments=given, remove_unused_columns=False, **COMMON)
     run(tmp_path, TwoHeads(), rows(), trainer_arguments={"task_loss_func": asking("of_some_sets", how)}, **COMMON)
-    assert not [r for r in caplog.records if r.name == "hf_bilb.columns"]
+    assert not [r for r in caplog.records if r.name == "hf_bilb.trainer.columns"]
 
 
 @pytest.mark.parametrize(

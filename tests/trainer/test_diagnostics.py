@@ -16,7 +16,7 @@ from torch.func import functional_call
 from hf_bilb import BilevelMTLTrainer, OptionError
 from hf_bilb.cli import main
 from hf_bilb.data import DATA_SETS
-from hf_bilb.recipe import load_yaml
+from hf_bilb.experiments.recipe import load_yaml
 from tests.cli.made_up import MADE_UP, RECIPE
 from tests.synthetic import SyntheticData, build_data
 from tests.trainer.harness import (
@@ -384,7 +384,7 @@ def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture, steps: int = 12,
     caplog.clear()
     with caplog.at_level(logging.WARNING, "hf_bilb"):
         run(folder, data=data(steps=steps), balancer={**BILB, **balancer}, diagnostics=LOOK)
-    assert all(record.name == "hf_bilb.diagnostics" for record in caplog.records)
+    assert all(record.name == "hf_bilb.trainer.diagnostics" for record in caplog.records)
     return caplog.messages
 
 

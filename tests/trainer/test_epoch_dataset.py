@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.epochs import EpochDataset
+from hf_bilb.trainer.epochs import EpochDataset
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.harness import BATCH, FLOAT, arguments
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.item_counts import ItemCounter
+from hf_bilb.trainer.item_counts import ItemCounter
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (
     BATCH,
@@ -235,8 +235,8 @@ def test_nan_labels_in_a_plain_mean_are_pointed_to(tmp_path: Path, caplog: pytes
         )
     assert str(caught.value) == (
         "the loss of task 'b' is nan at step 3; 3 of its 4 labels in this step are NaN, which stands for missing ones: "
-        "leave them out before the mean (masked_mse, masked_l1, masked_bce_with_logits of hf_bilb.task_losses do); if "
-        "they are, fix the data or the model"
+        "leave them out before the mean (masked_mse, masked_l1, masked_bce_with_logits of hf_bilb.losses.contract do); "
+        "if they are, fix the data or the model"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_bilb.errors import OptionError
-from hf_bilb.recipe import parse_recipe
+from hf_bilb.experiments.recipe import parse_recipe
 from tests.synthetic import build_data
 from tests.trainer.harness import BATCH, FLOAT, arguments, run
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, build_balancer
 from hf_bilb.errors import TaskLossError
-from hf_bilb.task_losses import masked_mse
+from hf_bilb.losses.contract import masked_mse
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (
     BATCH,
@@ -143,7 +143,7 @@ def root_balancer() -> Any:
     """A registered method F = sqrt(sum of the losses)."""
     from hf_bilb import register_balancer
     from hf_bilb.balancers import BalancerOptions, registry
-    from hf_bilb.objective import Objective, ObjectiveValue
+    from hf_bilb.engine.objective import Objective, ObjectiveValue
 
     class Root(Objective):
         def __init__(self, num_tasks: int, options: BalancerOptions) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.engine.gradient_check import tasks_with_nonfinite_slope
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.gradient_check import tasks_with_nonfinite_slope
-from hf_bilb.task_losses import TaskLosses
+from hf_bilb.losses.contract import TaskLosses
 from tests.trainer.harness import BATCH, FLOAT, build_data, flat_parameters, run
 
 NAMES = ["first", "second", "third"]

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, OptionError
-from hf_bilb.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS
 from hf_bilb.errors import CheckpointError, NonFiniteLossError
-from hf_bilb.running_log import VECTORS_FILE
+from hf_bilb.trainer.checkpointing import DESCRIPTION, MARKER, STAGING, TENSORS
+from hf_bilb.trainer.running_log import VECTORS_FILE
 from tests.checkpoints.test_damage import delete, scramble, truncate
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.task_loss_trainer import keeps_contract
+from hf_bilb.trainer.losses_trainer import keeps_contract
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (
     BATCH,

@@ -18,8 +18,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.data_trainer import say_split_already
 from hf_bilb.errors import CheckpointError, OptionError
+from hf_bilb.trainer.data_trainer import say_split_already
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.harness import BATCH, FLOAT, arguments, plain_settings, untimed
 
@@ -210,7 +210,7 @@ def test_without_a_position_the_state_of_trainer_tells_it(tmp_path: Path, caplog
 
 def test_what_trainer_counts_is_what_its_state_is_read_for(tmp_path: Path) -> None:
     # Stock Trainer, in its own words: the third pass, after one update.
-    from hf_bilb.data_position import position_of_state
+    from hf_bilb.trainer.data_position import position_of_state
 
     args = TrainingArguments(**plain_settings(tmp_path, max_steps=11, gradient_accumulation_steps=1))
 

@@ -21,9 +21,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from transformers import HfArgumentParser
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
+from hf_bilb.config.options import parse_options
 from hf_bilb.errors import OptionError
-from hf_bilb.options import parse_options
-from hf_bilb.task_sampler import (
+from hf_bilb.trainer.sampling import (
     TaskSampler,
     TaskSamplingOptions,
     build_task_sampler,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.columns import ForwardColumns, innermost
-from hf_bilb.task_losses import masked_mse
+from hf_bilb.losses.contract import masked_mse
+from hf_bilb.trainer.columns import ForwardColumns, innermost
 from tests.trainer.harness import (
     BATCH,
     FLOAT,

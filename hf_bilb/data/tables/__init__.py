@@ -1,0 +1,1 @@
+"""Data sets that are tables of numbers and categories."""

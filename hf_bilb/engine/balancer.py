@@ -1,0 +1,371 @@
+"""The loss balancer: the step on the global batch, its own optimizer, explicit state; the same for every method.
+
+A method supplies its objective F (`hf_bilb.engine.objective.Objective`); `LossBalancer` is final and does the rest. It
+is no `nn.Module` on purpose: assigned to a model it would leak into the model's weights, optimizer and gradient
+clipping.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_bilb.engine import reduction
+from hf_bilb.engine.double_loop import LowerLevelReport
+from hf_bilb.engine.driver import BalancerDriver
+from hf_bilb.engine.objective import (
+    ProgressObjective,
+)
+from hf_bilb.engine.reevaluation import Reevaluation, as_micro_batches
+from hf_bilb.engine.replay import MicroBatch
+from hf_bilb.engine.trial_step import LookAhead
+from hf_bilb.engine.weighting import Decision, WindowShare, surrogate_loss
+from hf_bilb.errors import NonFiniteLossError, OptionError
+from hf_bilb.losses.contract import TaskLosses, as_task_losses
+
+
+class LossBalancer(BalancerDriver):
+    """A loss balancer: `backward(losses)` instead of `sum(losses).backward()`, then `step()` after the optimizer's.
+
+    State (all in `state_dict()`, flat tensors): the objective's parameters and buffers, its optimizer's moments, the
+    reference losses, the last known losses, the guards' counters, the epoch; in a double loop also z, a copy of the
+    model's trainable parameters. Cost: one forward and one backward pass of the model, one all-reduce of 2K + 1
+    numbers, K numbers of arithmetic.
+
+    Attributes:
+        phase: `warmup`: the plain sum of the losses, nothing is learned or taken as reference; `balancing`; `frozen`:
+            the method goes on weighting, its own parameters and references stay. The caller sets it before `backward`.
+    """
+
+    # --- description ---------------------------------------------------------------------------------------------
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """The last c = dF/dl `[K]` (on the device), zero for absent tasks; None before the first `backward`."""
+        return None if self._last is None else self._last.coefficients
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The last sigma `[K]`; None before the first `backward` and for methods without weights."""
+        return None if self._last is None else self._last.weights
+
+    @property
+    def reference_losses(self) -> Tensor:
+        """l0 `[K]`, NaN for tasks that have not been seen."""
+        references = self.normalization.reference_losses
+        return torch.where(self.normalization.seen, references, torch.full_like(references, torch.nan))
+
+    def __repr__(self) -> str:
+        return f"LossBalancer({self.name!r}, num_tasks={self.num_tasks}, options={self.options})"
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LossBalancer:
+        """Move to `device` and change the precision to `dtype` (float32 or float64), in place; returns self."""
+        self._move(device, dtype)
+        return self
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the method needs `bind(model)` and `step(reevaluate=...)` for a double loop."""
+        return self._inner is not None and self._inner.runs
+
+    @property
+    def needs_reevaluation(self) -> bool:
+        """Whether the method needs `step(reevaluate=...)`: a double loop, `famo` by default, `marigold` likewise."""
+        objective = self.objective
+        return self.needs_model or (isinstance(objective, ProgressObjective) and objective.reevaluate == "same_batch")
+
+    @property
+    def needs_look_ahead(self) -> bool:
+        """Whether the method needs `bind(model, optimizer)` and `look_ahead`: `marigold` with `mode: exact`."""
+        return self._trials is not None
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether the method has an upper and a lower level, which `diagnose_lower_level` compares."""
+        return self._inner is not None
+
+    @property
+    def lower_level_report(self) -> LowerLevelReport | None:
+        """What the last update's double loop has seen; None before, and for other methods."""
+        return None if self._inner is None else self._inner.report
+
+    def bind(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> LossBalancer:
+        """Make model and optimizer known; returns self.
+
+        Args:
+            model: needed by the double loop, which allocates z, one more copy of its trainable parameters; binding the
+                same model again keeps z. Methods that run a batch once more keep its buffers (BatchNorm) meanwhile.
+            optimizer: needed by `learning_rate: follow_model`; with the model, by `look_ahead`, which steps it: the
+                optimizer itself, not a wrapper that skips or scales.
+
+        Raises:
+            OptionError: a double loop or a look-ahead on a model whose parameters are sharded.
+        """
+        if optimizer is not None:
+            self._optimizer.follow(optimizer)
+        if model is not None and self._follower is not None:
+            self._follower.model = model
+        if model is not None and self._inner is not None:
+            self._inner.bind(model)
+        if model is not None and optimizer is not None and self.needs_look_ahead:
+            self._look_ahead = LookAhead(model, optimizer)
+        return self
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        losses: Tensor | Mapping[str, Tensor],
+        num_items: Tensor | Mapping[str, Tensor | float] | None = None,
+        router_features: Tensor | None = None,
+        backward: Callable[[Tensor], object] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """One backward pass through the model, with the coefficients of the global batch; also the router's gradient.
+
+        Args:
+            losses: tensor `[K]` or dict of scalars, attached to the graph; see `hf_bilb.losses.contract` for the
+            contract.
+            num_items: `[K]` or dict, valid items behind each loss; needed when labels can be missing.
+            router_features: `[B, D]`, for feature routers.
+            backward: called with the scalar to differentiate, for example `accelerator.backward`; default its own.
+            process_group: the ranks that share the batch; default the initialised default group, if any.
+
+        Returns:
+            F, detached, the same on every rank.
+
+        Raises:
+            TaskLossError: shapes or names that do not match.
+            NonFiniteLossError: naming the task, before any gradient is written (this reads one flag on the host).
+            OptionError: `look_ahead` was not called before, for a method that needs it.
+        """
+        if self.needs_look_ahead and self.phase == "balancing" and self._before_trials is None:
+            raise OptionError(
+                "mode: 'exact' needs balancer.look_ahead(lambda: model(batch)) before balancer.backward()"
+            )
+        batch = as_task_losses(losses, num_items, self.task_names, router_features=router_features)
+        last = self._last
+        # A record, or the method's parameters by a comparison with the last update, has moved before F is known.
+        before = None if self._follower is None and self._history is None else self.snapshot()
+        surrogate, decision = self.surrogate(batch, process_group)
+        if not bool(decision.valid):
+            self._last = last
+            message = self.describe_invalid(decision)[0]
+            self.discard()
+            if before is not None:
+                self.rollback(before)
+            raise NonFiniteLossError(message)
+        (torch.Tensor.backward if backward is None else backward)(surrogate)
+        return decision.value
+
+    def surrogate(
+        self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, share: WindowShare | None = None
+    ) -> tuple[Tensor, Decision]:
+        """Decide on this batch and `attach` the decision to it: the scalar to differentiate, and the decision.
+
+        Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
+        """
+        decision = self.decide([batch], process_group)
+        return self.attach(batch, decision, process_group, share), decision
+
+    def preview(self, batch: TaskLosses, share: WindowShare | None = None, alone: bool = True) -> Tensor:
+        """What `surrogate` would return; the balancer is as before afterwards.
+
+        Args:
+            batch, share: as in `surrogate`.
+            alone: for this rank's batch alone, without communication, so that one rank may call it without the others.
+
+        Cost: a copy of the state.
+        """
+        with self._no_trace():
+            decision = self.decide([batch], alone=alone)
+        return surrogate_loss(batch, decision, 1 if alone else reduction.data_parallel_size(), share)
+
+    @contextmanager
+    def _no_trace(self) -> Iterator[None]:
+        """Decisions that are taken inside leave nothing behind, whatever is under way."""
+        before, last, whole = self.snapshot(), self._last, self._whole
+        ran_over, counted, is_open = self._ran_over, self._counted, self._open
+        started = self._lower_level is not None and self._lower_level.started
+        try:
+            with self._optimizer.accumulation_kept(), self._guards.lessons_not_counted():
+                yield
+        finally:
+            with self._optimizer.accumulation_kept():
+                self.rollback(before)
+            self._last, self._whole, self._ran_over = last, whole, ran_over
+            self._counted, self._open = counted, is_open
+            if self._lower_level is not None:
+                self._lower_level.started = started
+
+    def attach(
+        self,
+        batch: TaskLosses,
+        decision: Decision,
+        process_group: dist.ProcessGroup | None = None,
+        share: WindowShare | None = None,
+    ) -> Tensor:
+        """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
+
+        Args:
+            batch: this rank's losses and counts.
+            decision: on the global batch, or on the whole accumulation window.
+            process_group: the ranks that share the batch.
+            share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
+
+        Returns:
+            the scalar; its value is F plus the auxiliary loss, times the micro-batch's fraction.
+        """
+        return surrogate_loss(batch, decision, reduction.data_parallel_size(process_group), share)
+
+    def step(
+        self,
+        reevaluate: Reevaluation | Sequence[Reevaluation] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Update the balancer's own parameters; call it once per update, after the model optimizer's step.
+
+        Args:
+            reevaluate: runs the model on the same batch and returns its losses, attached to the graph: as `backward`
+                takes them, or with counts or router features a `TaskLosses`; one, or one for each micro-batch of the
+                update. Called only by methods that need it (`needs_reevaluation`): the double loop of `bilb`; `famo`
+                and `marigold`, without gradients.
+            process_group: the ranks that share the batch.
+
+        Raises:
+            RuntimeError: before the first `backward`. Without one since the last step it does nothing.
+            OptionError: a method that needs `reevaluate` without it, a double loop without `bind(model)`.
+            NonFiniteLossError: a double loop whose z has diverged; a loss after the model's step that is finite, but
+                none that the method can take.
+        """
+        if self._last is None:
+            raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
+        if self._follower is not None and self._whole is not None and self._optimizer.has_gradient:
+            runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
+            self._follower.end(self._whole, self._ran_over, self._memory.last_losses, runs, process_group)
+        if self._inner is not None and self._inner.runs and self._optimizer.has_gradient:
+            runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
+            self._inner.correct(self._whole, runs, process_group)
+        taken = self._optimizer.step()
+        if taken is not None:
+            self._guards.learn(taken, self._last.losses)
+        if self._history is not None and self._open and self.phase != "warmup":
+            self._history.end_update()
+        self._open, self._before_trials = False, None
+
+    def look_ahead(
+        self,
+        reevaluate: Reevaluation | Sequence[Reevaluation],
+        process_group: dist.ProcessGroup | None = None,
+        before_step: Callable[[], object] | None = None,
+        loss_scale: float = 1.0,
+    ) -> None:
+        """Try the model's next step, undo it, and step the balancer's own parameters by what it did to the losses.
+
+        Call it before the forward pass of each update; it does nothing for methods that do not look ahead
+        (`needs_look_ahead`), in a warm-up, when frozen, and on losses that `backward` will refuse. Parameters,
+        gradients, the optimizer's state, buffers and torch's random generators are as before afterwards.
+
+        Args:
+            reevaluate: as in `step`, on the batch that comes next.
+            process_group: the ranks that share the batch.
+            before_step: what comes between backward pass and step, such as clipping; it finds the trial's gradients.
+            loss_scale: of the trial's backward pass, for fp16; its gradients are unscaled.
+
+        Raises:
+            OptionError: `bind(model, optimizer)` is missing.
+            NonFiniteLossError: a loss after the trial is finite, but none that the method can take.
+
+        Cost: see `LookAhead`; one host read for each trial, and one more.
+        """
+        if self._trials is None or self.phase != "balancing":
+            return
+        trial_steps, follower = self._look_ahead, self._follower
+        if trial_steps is None or follower is None:
+            raise OptionError("mode: 'exact' needs balancer.bind(model, optimizer)")
+        before = self._before_trials = self.snapshot()
+        runs = self._as_micro_batches(reevaluate)
+        learned: dict[str, Tensor] = {}
+        try:
+            with trial_steps.undone():
+                parts = trial_steps.first_pass(runs)
+                whole = self._reduce(parts, process_group)
+                valid = self._validity.valid(whole, whole.auxiliary_loss, self.phase)
+                if not bool(valid):
+                    return
+                active = self._observe(whole, valid)
+                derivatives = [self._differentiate(whole, active, trial) for trial in self._trials.trials]
+                decisions = [self._decision(whole, active, valid, result)[0] for result in derivatives]
+                after = trial_steps.try_steps(parts, runs, decisions, before_step, loss_scale, process_group)
+                follower.learn(whole, after, active, " after a trial step")
+            learned = {name: x for name, x in self.snapshot().items() if name.startswith(("objective.", "optimizer."))}
+        finally:
+            # The losses are observed in the pass that counts; an error leaves no trace.
+            self.rollback({**before, **learned})
+
+    def diagnose_lower_level(
+        self,
+        model: nn.Module,
+        reevaluate: Reevaluation | Sequence[Reevaluation],
+        inner_steps: int,
+        inner_learning_rate: float,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> LowerLevelReport:
+        """Measure the term that the single loop drops: grad_W g(W, z_N) against grad_W g(W, x) and grad_W f(W, x).
+
+        z starts at the model's parameters and takes `inner_steps` of gradient descent on the batch. Nothing changes:
+        parameters, gradients, buffers, torch's random generators and the balancer's state are as before.
+
+        Args:
+            model: the model that `reevaluate` runs.
+            reevaluate: as in `step`.
+            inner_steps, inner_learning_rate: N and beta.
+            process_group: the ranks that share the batch.
+
+        Raises:
+            OptionError: a method without two levels, or a model whose parameters are sharded.
+            NonFiniteLossError: z has diverged.
+
+        Cost: N + 2 forward and N backward passes; two temporary copies of the trainable parameters.
+        """
+        if self._inner is None:
+            raise OptionError(f"diagnostics: balancer {self.name!r} has no lower level, expected bilb")
+        runs = self._as_micro_batches(reevaluate)
+        return self._inner.diagnose(model, runs, inner_steps, inner_learning_rate, process_group)
+
+    def _as_micro_batches(self, runs: Reevaluation | Sequence[Reevaluation]) -> list[MicroBatch]:
+        check = functools.partial(self._validity.check, device=self.device)
+        return as_micro_batches(runs, self.task_names, self._counted, check)
+
+    def discard(self) -> None:
+        """Forget the gradients of the current update (a dropped step), and what its look-ahead has taught."""
+        if self._before_trials is not None:
+            self.rollback(self._before_trials)
+        self._optimizer.discard()
+        self._open, self._before_trials = False, None
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Tell methods that count epochs that epoch number `epoch` (from 0) begins. Calling it twice does nothing, so
+        that a run resumed in the middle of an epoch keeps its references."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.normalization.begin_epoch()
+
+    def unseen_tasks(self) -> list[str]:
+        """The tasks that have had no items in any step so far. Reads K flags on the host."""
+        return [task for task, seen in zip(self.task_names, self._memory.seen.tolist(), strict=True) if not seen]
+
+    def diagnose(self) -> list[str]:
+        """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
+        weights, one task with over 90 % of the sum of |coefficients|, losses or gradients too large to learn from.
+        Reads counters on the host: call it when logging."""
+        return self._guards.due_messages(self.task_names)
+
+    def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
+        """What is wrong with a decision that is not `valid`, see `Validity.describe`; reads the device."""
+        return self._validity.describe(decision, step)

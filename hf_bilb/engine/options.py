@@ -1,0 +1,66 @@
+"""Options that every loss balancer has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hf_bilb.engine.coefficients import CoefficientScale
+from hf_bilb.engine.normalization import MeanOf, NormalizationKind, ReferenceKind
+from hf_bilb.errors import OptionError
+
+LearningRate = float | Literal["follow_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancerOptions:
+    """Options of every loss balancer.
+
+    Attributes:
+        learning_rate: of the balancer's own parameters; `follow_model` takes the model optimizer's current one.
+        optimizer: of the balancer's own parameters, `adam` (torch defaults) or `sgd`.
+        normalization: of the losses before F: `none`, `initial` (l / l0), `rescaled`, `log`, `power`.
+        power: p of `normalization: power`, (l / l0)^p / p.
+        reference: when l0 is taken: `first_step`, `every_epoch` or `{mean_of: n}`.
+        coefficient_floor: share of the plain sum's coefficient (at equal total) below which none falls; null = off.
+        coefficient_scale: `as_defined`, or sum |c| over the tasks that F runs over brought to 1 or to their number.
+    """
+
+    learning_rate: LearningRate = 1e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    normalization: NormalizationKind = "none"
+    power: float = 0.5
+    reference: ReferenceKind | MeanOf = "first_step"
+    coefficient_floor: float | None = None
+    coefficient_scale: CoefficientScale = "as_defined"
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        if self.learning_rate != "follow_model" and self.learning_rate < 0:
+            raise OptionError(f"learning_rate: {self.learning_rate} is not valid, expected a number >= 0")
+        if not self.power > 0:
+            raise OptionError(f"power: {self.power} is not valid, expected a number > 0")
+        if self.coefficient_floor is not None and not 0 <= self.coefficient_floor <= 1:
+            raise OptionError(f"coefficient_floor: {self.coefficient_floor} is not valid, expected a share in [0, 1]")
+
+    def require_positive_normalization(self, name: str, why: str = "takes the logarithm itself") -> None:
+        """Raise `OptionError` for `normalization: log` (negative values) in a method that takes logarithms."""
+        if self.normalization == "log":
+            raise OptionError(f"normalization: 'log' is not valid, expected another one: {name} {why}")
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
+    return torch.where(mask, values, 0.0).sum()
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """The softmax of `scores [K]` over those in `mask [K]`, zero elsewhere and where there is none."""
+    # Finite, so that no NaN arises where nothing is in the mask.
+    lowest = torch.finfo(scores.dtype).min
+    return torch.where(mask, torch.softmax(torch.where(mask, scores, lowest), dim=0), 0.0)

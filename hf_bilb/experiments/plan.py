@@ -1,0 +1,243 @@
+"""The cells of a comparison: which runs it consists of, each checked before any starts, and how far each one is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_bilb.config.options import shown
+from hf_bilb.errors import OptionError
+from hf_bilb.experiments.recipe import Recipe, differences, load_yaml, read_recipe, read_yaml
+from hf_bilb.reporting.results import FILE_NAME, as_json, read_results
+from hf_bilb.storage import folder_lock
+from hf_bilb.trainer import checkpointing
+from hf_bilb.trainer.running_log import VECTORS_FILE
+
+SINGLE_TASK = "stl"  # label of the cells that train one task
+LOG_FILE = "train.log"
+RECIPE_FILE = "recipe.yaml"
+#: What a run leaves before its first checkpoint; nothing is lost when it is started over.
+_WITHOUT_VALUE = re.compile(
+    rf"{re.escape(LOG_FILE)}|{re.escape(RECIPE_FILE)}|{re.escape(VECTORS_FILE)}|{checkpointing.STAGING}|{folder_lock.LOCK_FILE}|runs|\..*"
+)
+
+State = Literal["finished", "resume", "fresh"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Balancer:
+    """A method asked for: the `balancer` section of its cells, and a label that is unique and fit for a folder."""
+
+    label: str
+    section: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run. `label`: of the balancer, or `SINGLE_TASK` with the task it trains alone; `overrides`: on the recipe."""
+
+    label: str
+    task: str
+    seed: int
+    overrides: tuple[str, ...]
+    recipe: Recipe
+
+    @property
+    def title(self) -> str:
+        """For a reader: `bilb, seed 0`."""
+        return f"{self.label}{f' {self.task}' if self.task else ''}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.recipe.output_dir
+
+
+# ---------------------------------------------------------------------------------------------------- what is asked for
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0,1,2` -> (0, 1, 2); raises `OptionError` for what is no list of different whole numbers >= 0."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) <= 10 for word in words):
+        raise OptionError(
+            f"--seeds: {shown(text)} is not valid, expected whole numbers >= 0 with commas, such as 0,1,2"
+        )
+    seeds = tuple(int(word) for word in words)
+    if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+        raise OptionError(f"--seeds: {twice[0]} stands twice")
+    return seeds
+
+
+def parse_balancers(text: str, own: Mapping[str, Any]) -> tuple[Balancer, ...]:
+    """`ls,bilb,bilb:preset=qm9,bilb:{preset: qm9, learning_rate: 0.01}` -> the balancers, in order.
+
+    Args:
+        text: names with commas between them; after a colon an option or a YAML mapping of several.
+        own: the recipe's balancer section; a balancer of the same name without options of its own keeps its options.
+
+    Raises:
+        OptionError: for another form, or the same balancer twice. Names and options are checked with the cells.
+    """
+    balancers = []
+    for word in _split(text):
+        name, colon, rest = (part.strip() for part in word.partition(":"))
+        if not name or (colon and not rest):
+            raise OptionError(
+                f"--balancers: {shown(word)} is not valid, expected NAME, NAME:KEY=VALUE or NAME:{{KEY: VALUE}}"
+            )
+        options = _options(word, rest) if rest else {}
+        section = own if name == own["name"] and not options else {"name": name, **options}
+        balancers.append(Balancer(_label(name, options), dict(section)))
+    labels = [balancer.label for balancer in balancers]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise OptionError(f"--balancers: {shown(twice[0])} stands twice")
+    return tuple(balancers)
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that stand in no bracket."""
+    words, depth = [""], 0
+    for character in text:
+        depth += (character in "{[") - (character in "}]")
+        if character == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += character
+    return [word.strip() for word in words]
+
+
+def _options(word: str, rest: str) -> dict[str, Any]:
+    if rest.startswith("{"):
+        options = load_yaml(rest, f"--balancers {word}")
+    else:
+        key, _, value = rest.partition("=")
+        options = {key.strip(): load_yaml(value, f"--balancers {word}")} if "=" in rest else None
+    if not isinstance(options, dict) or "name" in options:
+        raise OptionError(
+            f"--balancers: {shown(word)} is not valid, expected NAME, NAME:KEY=VALUE or NAME:{{KEY: VALUE}}"
+        )
+    return options
+
+
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    said = ",".join(f"{key}={value}" for key, value in options.items())
+    return re.sub(r"[^\w.,=+-]+", "_", f"{name}-{said}" if said else name)
+
+
+# ---------------------------------------------------------------------------------------------------- the cells
+
+
+def plan_cells(
+    recipe: str | Path,
+    overrides: Sequence[str],
+    output: Path,
+    balancers: Sequence[Balancer],
+    seeds: Sequence[int],
+    single_tasks: Sequence[str] = (),
+    split_by_seed: bool = False,
+) -> list[Cell]:
+    """Every cell with its checked recipe; seed by seed, so that a comparison of one seed is there early.
+
+    Args:
+        recipe, overrides: as for `read_recipe`.
+        output: folder of the comparison.
+        balancers, seeds: the methods, and `trainer.seed` of their runs.
+        single_tasks: the tasks that are also trained alone, with the sum of losses (which has one term).
+        split_by_seed: the seed also splits the data (`data.seed`).
+
+    Raises:
+        OptionError: at the first setting of any cell that is not valid.
+    """
+    cells = []
+    for seed in seeds:
+        of_seed = [f"trainer.seed={seed}", *([f"data.seed={seed}"] if split_by_seed else [])]
+        for balancer in balancers:
+            own = [f"balancer={_yaml(balancer.section)}"]
+            cells.append(_cell(recipe, overrides, (*own, *of_seed), output / balancer.label, balancer.label, "", seed))
+        for task in single_tasks:
+            own = ['balancer={"name": "ls"}', f"data.tasks={_yaml([task])}"]
+            folder = output / SINGLE_TASK / re.sub(r"[^\w.,=+-]+", "_", task)
+            cells.append(_cell(recipe, overrides, (*own, *of_seed), folder, SINGLE_TASK, task, seed))
+    return cells
+
+
+def _yaml(value: Any) -> str:
+    # As it stands: JSON writes a character beyond 16 bits as two halves, which are no YAML.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _cell(
+    recipe: str | Path, given: Sequence[str], own: Sequence[str], folder: Path, label: str, task: str, seed: int
+) -> Cell:
+    overrides = (*own, f"trainer.output_dir={_yaml(str(folder / f'seed-{seed}'))}")
+    return Cell(label, task, seed, overrides, read_recipe(recipe, (*given, *overrides)))
+
+
+def task_names(recipe: Recipe) -> tuple[str, ...]:
+    """The tasks of the recipe's data: as it names them, else by loading the data once.
+
+    Raises:
+        OptionError: the data set has no option `tasks`, so that no task can be trained alone.
+    """
+    from hf_bilb.data import DATA_SETS
+    from hf_bilb.experiments.run import resolve_data_options
+
+    if "tasks" not in recipe.data:
+        raise OptionError(
+            f"--stl: the data set {recipe.data['name']!r} has no option data.tasks to train one task with"
+        )
+    if recipe.data["tasks"] is not None:
+        return tuple(recipe.data["tasks"])
+    return DATA_SETS[recipe.data["name"]].load(resolve_data_options(recipe)).task_names
+
+
+# ---------------------------------------------------------------------------------------------------- how far they are
+
+
+def state_of(cell: Cell) -> State:
+    """Whether the cell's run is finished, can go on from a checkpoint, or begins.
+
+    Raises:
+        OptionError: its folder holds a run with other settings, or files that a fresh run would write over.
+        CheckpointError: it holds checkpoints, and none of them is complete.
+    """
+    folder = cell.folder
+    if (folder / FILE_NAME).is_file():
+        _check_settings(cell, read_results(folder).settings)
+        return "finished"
+    path = folder / RECIPE_FILE
+    if path.is_file():
+        settings = read_yaml(path)
+        _check_settings(cell, settings if isinstance(settings, Mapping) else {})
+    if any(folder.glob("checkpoint-*")) or any(folder.glob(f"{checkpointing.STAGING}/checkpoint-*")):
+        try:
+            with folder_lock.hold(folder):
+                checkpointing.last_complete_checkpoint(folder, thorough=False)  # the run itself will look closer
+            return "resume"
+        except checkpointing.CheckpointError:
+            if any(folder.glob("checkpoint-*")):
+                raise
+    valued = [path.name for path in sorted(folder.glob("*")) if not _WITHOUT_VALUE.fullmatch(path.name)]
+    if valued:
+        raise OptionError(
+            f"{folder}: holds {valued[0]!r}, but neither {FILE_NAME} nor a checkpoint to go on from: move it away to "
+            "train this cell from the beginning"
+        )
+    return "fresh"
+
+
+def _check_settings(cell: Cell, found: Mapping[str, Any]) -> None:
+    planned = as_json(cell.recipe.to_dict())
+    # The same folder can be called by another name: it has been moved, or the current folder is another one.
+    before = {**found, "trainer": {**found.get("trainer", {}), "output_dir": planned["trainer"]["output_dir"]}}
+    odd = differences(as_json(before), planned)
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise OptionError(
+            f"{cell.folder}: holds a run with another setting, {odd[0]}{more}: another --output begins a new comparison"
+        )

@@ -1,0 +1,541 @@
+"""Recipes: one YAML file says everything about a run, and every key of it is checked before anything is loaded.
+
+A recipe has five sections:
+
+    model:      {name: qm9_mlp, ...}        which model, and what a recipe may set of it
+    data:       {name: qm9, ...}            which data set, and how it is split
+    balancer:   {name: bilb, ...}           how the tasks are kept in balance
+    trainer:    {output_dir: runs/x, ...}   any field of BilevelMTLTrainingArguments
+    evaluation: {split: test}               what the table at the end is measured on
+
+and, where methods of one's own shall have names in it,
+
+    imports:    [path/to/file.py, ...]      Python files, or modules, imported first for what they register
+
+Files and overrides are read as YAML 1.2: `1e-3` is a number, `no` and `off` are words, a key may stand only once.
+Nothing heavy is imported until the cheap checks are passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import math
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_bilb.config.options import check_value, nearest, parse_options, shown, unknown_name
+from hf_bilb.config.user_code import import_source
+from hf_bilb.errors import OptionError
+
+SECTIONS = ("model", "data", "balancer", "trainer", "evaluation")
+IMPORTS = "imports"
+
+# Fields of the training arguments that something else decides; set here, they would be ignored or contradicted.
+_MANAGED_TRAINER_KEYS = {
+    "balancer": 'belongs in the section "balancer"',
+    "task_names": "comes from the data set",
+    "label_names": "comes from the data set",
+    "resume_from_checkpoint": "is the option --resume of the command line",
+    "do_train": "has no effect: a recipe always trains",
+    "do_eval": "has no effect: see trainer.eval_strategy",
+    "do_predict": "has no effect: see evaluation.split",
+    "local_rank": "is set by the launcher",
+}
+
+
+_SEED = (lambda value: 0 <= value < 2**32, "an integer from 0 to 4294967295")
+_ONE_OR_MORE = (lambda value: value >= 1, "1 or more")
+# What TrainingArguments takes, and what Trainer or a library stumbles over once the data are loaded, or trains nothing.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "per_device_train_batch_size": _ONE_OR_MORE,
+    "per_device_eval_batch_size": _ONE_OR_MORE,
+    "gradient_accumulation_steps": _ONE_OR_MORE,
+    "eval_accumulation_steps": _ONE_OR_MORE,
+    "num_train_epochs": (lambda value: 0 < value < math.inf, "a number above 0"),
+    "learning_rate": (lambda value: 0 <= value < math.inf, "a number, 0 or more"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What stands at the end of a run. Which model is measured is said by `trainer.load_best_model_at_end`.
+
+    Attributes:
+        split: the part of the data that the table, `results.json` and the comparison are measured on, once, at the end.
+        plots: draw `losses.png` and `weights.png`.
+    """
+
+    split: Literal["test", "validation"] = "test"
+    plots: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `name` is the file's; the sections are plain dicts with every option resolved, ready for YAML.
+
+    `trainer` holds what the recipe sets, not the defaults of the hundred other fields.
+    """
+
+    name: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    balancer: dict[str, Any]
+    trainer: dict[str, Any]
+    evaluation: EvaluationOptions
+    imports: tuple[str, ...] = ()
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder, relative to the current one."""
+        return Path(self.trainer["output_dir"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested plain values, in the order of `SECTIONS`; `parse_recipe` takes it back unchanged."""
+        imports = {IMPORTS: self.imports} if self.imports else {}
+        sections = {section: getattr(self, section) for section in SECTIONS[:-1]}
+        return _plain({**imports, **sections, "evaluation": dataclasses.asdict(self.evaluation)})
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check the recipe in the file `path`, with `KEY.PATH=VALUE` overrides laid over it.
+
+    Raises:
+        OptionError: one line that names the key path (or file and line), the value and the nearest valid name.
+    """
+    file = Path(path)
+    raw = read_yaml(file)
+    if not isinstance(raw, dict):
+        raise OptionError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_recipe(raw, file.stem)
+
+
+def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
+    """Check every section of `raw` and fill in the defaults; cheap sections first, the trainer's (10 s of import) last.
+
+    What `imports` names is imported on the way.
+
+    Raises:
+        OptionError: at the first thing that is wrong.
+    """
+    for key, value in raw.items():
+        if key not in (*SECTIONS, IMPORTS):
+            raise OptionError(f"{key}: unknown section, value {shown(value)}{_nearest_path(str(key))}")
+    for section in SECTIONS[:-1]:
+        if raw.get(section) is None:
+            raise OptionError(f"{section}: this section is missing (a recipe has {', '.join(SECTIONS)})")
+    given = raw.get("evaluation")
+    evaluation = parse_options(EvaluationOptions, {} if given is None else given, "evaluation")
+    trainer = _mapping(raw["trainer"], "trainer")
+    if trainer.get("output_dir") in (None, ""):
+        raise OptionError("trainer.output_dir: is required, expected the folder of the run, such as runs/qm9_mlp_bilb")
+    imports = import_sources(raw.get(IMPORTS))  # before names are looked up
+    return Recipe(
+        name=name,
+        imports=imports,
+        evaluation=evaluation,
+        balancer=_resolve_balancer(raw["balancer"]),
+        data=_resolve_data(raw["data"]),
+        model=_resolve_model(raw["model"]),
+        trainer=_resolve_trainer(trainer),
+    )
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `read_recipe` reads back to an equal recipe."""
+    return yaml.dump(recipe.to_dict(), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """What differs between two nested mappings, one line a key path: `trainer.learning_rate: 0.001 -> 0.0005`."""
+    lines: list[str] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        where = f"{path}{key}"
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{where}.")
+        elif before != after or (key in old) != (key in new):
+            lines.append(f"{where}: {shown(before)} -> {shown(after)}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------- sections
+
+
+def import_sources(given: Any, path: str = IMPORTS) -> tuple[str, ...]:
+    """Import each of a list of files and modules; returns their names.
+
+    Raises:
+        OptionError: something else than a list of names (null is an empty one), or one that cannot be imported.
+    """
+    sources = [] if given is None else given
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, str) and source for source in sources):
+        expected = "a list of files (path/to/file.py) or modules (package.module)"
+        raise OptionError(f"{path}: {shown(given)} is not valid, expected {expected}")
+    for i, source in enumerate(sources):
+        import_source(source, f"{path}[{i}]")
+    return tuple(sources)
+
+
+def _resolve_data(section: Any) -> dict[str, Any]:
+    from hf_bilb.data import DATA_SETS
+
+    name, options = _name_and_options(section, "data", DATA_SETS)
+    return {"name": name, **dataclasses.asdict(parse_options(DATA_SETS[name].options, options, "data"))}
+
+
+def _resolve_model(section: Any) -> dict[str, Any]:
+    from hf_bilb.models import MODELS
+
+    name, options = _name_and_options(section, "model", MODELS)
+    return {"name": name, **dataclasses.asdict(parse_options(MODELS[name].options, options, "model"))}
+
+
+def _resolve_balancer(section: Any) -> dict[str, Any]:
+    from hf_bilb.balancers.registry import list_balancers, resolve_options
+
+    name, options = _name_and_options(section, "balancer", list_balancers())
+    return {"name": name, **dataclasses.asdict(resolve_options(name, options, path="balancer"))}
+
+
+def _resolve_trainer(section: Mapping[str, Any]) -> dict[str, Any]:
+    hints = _trainer_hints()
+    resolved: dict[str, Any] = {}
+    for key, value in section.items():
+        path = f"trainer.{key}"
+        if key in _MANAGED_TRAINER_KEYS:
+            raise OptionError(f"{path}: {_MANAGED_TRAINER_KEYS[key]}, value {shown(value)}")
+        if key not in hints:
+            raise OptionError(f"{path}: unknown option, value {shown(value)}{nearest(str(key), hints)}")
+        resolved[key] = check_value(value, hints[key], path)
+        _check_enum(resolved[key], hints[key], path)
+        _check_range(resolved[key], key, path)
+    for key, options in _nested_trainer_options().items():
+        if resolved.get(key) is not None:
+            parse_options(options, resolved[key], f"trainer.{key}")
+    return resolved
+
+
+def _nested_trainer_options() -> dict[str, type[Any]]:
+    """Training arguments that are mappings with options of their own."""
+    from hf_bilb.trainer.diagnostics import DiagnosticsOptions
+    from hf_bilb.trainer.sampling import TaskSamplingOptions
+    from hf_bilb.trainer.schedules import StepLROptions
+
+    return {"diagnostics": DiagnosticsOptions, "step_lr": StepLROptions, "task_sampling": TaskSamplingOptions}
+
+
+def _check_enum(value: Any, hint: Any, path: str) -> None:
+    # transformers writes `SchedulerType | str`, which any word fits; the enum says which words are meant.
+    enums = [a for a in typing.get_args(hint) if isinstance(a, type) and issubclass(a, enum.Enum)]
+    known = [str(member.value) for a in enums for member in a]
+    if known and isinstance(value, str) and value not in known:
+        raise OptionError(
+            f"{path}: {shown(value)} is not valid, expected one of {', '.join(known)}{nearest(value, known)}"
+        )
+
+
+def _check_range(value: Any, key: str, path: str) -> None:
+    if key in _RANGES and isinstance(value, (int, float)):
+        fits, expected = _RANGES[key]
+        if not fits(value):
+            raise OptionError(f"{path}: {shown(value)} is not valid, expected {expected}")
+
+
+def _trainer_hints() -> dict[str, Any]:
+    from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
+
+    hints = typing.get_type_hints(BilevelMTLTrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(BilevelMTLTrainingArguments) if field.init}
+
+
+def _name_and_options(section: Any, path: str, known: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    options = {"name": section} if isinstance(section, str) else dict(_mapping(section, path))
+    if "name" not in options:
+        raise OptionError(f"{path}.name: is required, expected one of {', '.join(sorted(known))}")
+    name = options.pop("name")
+    if not isinstance(name, str) or name not in known:
+        raise unknown_name(f"{path}.name", name, known)
+    return name, options
+
+
+def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"{path}: {shown(value)} is not valid, expected a mapping of options")
+    return value
+
+
+def _nearest_path(key: str) -> str:
+    """The nearest section, or the nearest `section.key`: `learning_rate=1e-3` was meant for the trainer."""
+    paths = _known_paths()
+    last = key.rpartition(".")[2].lower()
+    if last not in paths.values() and (near := nearest(key, (*SECTIONS, IMPORTS))):
+        return near
+    close = difflib.get_close_matches(last, sorted(set(paths.values())), n=1, cutoff=0.6)
+    path = next((path for path, name in paths.items() if close and name == close[0]), None)
+    return f' (did you mean "{path}"?)' if path else f" (sections: {', '.join(SECTIONS)})"
+
+
+def _known_paths() -> dict[str, str]:
+    """Every `section.key` of any registered model, data set and balancer -> its key; the trainer's first."""
+    from hf_bilb.balancers.registry import get_balancer_spec, list_balancers
+    from hf_bilb.data import DATA_SETS
+    from hf_bilb.models import MODELS
+
+    options: list[tuple[str, Any]] = [("data", spec.options) for spec in DATA_SETS.values()]
+    options += [("model", spec.options) for spec in MODELS.values()]
+    options += [("balancer", get_balancer_spec(name).options) for name in list_balancers()]
+    options += [("evaluation", EvaluationOptions)]
+    paths = {f"trainer.{name}": name for name in _trainer_hints()}
+    paths.update(
+        {f"{section}.{field.name}": field.name for section, cls in options for field in dataclasses.fields(cls)}
+    )
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------- overrides
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Lay `KEY.PATH=VALUE` over the nested dict `raw`, in place; the value is YAML (`[1, 2]`, `{a: 1}`, `1e-3`).
+
+    Only the form is checked here: what the key may hold is checked with the rest of the recipe.
+
+    Raises:
+        OptionError: for an argument without `=`, a value that is no YAML, or a path through what is no mapping.
+    """
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise OptionError(
+            f"{shown(override)} is no override, expected KEY.PATH=VALUE, such as trainer.learning_rate=5e-4"
+        )
+    if len(keys) > DEEPEST:
+        raise OptionError(f"{path}: {_TOO_DEEP}")
+    value = load_yaml(text, f"override {path}")
+    if keys[0] not in (*SECTIONS, IMPORTS):
+        raise OptionError(f"{path}: unknown section, value {shown(value)}{_nearest_path(path)}")
+    target = raw
+    for depth, key in enumerate(keys[:-1], 1):
+        inner = target.get(key)
+        if inner is None:
+            inner = target[key] = {}
+        elif isinstance(inner, str) and depth == 1:
+            inner = target[key] = {"name": inner}  # `balancer: bilb` is short for `balancer: {name: bilb}`
+        if not isinstance(inner, dict):
+            raise OptionError(
+                f"{path}: {'.'.join(keys[:depth])} is {shown(inner)}, no mapping to set {keys[depth]!r} in"
+            )
+        target = inner
+    target[keys[-1]] = value
+
+
+# ---------------------------------------------------------------------------------------------------- YAML 1.2
+
+# No recipe comes near these; beyond them a document is a mistake, or an attack.
+DEEPEST = 30
+MOST_VALUES = 100_000
+LONGEST_NUMBER = 400
+_TOO_DEEP = f"is nested deeper than {DEEPEST} levels"
+
+_TAG = "tag:yaml.org,2002:"
+# The core schema of YAML 1.2. PyYAML reads YAML 1.1, where 1e-3 is a string, `no` is false and 1:30 is ninety.
+_CORE_SCHEMA: tuple[tuple[str, str, str], ...] = (
+    (f"{_TAG}bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    (f"{_TAG}null", r"~|null|Null|NULL|", "~nN\0"),
+    (f"{_TAG}int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    (f"{_TAG}merge", r"<<", "<"),
+)
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for tag, pattern, first_characters in _CORE_SCHEMA:
+        for character in first_characters:
+            table.setdefault("" if character == "\0" else character, []).append((tag, re.compile(f"^(?:{pattern})$")))
+    return table
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds the values of the core schema and nothing else: no dates, sets, bytes or Python objects."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, before anything is built of it; see `_Extent`."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _Extent().of(node)
+        return node
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """A part of the document; stops at once where it is nested too deep, which costs PyYAML the square of it."""
+        if self._level > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+        self._level += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._level -= 1
+        return node
+
+    def construct_core(self, node: yaml.ScalarNode) -> Any:
+        """A scalar of the core schema, also where its tag is written out (`!!int x`)."""
+        text = str(self.construct_scalar(node))
+        name = node.tag.removeprefix(_TAG)
+        if not _CORE_PATTERNS[node.tag].fullmatch(text):
+            raise _problem(f"{shown(text)} is no !!{name}", node)
+        if len(text) > LONGEST_NUMBER:
+            raise _problem(f"{shown(text)} is longer than any number ({LONGEST_NUMBER} characters)", node)
+        if name == "float" and math.isinf(float(_floated(text))) and "inf" not in text.lower():
+            raise _problem(f"{shown(text)} is beyond all floating-point numbers (infinity is .inf)", node)
+        return _CORE_VALUES[name](text)
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        """Text that can stand in a file name and be written into a file."""
+        text = str(self.construct_scalar(node))
+        if odd := next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None):
+            raise _problem(f"{shown(text)} holds the character U+{ord(odd):04X}, which no text may hold", node)
+        return text
+
+
+def _floated(text: str) -> str:
+    return text.lower().replace(".inf", "inf").replace(".nan", "nan")
+
+
+_CORE_PATTERNS = {tag: re.compile(pattern) for tag, pattern, _ in _CORE_SCHEMA}
+_CORE_VALUES: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    "float": lambda text: float(_floated(text)),
+}
+_Loader.yaml_implicit_resolvers = _resolvers()
+_Loader.yaml_constructors = {
+    **{f"{_TAG}{name}": _Loader.construct_core for name in _CORE_VALUES},
+    f"{_TAG}str": _Loader.construct_yaml_str,
+    f"{_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
+    f"{_TAG}map": yaml.SafeLoader.construct_yaml_map,
+    None: yaml.SafeLoader.construct_undefined,
+}
+
+
+class _Extent:
+    """Looks through a document with its aliases followed: keys stand once, and it ends, soon enough.
+
+    A few lines of aliases within aliases stand for billions of values, and for any number of levels.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[yaml.Node, tuple[int, int] | None] = {}  # None: not finished yet
+
+    def of(self, node: yaml.Node) -> tuple[int, int]:
+        """The number of values in `node` and of its levels; raises `yaml.MarkedYAMLError`."""
+        if node in self._known:
+            known = self._known[node]
+            if known is None:
+                raise _problem("an alias stands within what it is an alias of", node)
+            return known
+        self._known[node] = None
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+            parts = [self.of(part) for pair in node.value for part in pair]
+        else:
+            parts = [self.of(part) for part in node.value] if isinstance(node, yaml.SequenceNode) else []
+        size = 1 + sum(size for size, _ in parts)
+        levels = 1 + max((levels for _, levels in parts), default=0)
+        if levels > DEEPEST:
+            raise _problem(_TOO_DEEP, node)
+        if size > MOST_VALUES:
+            raise _problem(f"stands for more than {MOST_VALUES:,} values", node)
+        self._known[node] = size, levels
+        return size, levels
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    first: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
+            if key.value in first:
+                raise _problem(f"the key {_quoted(key.value)} stands twice (first in line {first[key.value]})", key)
+            first[key.value] = key.start_mark.line + 1
+
+
+def _quoted(key: str) -> str:
+    return f'"{key if len(key) <= 80 else key[:77] + "..."}"'
+
+
+def _problem(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# Quotes what either version of YAML would take for something else than a string.
+_Dumper.yaml_implicit_resolvers = {
+    character: [*_resolvers().get(character, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(character, [])]
+    for character in {*_resolvers(), *yaml.SafeDumper.yaml_implicit_resolvers}
+}
+
+
+def read_yaml(file: Path) -> Any:
+    """What the file holds; raises `OptionError` as `load_yaml` does, and where it is missing or no text in UTF-8."""
+    return load_yaml(_read_text(file), str(file))
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Read YAML 1.2 (core schema), refusing a key that stands twice and Python objects.
+
+    Raises:
+        OptionError: one line with `source`, the line number and the problem.
+    """
+    try:
+        loader = _Loader(text)  # in the try block: it refuses control characters when it is built
+        return loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise OptionError(f"{source}{where}: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise OptionError(f"{source}: {error}") from None
+    except (ValueError, OverflowError) as error:  # PyYAML takes every escape for a character: "\\UFFFFFFFF" is none
+        raise OptionError(f"{source}: is no YAML: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------- small things
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = [path.name for path in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise OptionError(f"{file}: there is no such recipe{nearest(file.name, near)}") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{file}: cannot be read, expected text in UTF-8: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise OptionError(f"{file}: cannot be read: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value.value if isinstance(value, enum.Enum) else value

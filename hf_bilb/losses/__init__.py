@@ -1,0 +1,1 @@
+"""The contract of losses, and losses of K tasks: masked, dense, of tokens."""

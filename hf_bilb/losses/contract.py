@@ -1,0 +1,250 @@
+"""The contract of losses: what a model, or a user's function, hands over for K tasks, and helpers that keep it.
+
+`losses[k] = S_k / max(N_k, 1)`: the sum over the task's valid items divided by their number, **masked before the
+reduction**. A NaN label that reaches the graph poisons the backward pass whatever is done to the mean afterwards
+(`nan_to_num`, `where`, multiplying with zero), so the helpers replace masked entries before any arithmetic. A task
+without valid items has loss 0, count 0, and stays connected to the graph with zero gradients: its head is "reached",
+which `DistributedDataParallel` needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_bilb.config.options import nearest
+from hf_bilb.errors import OptionError, TaskLossError
+
+#: The integer label that stands for a missing one wherever nothing else is said (torch's and transformers' default).
+MISSING_INTEGER = -100
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """What one batch on one rank gives.
+
+    Attributes:
+        losses: `[K]`, in the order of `task_names`, attached to the graph.
+        num_items: `[K]`, valid items behind each loss, detached; zero = the task is absent here.
+        router_features: `[B, D]` or None.
+        auxiliary_loss: scalar that is added to the objective as it is, or None.
+        complete: False when tasks of a dict were missing or constant: their heads are not connected to `losses`.
+        counted: False where `num_items` was not known for some task and the batch size stands in.
+    """
+
+    losses: Tensor
+    num_items: Tensor
+    router_features: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
+    complete: bool = True
+    counted: bool = True
+
+
+def as_task_losses(
+    losses: Tensor | Mapping[str, Tensor],
+    num_items: Tensor | Mapping[str, Tensor | float] | None,
+    task_names: Sequence[str],
+    *,
+    default_items: float = 1.0,
+    router_features: Tensor | None = None,
+    auxiliary_loss: Tensor | None = None,
+) -> TaskLosses:
+    """Bring losses and counts of either form to vectors `[K]`.
+
+    Args:
+        losses: tensor `[K]` (fast) or dict task -> scalar; a task missing from the dict is absent.
+        num_items: tensor `[K]`, dict, or None, which stands for `default_items` items of every task in `losses`.
+        task_names: the K names, in order.
+        default_items: the batch size, where `num_items` is None.
+
+    Raises:
+        TaskLossError: wrong shape, a name that is no task, a dict with no tasks, or a loss that is no scalar.
+
+    Cost: no device synchronisation; a dict costs one `stack` of K scalars (a vector is faster from K of about 40).
+    """
+    names = list(task_names)
+    complete = True
+    if isinstance(losses, Mapping):
+        _check_names("losses", losses, names)
+        vector = _stack(losses, names)
+        # A constant (zero for an absent task) connects its head as little as no entry does.
+        complete = len(losses) == len(names) and all(loss.requires_grad for loss in losses.values())
+    else:
+        vector = losses
+        if not isinstance(vector, Tensor) or vector.shape != (len(names),):
+            got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+            raise TaskLossError(
+                f"losses: got {got}, expected a tensor [{len(names)}] or a dict, one loss for each of "
+                f"{short_names(names)}"
+            )
+    counts = _as_counts(num_items, losses, vector, names, default_items)
+    if not vector.is_floating_point():
+        raise TaskLossError(f"losses: got dtype {vector.dtype}, expected a floating point tensor")
+    if auxiliary_loss is not None and auxiliary_loss.numel() != 1:
+        raise TaskLossError(f"auxiliary_loss: got shape {tuple(auxiliary_loss.shape)}, expected a scalar")
+    return TaskLosses(vector, counts, router_features, auxiliary_loss, complete, counted=num_items is not None)
+
+
+def _as_counts(
+    num_items: Tensor | Mapping[str, Tensor | float] | None,
+    losses: Tensor | Mapping[str, Tensor],
+    vector: Tensor,
+    names: list[str],
+    default_items: float,
+) -> Tensor:
+    # At least float32: counts of pixels overflow half precision.
+    dtype = torch.promote_types(vector.dtype, torch.float32)
+    if num_items is None:
+        counts = torch.full((len(names),), default_items, dtype=dtype, device=vector.device)
+    elif isinstance(num_items, Mapping):
+        _check_names("num_items", num_items, names)
+        missing = [name for name in (losses if isinstance(losses, Mapping) else names) if name not in num_items]
+        if missing:
+            raise TaskLossError(f"num_items: no count for task {missing[0]!r}, which has a loss")
+        values = [torch.as_tensor(num_items.get(name, 0.0), dtype=dtype, device=vector.device) for name in names]
+        counts = torch.stack([value.detach().reshape(()) for value in values])
+    elif isinstance(num_items, Tensor) and num_items.shape == (len(names),):
+        counts = num_items.detach().to(device=vector.device, dtype=dtype)
+    else:
+        got = f"shape {tuple(num_items.shape)}" if isinstance(num_items, Tensor) else type(num_items).__name__
+        raise TaskLossError(f"num_items: got {got}, expected a tensor [{len(names)}], one count for each task")
+    if isinstance(losses, Mapping) and len(losses) < len(names):
+        # Whatever its count says: a task without a loss is absent.
+        counts = counts * torch.tensor([name in losses for name in names], device=vector.device)
+    return counts
+
+
+def _stack(losses: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    if not losses:
+        raise TaskLossError(f"losses: the dict is empty, expected at least one of the tasks {short_names(names)}")
+    for name, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TaskLossError(f"losses: task {name!r} has {got}, expected a scalar tensor")
+    zero = next(iter(losses.values())).new_zeros(())
+    return torch.stack([losses[name].reshape(()) if name in losses else zero for name in names])
+
+
+def _check_names(what: str, given: Mapping[str, object], names: list[str]) -> None:
+    for name in given.keys() - set(names):
+        raise TaskLossError(f"{what}: {name!r} is no task{nearest(str(name), names)}; tasks: {short_names(names)}")
+
+
+def short_names(names: Sequence[str]) -> str:
+    """The names for a message, the first twelve where there are more."""
+    shown = ", ".join(names[:12])
+    return shown if len(names) <= 12 else f"{shown}, ... ({len(names)} in all)"
+
+
+def check_task_names(task_names: Sequence[str], path: str = "task_names") -> tuple[str, ...]:
+    """Return the names as a tuple; raise `OptionError` when there is none, one is not a string, empty or repeated."""
+    names = tuple(task_names)
+    if not names:
+        raise OptionError(f"{path}: is empty, expected at least one name")
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"{path}: {name!r} is not valid, expected a non-empty string")
+        if name in seen:
+            raise OptionError(f"{path}: {name!r} stands twice, expected K different names")
+        seen.add(name)
+    return names
+
+
+# --- masked losses, vectorised over tasks -------------------------------------------------------------------------
+
+
+def masked_task_means(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the batch for each task.
+
+    Args:
+        values: `[B, K]`, finite everywhere (mask the *inputs* of the loss, not its NaN results).
+        mask: bool `[B, K]`, True where the entry counts.
+
+    Returns:
+        `losses [K]`, zero with zero gradient for a task without entries, and `num_items [K]` (float).
+    """
+    num_items = mask.sum(dim=0).to(torch.promote_types(values.dtype, torch.float32))
+    sums = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum(dim=0)
+    return sums / num_items.clamp(min=1).to(values.dtype), num_items
+
+
+def masked_mse(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error per task; NaN labels are missing (-100 is a value like any other).
+
+    Args:
+        predictions: `[B, K]`.
+        labels: `[B, K]`, NaN where missing, in the (squared) units of the task.
+
+    Returns:
+        `losses [K]` and `num_items [K]`.
+    """
+    mask, labels = _valid(predictions, labels, ~labels.isnan())
+    return masked_task_means((predictions - labels).square(), mask)
+
+
+def masked_l1(predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean absolute error per task; NaN labels are missing. Shapes as in `masked_mse`."""
+    mask, labels = _valid(predictions, labels, ~labels.isnan())
+    return masked_task_means((predictions - labels).abs(), mask)
+
+
+def masked_bce_with_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy per task on logits; labels in [0, 1], NaN or -100 = missing; shapes as in `masked_mse`."""
+    mask, labels = _valid(logits, labels, valid_labels(labels))
+    return masked_task_means(functional.binary_cross_entropy_with_logits(logits, labels, reduction="none"), mask)
+
+
+def masked_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = MISSING_INTEGER) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of one task.
+
+    Args:
+        logits: `[N, C]` or `[N, C, ...]`.
+        labels: class indices `[N]` or `[N, ...]`, `ignore_index` where missing (255 in many segmentation masks).
+
+    Returns:
+        scalar loss (zero when nothing is valid) and the scalar count of valid labels.
+
+    Raises:
+        TaskLossError: on a CPU, a label that is no class and not `ignore_index`, naming it (on a GPU, which is not
+            waited for, the device's own error).
+    """
+    num_items = labels.ne(ignore_index).sum().to(torch.promote_types(logits.dtype, torch.float32))
+    total = class_losses(logits, labels, ignore_index, "sum")
+    return total / num_items.clamp(min=1).to(logits.dtype), num_items
+
+
+def class_losses(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """`torch.nn.functional.cross_entropy`, whose error about a label that is no class says what to do."""
+    try:
+        return functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    except IndexError:
+        num_classes = logits.shape[1] if logits.ndim > 1 else logits.shape[0]
+        wrong = labels[(labels < 0).logical_or(labels >= num_classes) & labels.ne(ignore_index)]
+        if wrong.numel() == 0:
+            raise
+        value = int(wrong[0])
+        raise TaskLossError(
+            f"labels: {value} is no class, expected 0 to {num_classes - 1}; where it stands for missing labels, pass "
+            f"ignore_index={value} (it is {ignore_index})"
+        ) from None
+
+
+def valid_labels(labels: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Bool mask of the labels that are there: neither NaN nor -100, nor `ignore_index` where they are integers."""
+    present = labels.ne(MISSING_INTEGER)
+    if labels.is_floating_point():
+        return present & ~labels.isnan()
+    return present if ignore_index is None or ignore_index == MISSING_INTEGER else present & labels.ne(ignore_index)
+
+
+def _valid(predictions: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    if predictions.shape != labels.shape:
+        raise TaskLossError(
+            f"labels: got shape {tuple(labels.shape)}, expected {tuple(predictions.shape)} like the predictions"
+        )
+    return mask, torch.where(mask, labels, 0).to(predictions.dtype)

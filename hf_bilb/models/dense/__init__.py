@@ -1,0 +1,1 @@
+"""Models with predictions for each pixel."""

@@ -1,0 +1,1 @@
+"""What is on disk: folders and their locks, checkpoints, weights."""

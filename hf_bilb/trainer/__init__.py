@@ -1,0 +1,1 @@
+"""`BilevelMTLTrainer` and its arguments: everything that is done while a model trains."""

@@ -1,0 +1,290 @@
+"""What the Trainer refuses before it starts, and what it finds out about model and columns once."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import unwrap_peft_model
+from transformers.training_args import OptimizerNames
+from transformers.utils.generic import can_return_loss, find_labels
+
+from hf_bilb.balancers.bilb import BilbOptions
+from hf_bilb.balancers.registry import resolve_options
+from hf_bilb.config.options import nearest, unknown_name
+from hf_bilb.engine.driver import AbsentTasks
+from hf_bilb.engine.objective import ProgressObjective
+from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
+from hf_bilb.trainer.columns import config_of, innermost, takes_any
+from hf_bilb.trainer.sampling import TaskSamplingOptions, example_tasks, refuse_other_sampling
+
+if TYPE_CHECKING:
+    from hf_bilb.trainer.losses_trainer import TaskLossTrainer
+    from hf_bilb.trainer.trainer import BilevelMTLTrainer
+
+
+logger = logging.getLogger(__name__)
+
+#: What a reporter of `report_to` needs: the package, and modules of which one is enough; by default of its own name.
+_REPORTERS: dict[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml-sdk", "azureml"),
+    "comet_ml": ("comet-ml", "comet_ml"),
+    "flyte": ("flytekit", "flytekit"),
+    "tensorboard": ("tensorboard", "tensorboard", "tensorboardX"),
+}
+
+
+def check_reporting(report_to: str | list[str] | None, key: str = "report_to") -> None:
+    """Look whether `report_to` can be done.
+
+    Raises:
+        MissingPackageError: the package that a reporter needs is not installed.
+        OptionError: Trainer knows no reporter of that name.
+    """
+    named = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in (name for name in named if name not in ("none", "all")):
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name(key, name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
+        package, *modules = _REPORTERS.get(name, (name, name))
+        # What "kubeflow" needs is the cluster's.
+        if name != "kubeflow" and not any(find_spec(module) for module in modules):
+            raise MissingPackageError(
+                f"{key}: {name!r} needs the package {package}, which is not installed; `pip install {package}`, or set "
+                'report_to: "none"'
+            )
+
+
+def look_inside(trainer: Trainer) -> None:
+    """Let `trainer` take from the model inside a wrapper (`torch.compile`, DataParallel) what it takes from signatures:
+    the wrapper's own forward takes anything, which would hide label columns."""
+    inner = innermost(trainer.model)
+    if inner is unwrap_peft_model(trainer.model):
+        return
+    if trainer.args.label_names is None:
+        trainer.label_names = find_labels(type(inner))
+    trainer.can_return_loss = can_return_loss(type(inner))
+    if not hasattr(inner, "accepts_loss_kwargs"):  # as Trainer asks
+        trainer.model_accepts_loss_kwargs = takes_any(inner)
+
+
+def check_settings(trainer: Trainer) -> None:
+    """Raise `OptionError` for settings under which the balancing would be wrong or silently ignored."""
+    args = trainer.args
+    if not isinstance(args, BilevelMTLTrainingArguments):
+        raise OptionError(f"args: got {type(args).__name__}, expected BilevelMTLTrainingArguments")
+    if args.n_gpu > 1:
+        raise OptionError(
+            f"n_gpu: {args.n_gpu} GPUs in one process mean DataParallel, which averages F over shards; "
+            "start one process per GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    sizes = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
+    for kind, size in sizes.items():
+        if size > 1:
+            raise OptionError(
+                f"parallelism_config: {kind} parallelism ({size}) is not supported: losses would count {size} times"
+            )
+    if args.nonfinite_loss == "skip" and trainer.is_deepspeed_enabled:
+        raise OptionError(
+            "nonfinite_loss: 'skip' is not valid with DeepSpeed, which steps inside its backward pass; use 'raise'"
+        )
+
+
+def check_losses(trainer: TaskLossTrainer) -> None:
+    """Raise `OptionError` for what Trainer's own loss would be made of, where the tasks' losses take its place, and for
+    a `task_loss_func` that cannot be called; say what may have been forgotten."""
+    where = "with several tasks" if len(trainer.task_names) > 1 else "beside a task_loss_func"
+    if len(trainer.task_names) == 1 and trainer.task_loss_func is None:
+        _say_one_task(trainer)
+        return
+    if trainer.task_loss_func is not None and not _takes_two(trainer.task_loss_func):
+        raise OptionError(
+            "task_loss_func: is called as task_loss_func(outputs, batch), which it does not take: "
+            f"{inspect.signature(trainer.task_loss_func)}"
+        )
+    _say_unknown_labels(trainer)
+    if trainer.compute_loss_func is not None:
+        raise OptionError(f"compute_loss_func: would be ignored {where}; use task_loss_func")
+    if trainer.args.label_smoothing_factor != 0:
+        raise OptionError(
+            f"label_smoothing_factor: {trainer.args.label_smoothing_factor} would be ignored {where}; "
+            "smooth in the model's or the task_loss_func's own losses"
+        )
+
+
+def _say_one_task(trainer: TaskLossTrainer) -> None:
+    """One task is nothing to balance; with several label columns, or a balancer asked for, more were perhaps meant."""
+    labels, name = trainer.args.label_names or [], trainer.args.balancer_name_and_options()[0]
+    if not has_task_names(trainer) and (len(labels) > 1 or name != "bilb"):
+        logger.warning(
+            "task_names: not given, so that there is one task, the model's own loss is trained as Trainer does, and "
+            "nothing is balanced; for several tasks set task_names in BilevelMTLTrainingArguments, and let the model "
+            "return `losses` or give the Trainer a task_loss_func"
+        )
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # no signature to look at
+        return True
+    return True
+
+
+def _say_unknown_labels(trainer: TaskLossTrainer) -> None:
+    columns = getattr(trainer.train_dataset, "column_names", None)
+    for name in trainer.args.label_names or []:
+        if isinstance(columns, list) and name not in columns:
+            logger.warning(
+                "label_names: %r is no column of train_dataset%s; there is no evaluation loss of batches without it",
+                name,
+                nearest(name, columns),
+            )
+
+
+def check_balancer(trainer: BilevelMTLTrainer) -> None:
+    """Raise `OptionError` for settings under which a double loop, its diagnostics or a second look at a batch cannot
+    work."""
+    args, balancer = trainer.args, trainer.balancer
+    if args.diagnostics is not None and not balancer.has_levels:
+        raise OptionError(f"diagnostics: balancer {balancer.name!r} has no lower level to look at, expected bilb")
+    used = {"balancer.lower_level": balancer.needs_model, "diagnostics": args.diagnostics is not None}
+    sharded = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+    kind = next((kind for kind, enabled in sharded.items() if enabled), None)
+    for key in [key for key, is_used in used.items() if is_used]:
+        if kind is not None:
+            raise OptionError(f"{key}: an inner loop over z is not valid with {kind}, which shards the parameters")
+        if args.fp16:
+            raise OptionError(f"{key}: the gradients of the inner loop are not scaled for fp16, use bf16 or float32")
+        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise OptionError(f"{key}: an inner loop over z is not valid with use_reentrant: true, expected false")
+    if balancer.needs_reevaluation or balancer.needs_look_ahead:
+        _check_second_look(trainer, kind)
+
+
+def _check_second_look(trainer: BilevelMTLTrainer, sharded: str | None) -> None:
+    """Raise `OptionError` where a method that runs a batch once more cannot."""
+    args, objective = trainer.args, trainer.balancer.objective
+    what = "a double loop"
+    if isinstance(objective, ProgressObjective):
+        what = objective.name_of(objective.reevaluate)
+        if sharded is not None:
+            other = objective.name_of("next_batch")
+            raise OptionError(f"balancer.{what} is not valid with {sharded}, which shards the parameters, use {other}")
+    if args.balance_over == "micro_batch" and args.gradient_accumulation_steps > 1:
+        raise OptionError(
+            f"balance_over: 'micro_batch' is not valid with {what} under gradient accumulation, use 'window'"
+        )
+    if not trainer.balancer.needs_look_ahead:
+        return
+    optimizer = OptimizerNames(args.optim).value
+    if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
+        raise OptionError(f"balancer.{what} is not valid with optim: {optimizer}, which steps in the backward pass")
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise OptionError(f"balancer.{what} is not valid with use_reentrant: true, expected false")
+
+
+def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper, which skips steps and scales gradients."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def check_sampling(trainer: Trainer) -> TaskSamplingOptions | None:
+    """The options of `task_sampling`; raises `OptionError` where the training data cannot be sampled by task."""
+    options = trainer.args.task_sampling_options()
+    if options is not None:
+        refuse_other_sampling(trainer.args.train_sampling_strategy)
+        if trainer.train_dataset is not None:
+            # Said now, not when training starts.
+            example_tasks(trainer.train_dataset, trainer.task_names)
+    return options
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a Trainer's balancer, its sampler and its logs are built from; another one means to build them again.
+
+    Attributes:
+        name, options: of the method, as given, with D of a feature router.
+        resolved: the method's options with their defaults.
+        task_names: the K tasks.
+        dtype: the balancer's.
+        others: the other arguments that are read when things are built.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    resolved: object
+    task_names: tuple[str, ...]
+    dtype: torch.dtype
+    others: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, trainer: BilevelMTLTrainer) -> RunSettings:
+        """Those of `trainer` as its arguments are now."""
+        args = trainer.args
+        name, given = args.balancer_name_and_options()
+        options = with_num_features(name, given, trainer.model)
+        exact = any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters())
+        keys = ("absent_tasks", "task_priors", "balancer_init_from", "task_sampling", "diagnostics")
+        return cls(
+            name=name,
+            options=options,
+            resolved=resolve_options(name, options),
+            task_names=trainer.task_names,
+            dtype=torch.float64 if exact else torch.float32,
+            others={key: copy.deepcopy(getattr(args, key)) for key in keys},
+        )
+
+    @property
+    def method(self) -> tuple[object, ...]:
+        """What decides whether a balancer's state fits another one."""
+        return (self.name, self.resolved, self.task_names, self.dtype)
+
+
+def resolve_absent_tasks(args: BilevelMTLTrainingArguments) -> AbsentTasks:
+    """`absent_tasks`; `auto` is `hold` for the whole run where `task_sampling` draws batches of one task each."""
+    sampling = args.task_sampling_options()
+    one_task_each = sampling is not None and sampling.batches == "single_task"
+    return "hold" if args.absent_tasks == "auto" and one_task_each else args.absent_tasks
+
+
+def with_num_features(name: str, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The balancer's `options`, with D of a feature router from `model.config.num_router_features` where not given."""
+    resolved = resolve_options(name, options)
+    wanted = isinstance(resolved, BilbOptions) and resolved.router == "features" and resolved.num_features is None
+    length = getattr(config_of(model), "num_router_features", None) if wanted else None
+    return dict(options) if length is None else {**options, "num_features": length}
+
+
+def has_task_names(trainer: Trainer) -> bool:
+    """Whether the arguments or the model's config name the tasks."""
+    return trainer.args.task_names is not None or _task_names_of_model(trainer) is not None
+
+
+def _task_names_of_model(trainer: Trainer) -> list[str] | None:
+    return getattr(config_of(trainer.model), "task_names", None)
+
+
+def resolve_task_names(trainer: Trainer) -> tuple[str, ...]:
+    """The K task names: those of the arguments, else of `model.config.task_names`, else one task."""
+    of_model = _task_names_of_model(trainer)
+    names = trainer.args.task_names if trainer.args.task_names is not None else of_model
+    if names is None:
+        return ("task_0",)
+    if of_model is not None and list(of_model) != list(names):
+        raise OptionError(f"task_names: {list(names)} do not match model.config.task_names {list(of_model)}")
+    return check_task_names(names)

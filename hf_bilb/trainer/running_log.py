@@ -1,0 +1,188 @@
+"""What is logged about the tasks: sums on the device between two logging steps, one host read when they are due."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_bilb.engine.weighting import Decision, WindowShare
+
+#: Above this many tasks the log holds a summary, and the full vectors go to a file.
+MAX_TASKS_IN_LOG = 32
+VECTORS_FILE = "task_vectors.jsonl"
+_VECTORS = ("loss_sum", "items", "coefficient", "presence", "weight", "weighted")
+_SCALARS = ("value", "loss_mean", "discrepancy", "auxiliary", "balanced", "fraction")
+_LOSS_MEAN = _SCALARS.index("loss_mean") - len(_SCALARS)  # counted from the end
+
+
+class RunningLog:
+    """Means since the last log of: F, the K losses, weights and coefficients, the discrepancy; and of F over the run.
+
+    Losses are means over items, weights and coefficients means over the steps in which the task was present. Updates
+    that are dropped leave no trace but their count. State (`state()`): JSON-able numbers, exact.
+    """
+
+    def __init__(self, task_names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        self.task_names = list(task_names)
+        self._size = len(_VECTORS) * len(self.task_names) + len(_SCALARS)
+        self._sums = torch.zeros(self._size, device=device, dtype=dtype)
+        self._pending = torch.zeros_like(self._sums)
+        self._updates = 0
+        self._has_weights = self._has_discrepancy = self._has_auxiliary = False
+        self._run_value, self._run_updates = 0.0, 0
+        self.dropped: dict[str, int] = {}
+
+    def add(self, decision: Decision, value: Tensor, share: WindowShare | None, has_auxiliary: bool) -> None:
+        """Take in one micro-batch with its part `value` of F and its `share` of the update; counts from `commit` on."""
+        dtype = self._sums.dtype
+        present = decision.present.to(dtype)
+        # A batch without a label has no F.
+        fraction = decision.present.any().to(dtype) * (1.0 if share is None else share.fraction)
+        parts = 1 if share is None else share.num_micro_batches
+        zero = present.new_zeros(())
+        nothing = torch.zeros_like(present)
+        # None while the method is warming up: then there is nothing to take a mean of.
+        weight, weighted = (nothing, nothing) if decision.weights is None else (decision.weights * present, present)
+        discrepancy, balanced = (
+            (zero, zero) if decision.discrepancy is None else (decision.discrepancy * fraction, fraction)
+        )
+        # The mean loss of the update follows in `commit`, from its sums.
+        scalars = [value.detach().to(dtype), zero, discrepancy, decision.auxiliary_loss / parts, balanced, fraction]
+        per_step = torch.cat([decision.coefficients, present, weight, weighted]).to(dtype) * fraction
+        items = decision.num_items.to(dtype)
+        self._pending += torch.cat([decision.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
+        self._has_weights |= decision.weights is not None
+        self._has_discrepancy |= decision.discrepancy is not None
+        self._has_auxiliary |= has_auxiliary
+
+    def commit(self) -> None:
+        """The update took place: its micro-batches count."""
+        num_tasks = len(self.task_names)
+        sums, items = self._pending[:num_tasks], self._pending[num_tasks : 2 * num_tasks]
+        losses = sums / items.clamp(min=torch.finfo(items.dtype).tiny)
+        self._pending[_LOSS_MEAN] = losses.sum() / (items > 0).sum().clamp(min=1)
+        self._sums += self._pending
+        self._pending.zero_()
+        self._updates += 1
+
+    def drop(self, task: str) -> None:
+        """The update was dropped because of `task`."""
+        self._pending.zero_()
+        self.dropped[task] = self.dropped.get(task, 0) + 1
+
+    def drain(self) -> tuple[dict[str, float], dict[str, list[float | None]]]:
+        """The log entries since the last call, as Python floats, and the full vectors; starts over.
+
+        Cost: one device-to-host copy of 6 K + 6 numbers.
+        """
+        numbers = self._sums.tolist()
+        num_tasks = len(self.task_names)
+        vectors = {name: numbers[i * num_tasks : (i + 1) * num_tasks] for i, name in enumerate(_VECTORS)}
+        scalars = dict(zip(_SCALARS, numbers[len(_VECTORS) * num_tasks :], strict=True))
+        steps = scalars["fraction"]
+        self._run_value += scalars["value"]
+        self._run_updates += self._updates
+        columns = {"loss": _ratio(vectors["loss_sum"], vectors["items"])}
+        if self._has_weights:
+            columns["weight"] = _ratio(vectors["weight"], vectors["weighted"])
+        columns["coefficient"] = _ratio(vectors["coefficient"], vectors["presence"])
+        # Nothing to say where every step was dropped; `loss` must be there, as Trainer has put its own.
+        logs = {"loss": scalars["value"] / steps if steps else math.nan}
+        if steps:
+            logs["loss_mean"] = scalars["loss_mean"] / steps
+        if scalars["balanced"] and self._has_discrepancy:
+            logs["discrepancy"] = scalars["discrepancy"] / scalars["balanced"]
+        if steps and self._has_auxiliary:
+            logs["auxiliary_loss"] = scalars["auxiliary"] / steps
+        logs.update({f"dropped_steps/{task}": float(count) for task, count in self.dropped.items()})
+        logs.update(self._per_task(columns) if num_tasks <= MAX_TASKS_IN_LOG else self._summary(columns))
+        self._sums.zero_()
+        self._updates = 0
+        return logs, columns
+
+    def run_mean(self) -> float:
+        """Mean of F over all updates of the run, resumed parts included. Reads the device."""
+        value = self._run_value + float(self._sums[-len(_SCALARS)])
+        return value / max(self._run_updates + self._updates, 1)
+
+    def _per_task(self, columns: dict[str, list[float | None]]) -> dict[str, float]:
+        return {
+            f"{kind}/{task}": value
+            for kind, values in columns.items()
+            for task, value in zip(self.task_names, values, strict=True)
+            if value is not None
+        }
+
+    def _summary(self, columns: dict[str, list[float | None]]) -> dict[str, float]:
+        logs: dict[str, float] = {}
+        for kind, values in columns.items():
+            known = [(value, k) for k, value in enumerate(values) if value is not None]
+            if not known:
+                continue
+            logs[f"{kind}/min"], logs[f"{kind}/max"] = min(known)[0], max(known)[0]
+            logs[f"{kind}/mean"] = sum(value for value, _ in known) / len(known)
+            if kind == "loss":
+                # An index, not a name: experiment trackers drop strings.
+                logs["loss/worst_task"] = float(max(known)[1])
+        return logs
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON-able values; floats survive JSON exactly."""
+        return {
+            "task_names": self.task_names,
+            "sums": self._sums.tolist(),
+            "updates": self._updates,
+            "has": [self._has_weights, self._has_discrepancy, self._has_auxiliary],
+            "run_value": self._run_value,
+            "run_updates": self._run_updates,
+            "dropped": self.dropped,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore `state()`."""
+        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self._pending.zero_()
+        self._updates, self._run_value, self._run_updates = state["updates"], state["run_value"], state["run_updates"]
+        self._has_weights, self._has_discrepancy, self._has_auxiliary = state["has"]
+        self.dropped = dict(state["dropped"])
+
+    def reset(self) -> None:
+        """Start a run from nothing."""
+        self._sums.zero_()
+        self._pending.zero_()
+        self._updates, self._run_value, self._run_updates, self.dropped = 0, 0.0, 0, {}
+        self._has_weights = self._has_discrepancy = self._has_auxiliary = False
+
+
+def _ratio(sums: list[float], counts: list[float]) -> list[float | None]:
+    return [total / count if count > 0 else None for total, count in zip(sums, counts, strict=True)]
+
+
+def append_vectors(folder: str, step: int, epoch: float | None, columns: dict[str, list[float | None]]) -> None:
+    """Append one line with the full vectors to `task_vectors.jsonl` in `folder`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / VECTORS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "epoch": epoch, **columns}) + "\n")
+
+
+def truncate_vectors(folder: str, step: int) -> None:
+    """Drop the lines after `step` (a resumed run writes them again) and a last line that a kill cut short."""
+    path = Path(folder) / VECTORS_FILE
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

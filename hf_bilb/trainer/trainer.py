@@ -1,0 +1,711 @@
+"""`BilevelMTLTrainer`: `transformers.Trainer` for K tasks in balance, at the cost of one backward pass.
+
+The way of a batch: model -> K losses (`compute_loss`) -> global losses -> objective -> coefficients -> one backward
+pass (`training_step`) -> optimizer -> router (`BalancerCallbackHandler`) -> logs -> checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DataCollator, EvalPrediction, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import TrainOutput, default_compute_objective
+
+from hf_bilb.balancers.registry import build_balancer
+from hf_bilb.engine import reduction
+from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.checks import Phase
+from hf_bilb.engine.gradient_check import tasks_with_nonfinite_slope
+from hf_bilb.engine.replay import buffers_kept
+from hf_bilb.engine.weighting import Decision, share_of_window
+from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
+from hf_bilb.losses.contract import TaskLosses, short_names
+from hf_bilb.trainer import checkpointing
+from hf_bilb.trainer.accumulation import AccumulationWindow, WindowCounter
+from hf_bilb.trainer.arguments import AS_IT_IS, OWN_FIELDS, as_bilevel_arguments, is_task_loss
+from hf_bilb.trainer.callback import BalancerCallbackHandler
+from hf_bilb.trainer.checks import (
+    RunSettings,
+    check_balancer,
+    check_sampling,
+    plain_optimizer,
+    resolve_absent_tasks,
+)
+from hf_bilb.trainer.data_trainer import Filler
+from hf_bilb.trainer.diagnostics import LowerLevelDiagnostics
+from hf_bilb.trainer.epochs import EpochDataset
+from hf_bilb.trainer.losses_trainer import (
+    TaskItemCounts,
+    TaskLossFunc,
+    TaskLossTrainer,
+    evaluation_names,
+    tensors_in,
+)
+from hf_bilb.trainer.micro_batches import MicroBatches
+from hf_bilb.trainer.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
+from hf_bilb.trainer.sampling import build_task_sampler, set_sampler_epoch
+from hf_bilb.trainer.step import GRADIENT, Update
+
+logger = logging.getLogger(__name__)
+
+
+class BilevelMTLTrainer(TaskLossTrainer):
+    """Drop-in for `transformers.Trainer` that balances K task losses.
+
+    Args:
+        model, ..., preprocess_logits_for_metrics: those of `transformers.Trainer`, in its order. `args` may be plain
+            `TrainingArguments` or None: `trainer.args` is then a copy with the fields of `BilevelMTLTrainingArguments`.
+        task_loss_func: `(outputs, batch) -> losses` or `-> (losses, num_items)`; losses a tensor `[K]` or a dict of
+            scalars, num_items likewise. Without it the model's output fields `losses`, `num_items`, `router_features`,
+            `auxiliary_loss` are taken (the contract stands in `hf_bilb.losses.contract`).
+        task_item_counts: `(batch) -> [K]`, how many items each task has in a batch, for losses that come without
+            `num_items`, and for windows of gradient accumulation; built in for label columns with -100 or NaN
+            (`hf_bilb.trainer.item_counts`).
+
+    With one task and an ordinary model that returns `loss`, it trains exactly as `Trainer`.
+
+    Attributes:
+        balancer: the `LossBalancer`; `trainer.balancer.coefficients` are the last coefficients `[K]`. Callbacks get it
+            as the keyword `balancer` in every event.
+
+    State: in each checkpoint, `balancer.safetensors` and `balancer.json`. Cost over `Trainer`: one all-reduce of 2K + 1
+    numbers per micro-batch and arithmetic on K numbers; no extra forward or backward pass, but for `balance_over:
+    window` (one forward of each micro-batch more), a double loop, and diagnostics.
+
+    Raises:
+        OptionError: settings that cannot work (DataParallel, tensor or context parallelism, names and lengths that do
+            not match, ...), when it is built.
+        CheckpointError: `balancer_init_from` that does not fit, when it is built.
+        NonFiniteLossError: in training, naming task, step and value (`nonfinite_loss: raise`).
+    """
+
+    balancer: LossBalancer
+    callback_handler: CallbackHandler
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        task_loss_func: TaskLossFunc | None = None,
+        task_item_counts: TaskItemCounts | None = None,
+    ) -> None:
+        # Not every Trainer that may stand between ours and `Trainer` takes it (`Seq2SeqTrainer` does not).
+        rarely = {} if optimizer_cls_and_kwargs is None else {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs}
+        super().__init__(
+            model=model,
+            args=as_bilevel_arguments(args),
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            task_loss_func=task_loss_func,
+            task_item_counts=task_item_counts,
+            **rarely,
+        )
+        self._diagnostics: LowerLevelDiagnostics | None = None
+        self._gradient_norm: Tensor | float | None = None
+        self._dropped_in_a_row = 0
+        self._overflow_said = False
+        self._calls: int | None = None  # of compute_loss in the micro-batch under way; None between two
+        self._settings: RunSettings | None = None
+        self._settle_balancing()
+        self._adopt_callbacks()
+
+    # --- set-up --------------------------------------------------------------------------------------------------
+
+    def _settle_balancing(self) -> None:
+        """Build everything that follows from the arguments, unless they are those it was built from.
+
+        `hyperparameter_search` and users change arguments of a Trainer that is already built; a balancer of the same
+        method, options and tasks goes on with what it has learned, any other one starts from nothing.
+        """
+        self.args.check_settings()
+        self._settle_tasks()
+        self._task_sampling = check_sampling(self)
+        settings = RunSettings.of(self)
+        former = self._settings
+        if settings == former:
+            check_balancer(self)
+            self._window_counter = self._build_window_counter()
+            return
+        learned = None if former is None or former.method != settings.method else self.balancer.snapshot()
+        self.balancer = self._build_balancer(settings)
+        check_balancer(self)
+        if learned is not None:
+            self.balancer.rollback(learned)
+        elif self.args.balancer_init_from is not None:
+            checkpointing.start_balancer_from(self.args.balancer_init_from, self.balancer)
+        if former is not None and self.model_init is None:
+            goes_on = "goes on" if learned is not None else "starts fresh"
+            logger.warning("the arguments were changed since the last training: balancer %s %s", settings.name, goes_on)
+        self._initial_state = self.balancer.snapshot()
+        self._restored = False
+        self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
+        self._window_counter = self._build_window_counter()
+        self._update: Update | None = None
+        self._decision: Decision | None = None
+        self._announce([])
+        self._settle_diagnostics()
+        self._settings = settings  # last: what was refused on the way is refused again the next time
+
+    def _settle_diagnostics(self) -> None:
+        if self._diagnostics in self.callback_handler.callbacks:
+            self.remove_callback(self._diagnostics)
+        options = self.args.diagnostics_options()
+        self._diagnostics = None if options is None else LowerLevelDiagnostics(self, options)
+        if self._diagnostics is not None:
+            self.add_callback(self._diagnostics)
+
+    def _adopt_callbacks(self) -> None:
+        """Let the handler of callbacks do our part, too; one that was put in its place does it from the next run on."""
+        if not isinstance(self.callback_handler, BalancerCallbackHandler):
+            self.callback_handler = BalancerCallbackHandler(self.callback_handler, self)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As in `Trainer`, which casts a trial's values to the type of the old ones: not those of our own arguments.
+
+        Every `train` comes here, with the run's model in place and before a checkpoint is loaded.
+        """
+        old = {key: getattr(self.args, key) for key in OWN_FIELDS}
+        for key in OWN_FIELDS:
+            setattr(self.args, key, AS_IT_IS)
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            for key, value in old.items():
+                if getattr(self.args, key) is AS_IT_IS:
+                    setattr(self.args, key, value)
+        if self.model_init is not None:  # a model built anew, and a trial's arguments; else `train` has done it
+            self._settle_balancing()
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in `Trainer`, also over the arguments of balancing: `{"balancer": "famo"}`, or a mapping with options.
+
+        The default objective is Trainer's: the loss, or the sum of the metrics where there are any. The tasks' losses
+        `eval_loss_<task>` are none of them.
+        """
+        objective = self._objective_of_search if compute_objective is None else compute_objective
+        return super().hyperparameter_search(hp_space, objective, *args, **kwargs)
+
+    def _objective_of_search(self, metrics: dict[str, float]) -> float:
+        names = evaluation_names(self.eval_dataset)
+        kept = {
+            key: value
+            for key, value in metrics.items()
+            if is_task_loss(key, (), names) or not is_task_loss(key, self.task_names, names)
+        }
+        return float(default_compute_objective(kept))
+
+    def _build_balancer(self, settings: RunSettings) -> LossBalancer:
+        return build_balancer(
+            settings.name,
+            task_names=self.task_names,
+            absent_tasks=resolve_absent_tasks(self.args),
+            task_priors=self.args.task_priors,
+            device=self.args.device,
+            dtype=settings.dtype,
+            **settings.options,
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._task_sampling is None:
+            return super()._get_train_sampler(train_dataset)
+        return build_task_sampler(
+            self.train_dataset,  # with all its columns; what is handed over here lacks those that forward does not take
+            self._task_sampling,
+            self.task_names,
+            batch_size=self._train_batch_size,
+            num_ranks=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            split_batches=self.args.accelerator_config.split_batches,
+        )
+
+    def begin_epoch(self, epoch: int, dataloader: Any) -> None:
+        """Tell data set and task sampler which epoch comes, and how far into it a resumed run goes on."""
+        if isinstance(self.train_dataset, EpochDataset):
+            # accelerate does it too, but not in the epoch that a run goes on in.
+            self.train_dataset.set_epoch(epoch)
+        if self._task_sampling is not None:
+            done = self.data_position.skipped_updates * self.args.gradient_accumulation_steps
+            set_sampler_epoch(dataloader, epoch, done)
+
+    # --- one batch -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _batches_announced(self) -> Iterator[None]:
+        """While training, announce whatever `get_batch_samples` returns: Trainer's, a subclass's, one put there."""
+        own = vars(self).get("get_batch_samples")
+        collect = self.get_batch_samples
+
+        def collected(epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+            batches, num_items = collect(epoch_iterator, num_batches, device)
+            self.data_position.took(len(batches))
+            self._announce(batches)
+            return self._filled_up(batches, num_batches), num_items
+
+        self.get_batch_samples = collected  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.get_batch_samples
+            if own is not None:
+                self.get_batch_samples = own  # type: ignore[method-assign]
+
+    def _announce(self, batches: list) -> None:
+        """These are the micro-batches of the next update, which `training_step` gets one after the other."""
+        self._micro_batch = -1
+        balancer = self.balancer
+        replayed = balancer.needs_reevaluation or balancer.needs_look_ahead or self.args.diagnostics is not None
+        self._micro_batches = MicroBatches(batches, self._forward, self.args.device, replayed)
+        self._window: AccumulationWindow | None = None
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        # Counting labels for the model's own loss scaling would cost a gather; our shares come from the task counts.
+        return None if self._ordinary is False else super()._get_num_items_in_batch(batch_samples, device)
+
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> TaskLosses:
+        """The losses of one micro-batch, outside the pass that counts."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return self._task_losses(self._run(model, inputs), inputs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch: forward, decision on the global losses, this rank's exact share of the backward pass.
+
+        Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step
+        (`finish_update`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
+        """
+        if isinstance(inputs, Filler):
+            return torch.zeros((), device=self.args.device)
+        if self._micro_batch + 1 >= len(self._micro_batches):  # called by hand
+            if self.args.gradient_accumulation_steps > 1 and not self._is_ordinary(model, inputs):
+                raise TrainerError(
+                    f"gradient_accumulation_steps: {self.args.gradient_accumulation_steps} micro-batches make an "
+                    "update, and balancing needs all of them: training_step was called with one that get_batch_samples "
+                    "did not return"
+                )
+            self._announce([inputs])
+        self._micro_batch += 1
+        if self._micro_batch == 0:
+            self._begin_update(model)
+        self._micro_batches.begin(self._micro_batch)
+        self._calls = 0
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._check_balanced()
+        finally:
+            self._calls = None
+        return loss
+
+    def _check_balanced(self) -> None:
+        if self._ordinary is False and self._calls == 0:
+            raise TrainerError(
+                f"compute_loss of {type(self).__name__} never called that of BilevelMTLTrainer: the tasks would not be "
+                "balanced; call super().compute_loss, or give the Trainer a task_loss_func"
+            )
+
+    def _begin_update(self, model: nn.Module) -> None:
+        self._gradient_norm = None
+        self.balancer.phase = self._phase()
+        self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
+        self._decision = None
+        several = len(self._micro_batches) > 1
+        over_window = self.args.balance_over == "window" and several
+        if several and not over_window:
+            self._count_window(model)
+        if not over_window and not self.balancer.needs_look_ahead:
+            return
+        self._to_training(model)
+        if self._is_ordinary(model, self._micro_batches.batches[0]):
+            return
+        losses = self._micro_batches.first_pass(model) if over_window else []
+        if self.balancer.needs_look_ahead:
+            self._look_ahead()
+        if over_window:
+            self._decision = self._decide_for_window(losses, self._update)
+
+    def _build_window_counter(self) -> WindowCounter:
+        return WindowCounter(self._item_counter, self.task_names, self.balancer.device, self.balancer.dtype)
+
+    def _to_training(self, model: nn.Module) -> None:
+        """Before a pass that comes before `Trainer.training_step`."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers keep other parameters for evaluation
+
+    def _count_window(self, model: nn.Module) -> None:
+        """The shares of the micro-batches that come, each of which is balanced on its own."""
+        if self._ordinary:
+            return
+
+        def first_pass() -> list[TaskLosses]:
+            self._to_training(model)
+            return self._micro_batches.first_pass(model)
+
+        # Before a model with one task has run, nobody knows whether it has losses of ours.
+        known = self._ordinary is False
+        self._window = self._window_counter.window(self._micro_batches.batches, first_pass if known else None)
+
+    def _look_ahead(self) -> None:
+        """The step that the update will take, tried and undone: clipped and unscaled as the real one is."""
+        parameters, scaler = list(self.model.parameters()), self.accelerator.scaler
+
+        def clip() -> None:
+            if self.args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+
+        with self._step_named():
+            self.balancer.look_ahead(
+                self._micro_batches.runs(self.model),
+                before_step=clip,
+                loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            )
+
+    @contextmanager
+    def _step_named(self) -> Iterator[None]:
+        """What the balancer says of losses beside those of the batch gets the number of the step."""
+        try:
+            yield
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"step {self.state.global_step + 1}: {error}") from None
+
+    def _phase(self) -> Phase:
+        step, last = self.state.global_step, self.args.balancer_freeze_after
+        if step < self.args.balancer_warmup_steps:
+            return "warmup"
+        return "balancing" if last is None or step < last else "frozen"
+
+    def _decide_for_window(self, losses: list[TaskLosses], update: Update) -> Decision:
+        """F once, at the losses of all micro-batches together, of a first pass without gradients."""
+        decision = self.balancer.decide(losses)
+        has_auxiliary = any(batch.auxiliary_loss is not None for batch in losses)
+        self._running_log.add(decision, decision.value + decision.auxiliary_loss, None, has_auxiliary)
+        update.add(decision)
+        return decision
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, Any]:
+        """In training mode the balanced loss of a micro-batch; in evaluation the unweighted mean of the tasks' losses.
+
+        It is pure but where `training_step` calls it, once for each micro-batch: only then does the balancer learn from
+        the losses, and only then are they logged. Called by hand it returns what the loss of this rank's batch would
+        be, without communication; its gradients reach the model's parameters as in a step.
+        """
+        loss, outputs = self._ordinary_loss(model, inputs, num_items_in_batch)
+        if loss is None:
+            outputs = self._run(model, inputs) if outputs is None else outputs
+            batch = self._task_losses(outputs, inputs)
+            if not model.training:
+                loss = self._evaluated_loss(model, batch, inputs)
+            else:
+                loss = self._balanced_loss(model, batch, outputs, inputs)
+        return (loss, self._named_outputs(outputs)) if return_outputs else loss
+
+    def _balanced_loss(self, model: nn.Module, batch: TaskLosses, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        if self._calls is None:
+            return self.balancer.preview(batch)
+        self._calls += 1
+        if self._decision is not None:
+            share = share_of_window(batch, self._decision, len(self._micro_batches))
+            loss = self.balancer.attach(batch, self._decision, share=share)
+        else:
+            loss = self._decide_for_micro_batch(batch, inputs)
+        if not batch.complete:
+            # Heads without a loss on this rank may have one on another: every one takes part in the reduction. On one
+            # process alike, so that an optimizer with momentum does the same on any number of them.
+            if self._finds_unused(model):
+                zero = reduction.reach(tensors_in(outputs))
+                loss = loss if zero is None else loss + zero.to(loss.dtype)
+            else:
+                loss = reduction.reach_rest(loss, model.parameters())
+        if not loss.requires_grad:
+            raise TaskLossError(
+                "losses: none of them depends on a trainable parameter (detached, or made under torch.no_grad), "
+                "expected losses that a backward pass can start from"
+            )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # Its backward pass ends in the optimizer's step: too late to look afterwards.
+            self.update_is_valid()
+        return loss
+
+    def _finds_unused(self, model: nn.Module) -> bool:
+        """Whether DistributedDataParallel looks for parameters without a gradient; what it would do, on one process."""
+        if isinstance(model, DistributedDataParallel):
+            return bool(model.find_unused_parameters)
+        if self.args.ddp_find_unused_parameters is not None:
+            return bool(self.args.ddp_find_unused_parameters)
+        checkpointing = self.args.activation_checkpointing or getattr(self.model, "is_activation_checkpointing", False)
+        return not (isinstance(self.model, PreTrainedModel) and checkpointing)
+
+    def _decide_for_micro_batch(self, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
+        share = None
+        if self._window is not None:
+            share = self._window.share(max(self._micro_batch, 0))
+        if self._calls != 1:
+            # Two passes in one step, with other dropout masks: the balancer learns from the first one.
+            return self.balancer.preview(batch, share, alone=False)
+        if self._window is not None:
+            self._window_counter.compare(self._window, max(self._micro_batch, 0), batch)
+        loss, decision = self.balancer.surrogate(batch, share=share)
+        self._running_log.add(decision, loss, share, batch.auxiliary_loss is not None)
+        if self._update is not None:
+            self._update.add(decision)
+        return loss
+
+    # --- one update (called by BalancerCallbackHandler) ----------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in `Trainer`, which asks for it in every step before the optimizer's; also looked at."""
+        self._gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._gradient_norm
+
+    def update_is_valid(self) -> bool:
+        """Look at the update's losses and gradient, one host read; raise or drop it as `nonfinite_loss` says when one
+        is not finite."""
+        update = self._update
+        if update is None:
+            self._check_begun()
+            return True
+        problem = None if update.empty else update.problem(self.state.global_step + 1, self._norm_to_look_at())
+        if problem is None or (problem.task == GRADIENT and self._is_clipped_away(update)):
+            return True
+        if self.args.nonfinite_loss == "raise" or problem.refused:
+            message = (
+                problem.message if problem.task != GRADIENT else f"{problem.message}: {self._say_whose_gradient()}"
+            )
+            message = self._item_counter.explain(message, problem.task, self._micro_batches.batches)
+            raise NonFiniteLossError(message)
+        self._drop_update(update, problem.task)
+        return False
+
+    def _check_begun(self) -> None:
+        if self._ordinary is False:
+            raise TrainerError(
+                f"training_step of {type(self).__name__} never called that of BilevelMTLTrainer: the tasks would not "
+                "be balanced; call super().training_step"
+            )
+
+    def _norm_to_look_at(self) -> Tensor | None:
+        """The gradient's norm; None where a GradScaler looks at the gradient, and skips the step when it overflows."""
+        norm, scaler = self._gradient_norm, self.accelerator.scaler
+        if norm is None or (scaler is not None and scaler.is_enabled()):
+            return None
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        return norm if isinstance(norm, Tensor) else torch.tensor(norm)
+
+    def _is_clipped_away(self, update: Update) -> bool:
+        """Whether the gradient is finite and only its norm overflows (a loss of 1e30): clipping has made it zero.
+
+        Looked at where the norm is not finite; said once.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.args.max_grad_norm <= 0 or not gradients:
+            return False
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        bad = torch.stack([~grad.isfinite().all() for grad in local]).any().float()
+        if bool(reduction.all_reduce_sum(bad)):
+            return False
+        if not self._overflow_said:
+            self._overflow_said = True
+            task, loss = update.largest_loss()
+            logger.warning(
+                "step %d: the gradient's norm is beyond its number type, so that clipping makes the gradient zero; the "
+                "largest loss is that of task %r, %.4g",
+                *(self.state.global_step + 1, task, loss),
+            )
+        return True
+
+    def _say_whose_gradient(self) -> str:
+        """Which tasks have a gradient that is not finite, from one more pass over the update's batches."""
+        tasks: list[str] = []
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            with buffers_kept(self.model):
+                tasks = tasks_with_nonfinite_slope(self._micro_batches.again(self.model), parameters, self.task_names)
+        if not tasks:
+            task, loss = self._update.largest_loss() if self._update is not None else ("", 0.0)
+            return (
+                f"no single task's slope is undefined; the largest loss is that of task {task!r}, {loss:.4g}, whose "
+                "gradient may be too large for the number type (fix the data or the model, or set nonfinite_loss: skip)"
+            )
+        shown = ", ".join(repr(task) for task in tasks[:8])
+        return (
+            f"that of task {shown} is not defined; look for a root or a norm at 0, and for a mean over no items that "
+            "is masked afterwards (mask before the mean), or set nonfinite_loss: skip"
+        )
+
+    def _drop_update(self, update: Update, task: str) -> None:
+        update.undo()
+        self._update = None
+        self._running_log.drop(task)
+        whose = "the gradient" if task == GRADIENT else f"the loss of task {task!r}"
+        logger.warning("step %d is dropped: %s is not finite", self.state.global_step + 1, whose)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            # Clipping may have begun the scaler's round; closed at the same scale, it takes the next one.
+            scaler.update(scaler.get_scale())
+        # The prepared optimizer does nothing between synchronisation points, and reports the step as skipped.
+        self.accelerator.gradient_state._set_sync_gradients(False)
+        self.optimizer._is_overflow = True
+
+    def finish_update(self, dropped: bool) -> None:
+        """After the optimizer's step: step the router and count the update, unless either was skipped."""
+        if dropped:
+            self.optimizer._is_overflow = False
+            self.accelerator.gradient_state._set_sync_gradients(True)
+            self._count_dropped()
+        elif self._update is not None and not self._update.empty:
+            if self.accelerator.optimizer_step_was_skipped:
+                self.balancer.discard()
+                self._count_dropped()
+            else:
+                self._dropped_in_a_row = 0
+                with self._step_named():
+                    self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_reevaluation else None)
+            self._running_log.commit()
+        self._update = self._decision = self._window = None
+
+    def _count_dropped(self) -> None:
+        self._dropped_in_a_row += 1
+        if self._dropped_in_a_row >= self.args.max_dropped_steps:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step}: the last {self._dropped_in_a_row} steps were dropped because losses "
+                "or gradients were not finite; nothing is learned any more (max_dropped_steps)"
+            )
+
+    def reevaluations(self) -> list[Callable[[], TaskLosses]]:
+        """For each micro-batch of the current update a function that runs the model on it once more, with the same
+        dropout masks; empty where none is under way or no decision was taken (a dropped one, an ordinary model)."""
+        # The bare model: a forward pass of DistributedDataParallel would expect a backward pass through its hooks.
+        return [] if self._update is None or self._update.empty else self._micro_batches.runs(self.model)
+
+    def begin_run(self) -> None:
+        """At the start of a training loop: a fresh balancer unless one was just restored from a checkpoint."""
+        self.balancer.bind(self.model, plain_optimizer(self.optimizer))
+        if not self._restored:
+            self.balancer.restart(self._initial_state)
+            self._running_log.reset()
+        self._restored = False
+        self._window_counter = self._build_window_counter()
+        self._update, self._calls, self._dropped_in_a_row = None, None, 0
+        if self.is_world_process_zero() and len(self.task_names) > MAX_TASKS_IN_LOG:
+            truncate_vectors(self.args.output_dir, self.state.global_step)
+
+    # --- logs ----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, plus `loss_mean`, `loss/<task>`, `weight/<task>`, `coefficient/<task>`, `discrepancy`."""
+        if self._ordinary is False and "loss" in logs:
+            ours, columns = self._running_log.drain()
+            logs.update(ours)
+            for message in self.balancer.diagnose():
+                logger.warning("balancer %s: %s", self.balancer.name, message)
+            told = self._window_counter.due_message()
+            if told is not None:
+                logger.warning("%s", told)
+            if len(self.task_names) > MAX_TASKS_IN_LOG and self.is_world_process_zero():
+                append_vectors(self.args.output_dir, self.state.global_step, self.state.epoch, columns)
+        if self._ordinary is False and "train_loss" in logs:
+            logs["train_loss"] = self._running_log.run_mean()
+            unseen = self.balancer.unseen_tasks() if self.state.global_step > 0 else []
+            if unseen:
+                logger.warning("%s had no label, or no loss, in any step: not trained", short_names(unseen))
+        super().log(logs, start_time)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in `Trainer`, from complete checkpoints only; a damaged, foreign or other-task checkpoint is refused with
+        one line (`CheckpointError`) before anything is loaded. `training_loss` is the mean F of the whole run.
+
+        Arguments that were changed since the last training, or are changed by a trial of `hyperparameter_search`, hold
+        for this one: `balancer`, `task_names` and the others.
+        """
+        if self.model is not None:  # a search sets it to None between its trials; `_hp_search_setup` comes later
+            self._settle_balancing()
+        self._adopt_callbacks()
+        if self.model_init is None:
+            # Like the optimizer, the balancer goes on from a former `train`; a model built anew gets a fresh one.
+            self._initial_state = self.balancer.snapshot()
+            self.balancer.bind(self.model)
+        self._restored = False
+        with self._batches_announced():
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
+
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        super()._check_checkpoint(checkpoint)
+        if checkpointing.has_whole_balancer(checkpoint):
+            self.balancer.bind(self.model)
+            checkpointing.read_balancer(checkpoint, self.balancer)
+        else:
+            checkpointing.check_description(checkpoint, self.balancer)
+
+    def _is_balancing(self) -> bool:
+        # An ordinary model is known as such after its first output only; what may be one has one task.
+        return self._ordinary is False
+
+    def _writes_into_folder(self) -> bool:
+        return super()._writes_into_folder() or len(self.task_names) > MAX_TASKS_IN_LOG
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            with self._writing(output_dir, checkpointing.TENSORS):
+                checkpointing.save_balancer(output_dir, self.balancer, self._running_log, self._run_id)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # Without its files it starts fresh, which has been said when the checkpoint was looked at.
+        if checkpoint is not None and checkpointing.has_whole_balancer(checkpoint):
+            self.balancer.bind(self.model)
+            checkpointing.load_balancer(checkpoint, self.balancer, self._running_log)
+            self._restored = True
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if checkpointing.has_whole_balancer(best):
+            checkpointing.load_balancer(best, self.balancer)
+        elif self._is_balancing():
+            logger.warning("%s holds no balancer state (save_only_model): the balancer stays at the last step", best)
