@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 
 FEATURES = 64
 #: Trains for some steps and returns the milliseconds of one.

@@ -32,7 +32,7 @@ from transformers import BertConfig, BertModel
 
 import hf_bilb
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 
 BATCH, MICRO_BATCHES, LENGTH, TASKS, INNER_STEPS = 8, 4, 64, 8, 5
 DOUBLE_LOOP = {"inner_steps": INNER_STEPS, "inner_learning_rate": 1e-3}

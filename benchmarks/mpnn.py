@@ -30,7 +30,7 @@ from output import write_results
 from torch import Tensor
 
 from hf_bilb.data import DATA_SETS, TaskData
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from hf_bilb.models import MpnnConfig, MpnnModel
 from hf_bilb.models.graph.layers import GraphSizes
 from tests.models.pyg_mpnn import PygMpnn, gradients, ragged, with_weights_of

@@ -12,6 +12,8 @@ from hf_bilb.balancers import registry
 @contextmanager
 def registration_undone() -> Iterator[None]:
     """What is registered inside, and the modules that did it, are forgotten at the end."""
+    for name in registry.BUILT_IN:  # imported inside, it would be forgotten with the others
+        registry.get_balancer_spec(name)
     specs, modules = dict(registry._REGISTRY), set(sys.modules)
     try:
         yield

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 
 TASK_NAMES = ["alpha", "beta", "gamma", "delta"]
 

@@ -1,8 +1,9 @@
-"""Loss balancers, one file per method. Importing the package registers them."""
+"""Loss balancers, one file per method, named as it is registered; a method is imported when it is asked for."""
 
 from __future__ import annotations
 
-from hf_bilb.balancers import bilb, dwa, famo, gls, go4align, imtl_l, ls, marigold, rlw, si, stch, uw
+from typing import TYPE_CHECKING, Any
+
 from hf_bilb.balancers.registry import (
     BalancerSpec,
     Cost,
@@ -12,29 +13,26 @@ from hf_bilb.balancers.registry import (
     register_balancer,
     resolve_options,
 )
-from hf_bilb.engine.balancer import LossBalancer
-from hf_bilb.engine.options import BalancerOptions
+from hf_bilb.config.lazy import lazy_attribute
+
+if TYPE_CHECKING:
+    from hf_bilb.engine.balancer import LossBalancer
+    from hf_bilb.engine.options import BalancerOptions
 
 __all__ = [
     "BalancerOptions",
     "BalancerSpec",
     "Cost",
     "LossBalancer",
-    "bilb",
     "build_balancer",
-    "dwa",
-    "famo",
     "get_balancer_spec",
-    "gls",
-    "go4align",
-    "imtl_l",
     "list_balancers",
-    "ls",
-    "marigold",
     "register_balancer",
     "resolve_options",
-    "rlw",
-    "si",
-    "stch",
-    "uw",
 ]
+
+_MODULES = {"BalancerOptions": "hf_bilb.engine.options", "LossBalancer": "hf_bilb.engine.balancer"}
+
+
+def __getattr__(name: str) -> Any:
+    return lazy_attribute(__name__, name, _MODULES)

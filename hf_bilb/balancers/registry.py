@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from hf_bilb.config.options import parse_options, unknown_name
-from hf_bilb.engine.objective import Objective
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_bilb.engine.balancer import LossBalancer
     from hf_bilb.engine.driver import AbsentTasks
+    from hf_bilb.engine.objective import Objective
     from hf_bilb.engine.options import BalancerOptions
 
-ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
+ObjectiveClass = TypeVar("ObjectiveClass", bound="type[Objective]")
+
+#: Methods of this package, each in the file of its name; imported when it is asked for.
+BUILT_IN = ("bilb", "dwa", "famo", "gls", "go4align", "imtl_l", "ls", "marigold", "rlw", "si", "stch", "uw")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def register_balancer(
     """
 
     def register(objective: ObjectiveClass) -> ObjectiveClass:
+        if objective.__module__ != _module_of(name):
+            _load(name)
         if name in _REGISTRY:
             taken = _REGISTRY[name].objective
             raise ValueError(f"balancer {name!r} is already registered, by {taken.__module__}.{taken.__qualname__}")
@@ -85,13 +90,25 @@ def register_balancer(
 
 def list_balancers() -> list[str]:
     """The names of all registered balancers, sorted."""
-    return sorted(_REGISTRY)
+    return sorted({*BUILT_IN, *_REGISTRY})
+
+
+def _module_of(name: str) -> str:
+    return f"{__package__}.{name}"
+
+
+def _load(name: object) -> None:
+    """Import the method `name` where it is one of this package and has not been."""
+    if name in BUILT_IN and name not in _REGISTRY:
+        import_module(_module_of(str(name)))
 
 
 def get_balancer_spec(name: str, path: str = "balancer") -> BalancerSpec:
     """The registration of `name`; raises `OptionError` with the nearest name when there is none."""
+    if isinstance(name, str):
+        _load(name)
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise unknown_name(path, name, _REGISTRY)
+        raise unknown_name(path, name, list_balancers())
     return _REGISTRY[name]
 
 
@@ -115,7 +132,7 @@ def build_balancer(
     absent_tasks: AbsentTasks = "auto",
     task_priors: Sequence[float] | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     **options: Any,
 ) -> LossBalancer:
     """Build a loss balancer.
@@ -128,7 +145,7 @@ def build_balancer(
             `hold` in a step whose global batch, over all ranks and micro-batches of the decision, has a single task,
             else `skip`.
         task_priors: K fixed factors that the user gives the tasks; they multiply the coefficients, whatever the method.
-        device, dtype: of the K numbers it works on; float64 where the model trains in float64.
+        device, dtype: of the K numbers it works on (default float32); float64 where the model trains in float64.
         **options: the method's options, checked by name and type (see the method's options class).
 
     Returns:
@@ -137,6 +154,8 @@ def build_balancer(
     Raises:
         OptionError: unknown name or option (with the nearest valid one), wrong type, lengths that do not match K.
     """
+    import torch
+
     from hf_bilb.engine.balancer import LossBalancer
 
     given = dict(balancer) if isinstance(balancer, Mapping) else {"name": balancer}
@@ -159,7 +178,7 @@ def build_balancer(
         absent_tasks=absent_tasks,
         task_priors=task_priors,
         device=device,
-        dtype=dtype,
+        dtype=torch.float32 if dtype is None else dtype,
     )
 
 
@@ -168,6 +187,8 @@ def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> tupl
         if num_tasks is None or isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
             raise OptionError(f"num_tasks: {num_tasks!r} is not valid, expected an integer >= 1 (or task_names)")
         return tuple(f"task_{k}" for k in range(num_tasks))
+    from hf_bilb.losses.contract import check_task_names
+
     names = check_task_names(task_names)
     if num_tasks is not None and num_tasks != len(names):
         raise OptionError(f"task_names: got {len(names)} names, expected {num_tasks} (num_tasks)")

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import masked_bce_with_logits
+from hf_bilb.losses.masked import masked_bce_with_logits
 from hf_bilb.metrics.info import DELTA_M_INFO as DELTA_M_INFO
 from hf_bilb.metrics.info import MetricInfo as MetricInfo
 

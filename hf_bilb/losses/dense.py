@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_bilb.config.options import unknown_name
 from hf_bilb.errors import TaskLossError
-from hf_bilb.losses.contract import masked_cross_entropy
+from hf_bilb.losses.masked import masked_cross_entropy
 
 #: Tasks with a label at every pixel, named as their label columns.
 DENSE_TASKS = ("segmentation", "depth", "normals")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_bilb.config.options import nearest
 from hf_bilb.errors import MetricError, OptionError
-from hf_bilb.losses.contract import valid_labels
+from hf_bilb.losses.masked import valid_labels
 from hf_bilb.metrics.base import Accumulator, as_vector_pair
 
 Average: TypeAlias = Literal["binary", "macro"]

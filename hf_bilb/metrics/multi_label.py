@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.errors import MetricError, OptionError
-from hf_bilb.losses.contract import check_task_names, valid_labels
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.losses.masked import valid_labels
 from hf_bilb.metrics.multi_task import DELTA_M, delta_m
 from hf_bilb.metrics.roc_auc import roc_auc
 from hf_bilb.metrics.streaming import StreamingMetrics, as_tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_bilb.errors import MetricError
-from hf_bilb.losses.contract import valid_labels
+from hf_bilb.losses.masked import valid_labels
 from hf_bilb.metrics.base import Accumulator, as_vector_pair, one_output, wide
 
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from hf_bilb.config.options import check_one_of, nearest
 from hf_bilb.errors import OptionError
 from hf_bilb.models.lora import LoraOptions, lora_config
+from hf_bilb.models.spec import PlainModelSpec
 from hf_bilb.models.token_influence import check_causal, check_packing
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -151,3 +152,6 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     # Reentrant gradient checkpointing drops the gradients of layers whose inputs need none.
     model.enable_input_require_grads()
     return get_peft_model(model, config)
+
+
+SPEC = PlainModelSpec(options=CausalLmOptions, build=build_causal_lm)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names, masked_bce_with_logits
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.losses.masked import masked_bce_with_logits
 from hf_bilb.losses.task_names import CELEBA_ATTRIBUTES
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
+from hf_bilb.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -143,3 +145,6 @@ def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 def _linear(size: int) -> tuple[nn.Module, ...]:
     return nn.Linear(size, size, bias=False), nn.BatchNorm1d(size), nn.ReLU(inplace=True)
+
+
+SPEC = ModelSpec(CelebaCnnConfig, CelebaCnnModel, options=CelebaCnnOptions)

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names, masked_bce_with_logits
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.losses.masked import masked_bce_with_logits
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
@@ -35,6 +36,7 @@ from hf_bilb.models.pretrained import (
     read_encoder_config,
     read_image_processor,
 )
+from hf_bilb.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -251,3 +253,6 @@ def _normalization(folder: str, name: str, image_size: int) -> dict[str, Any]:
     if size is not None and sizes != {image_size}:
         logger.warning("model.encoder: %r was made for images of %s, data.image_size is %d", name, size, image_size)
     return normalization_of(processor)
+
+
+SPEC = ModelSpec(MultiTaskImageConfig, MultiTaskImageModel, options=MultiTaskImageOptions, build=build_multi_task_image)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hf_bilb.losses.contract import check_task_names, masked_mse
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.losses.masked import masked_mse
 from hf_bilb.losses.task_names import QM9_TARGETS
 from hf_bilb.models.base import MultiTaskModel, check_dropout, check_size
 from hf_bilb.models.heads import TaskHeads
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
+from hf_bilb.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -147,3 +149,6 @@ class Qm9MlpModel(MultiTaskModel):
         x_mean, x_std, y_mean, y_std = (descriptors.new_tensor(scale) for scale in scales)
         features = ((descriptors - x_mean) / x_std).to(self.dtype)
         return self(features).logits.to(descriptors.dtype) * y_std + y_mean
+
+
+SPEC = ModelSpec(Qm9MlpConfig, Qm9MlpModel, options=Qm9MlpOptions)

@@ -23,7 +23,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names, masked_task_means
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.losses.masked import masked_task_means
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.lora import LoraOptions, lora_config
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
@@ -34,6 +35,7 @@ from hf_bilb.models.pretrained import (
     pooler_argument,
     read_encoder_config,
 )
+from hf_bilb.models.spec import ModelSpec
 from hf_bilb.storage.adapter_weights import with_adapters
 
 Pooling = Literal["mean", "cls"]
@@ -330,3 +332,6 @@ def load_multi_task_text(folder: str | Path) -> MultiTaskTextModel | PeftModel:
         dropout=config.dropout,
     )
     return with_adapters(model, folder).eval()
+
+
+SPEC = ModelSpec(MultiTaskTextConfig, MultiTaskTextModel, options=MultiTaskTextOptions, build=build_multi_task_text)

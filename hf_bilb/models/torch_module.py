@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hf_bilb.config.options import nearest
 from hf_bilb.config.user_code import check_reference, load_reference
 from hf_bilb.errors import OptionError
+from hf_bilb.models.spec import PlainModelSpec
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,6 @@ def _arguments(factory: Callable[..., Any], options: TorchModuleOptions, dictate
             f"the data offer {', '.join(offered) or 'nothing'}"
         ) from None
     return arguments
+
+
+SPEC = PlainModelSpec(options=TorchModuleOptions, build=build_torch_module)

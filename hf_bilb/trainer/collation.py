@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 
 from hf_bilb.errors import TaskLossError
-from hf_bilb.losses.contract import MISSING_INTEGER
+from hf_bilb.losses.masked import MISSING_INTEGER
 
 if TYPE_CHECKING:
     import pyarrow as pa

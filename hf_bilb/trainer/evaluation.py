@@ -68,7 +68,7 @@ class EvaluationLosses:
         if nan:
             found.append(
                 f"{prefix}: the loss of {short_names(nan)} is nan; NaN labels stand for missing ones: leave them out "
-                "before the mean (masked_mse, masked_l1, masked_bce_with_logits of hf_bilb.losses.contract do)"
+                "before the mean (masked_mse, masked_l1, masked_bce_with_logits of hf_bilb.losses.masked do)"
             )
         return found
 

@@ -27,7 +27,8 @@ from transformers.trainer_pt_utils import find_batch_size
 from hf_bilb.engine import reduction
 from hf_bilb.engine.checks import NOT_FINITE_ADVICE
 from hf_bilb.errors import TaskLossError
-from hf_bilb.losses.contract import short_names, valid_labels
+from hf_bilb.losses.contract import short_names
+from hf_bilb.losses.masked import valid_labels
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class ItemCounter:
         return (
             f"{message.removesuffix(f'; {NOT_FINITE_ADVICE}')}; {missing} of its {labels} labels in this step are NaN, "
             "which stands for missing ones: leave them out before the mean (masked_mse, masked_l1, "
-            "masked_bce_with_logits of hf_bilb.losses.contract do); if they are, fix the data or the model"
+            "masked_bce_with_logits of hf_bilb.losses.masked do); if they are, fix the data or the model"
         )
 
     def _nan_labels(self, task: str, batches: Iterable[Mapping[str, Any]]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.checkpoints.weight_models import ADAPTED, WRAPPED, Branches, OneParameter
 
 STEPS, SAVED = 12, 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.distributed.training import GLOBAL_BATCH, arguments, optimizer_settings, train, uneven_data, world_size
 from tests.synthetic import TASK_NAMES, SyntheticData, build_data, build_model
 

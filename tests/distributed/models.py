@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.synthetic import SyntheticConfig, SyntheticModel, SyntheticOutput
 
 HIDDEN = 8

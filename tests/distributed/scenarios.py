@@ -18,7 +18,7 @@ from hf_bilb.engine import reduction
 from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.weighting import WindowShare
 from hf_bilb.errors import NonFiniteLossError
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.distributed.absent_tasks import absent_task_scenarios
 from tests.distributed.double_loop import double_loop_scenarios
 from tests.distributed.feature_routers import feature_router_scenarios

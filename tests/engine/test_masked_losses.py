@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_bilb.errors import TaskLossError
-from hf_bilb.losses.contract import (
+from hf_bilb.losses.masked import (
     masked_bce_with_logits,
     masked_cross_entropy,
     masked_l1,

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import masked_bce_with_logits, masked_mse
+from hf_bilb.losses.masked import masked_bce_with_logits, masked_mse
 from hf_bilb.models import MpnnConfig, MpnnModel
 from hf_bilb.models.graph.layers import EdgeConditionedMessage, GraphSizes
 from tests.models.pyg_mpnn import gradients, ragged, with_weights_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.synthetic import SyntheticConfig, SyntheticModel, build_model
 
 M = TypeVar("M", bound=SyntheticModel)

@@ -15,7 +15,7 @@ from transformers import default_data_collator
 
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.errors import TaskLossError
-from hf_bilb.losses.contract import masked_cross_entropy
+from hf_bilb.losses.masked import masked_cross_entropy
 from hf_bilb.trainer.collation import with_missing_labels
 from tests.trainer.harness import BATCH, arguments, flat_parameters, run
 

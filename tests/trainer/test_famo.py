@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_bilb import build_balancer
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.trainer.harness import (
     BATCH,
     FLOAT,

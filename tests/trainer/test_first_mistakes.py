@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer, OptionError, TaskLossError
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.trainer.harness import arguments, plain_settings
 
 NAMES = ["a", "b"]

@@ -235,7 +235,7 @@ def test_nan_labels_in_a_plain_mean_are_pointed_to(tmp_path: Path, caplog: pytes
         )
     assert str(caught.value) == (
         "the loss of task 'b' is nan at step 3; 3 of its 4 labels in this step are NaN, which stands for missing ones: "
-        "leave them out before the mean (masked_mse, masked_l1, masked_bce_with_logits of hf_bilb.losses.contract do); "
+        "leave them out before the mean (masked_mse, masked_l1, masked_bce_with_logits of hf_bilb.losses.masked do); "
         "if they are, fix the data or the model"
     )
 

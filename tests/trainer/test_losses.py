@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, build_balancer
 from hf_bilb.errors import TaskLossError
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.synthetic import SyntheticData
 from tests.trainer.harness import (
     BATCH,

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_bilb import build_balancer
 from hf_bilb.errors import NonFiniteLossError, OptionError
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.harness import (
     BATCH,

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, BertPreTrainedModel, TrainerCall
 from transformers.utils import ModelOutput
 
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, arguments, build_data, build_model, flat_parameters, run
 
 

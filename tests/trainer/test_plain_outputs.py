@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.errors import TaskLossError
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, arguments, build_data, flat_parameters, untimed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from hf_bilb.trainer.columns import ForwardColumns, innermost
 from tests.trainer.harness import (
     BATCH,

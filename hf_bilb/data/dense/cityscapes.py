@@ -24,7 +24,7 @@ from typing import Literal
 from hf_bilb.data.dense.cityscapes_files import IMAGES, is_official, official_columns
 from hf_bilb.data.dense.files import MTAN_FOLDERS
 from hf_bilb.data.dense.rows import DenseFacts, DenseOptions, DensePart, dense_task_data, mtan_part
-from hf_bilb.data.task_data import TaskData
+from hf_bilb.data.task_data import DataSetSpec, TaskData
 from hf_bilb.errors import OptionError
 
 TASKS = ("segmentation", "depth")
@@ -118,3 +118,6 @@ def _mtan_folders(part: Path, options: CityscapesOptions) -> dict[str, str]:
         )
     folders = {**MTAN_FOLDERS, "segmentation": classes}
     return {task: folders[task] for task in tasks}
+
+
+SPEC = DataSetSpec(options=CityscapesOptions, load=load_cityscapes, model_needs={"image_labels": "image_tasks"})

@@ -22,7 +22,7 @@ from pathlib import Path
 from hf_bilb.data.dense.files import MTAN_FOLDERS
 from hf_bilb.data.dense.nyuv2_labels import CLASSES_13
 from hf_bilb.data.dense.rows import DenseFacts, DenseOptions, dense_task_data, mtan_part
-from hf_bilb.data.task_data import TaskData
+from hf_bilb.data.task_data import DataSetSpec, TaskData
 from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -67,3 +67,6 @@ def load_nyuv2(options: Nyuv2Options) -> TaskData:
         )  # fmt: skip
     facts = DenseFacts("nyuv2", TASKS, CLASSES_13, published=True, batch_size=2, depth_unit="m")
     return dense_task_data(options, facts, train, test)
+
+
+SPEC = DataSetSpec(options=Nyuv2Options, load=load_nyuv2, model_needs={"image_labels": "image_tasks"})

@@ -30,7 +30,7 @@ from hf_bilb.data.images.rows import (
     list_files,
     prepare_images,
 )
-from hf_bilb.data.task_data import DELTA_M_INFO, MetricInfo, TaskData, binary_losses
+from hf_bilb.data.task_data import DELTA_M_INFO, DataSetSpec, MetricInfo, TaskData, binary_losses
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.task_names import CELEBA_ATTRIBUTES
@@ -397,3 +397,6 @@ def _hub_labels(where: str, table: datasets.Dataset, task_names: Sequence[str]) 
             )
         labels[:, k] = values == 1
     return labels
+
+
+SPEC = DataSetSpec(options=CelebaOptions, load=load_celeba)

@@ -37,7 +37,7 @@ from hf_bilb.data.molecules.features import (
     smiles_graph,
 )
 from hf_bilb.data.molecules.graphs import GraphRows, MoleculeGraphs, collate_graphs
-from hf_bilb.data.task_data import MetricInfo, Split, TaskData
+from hf_bilb.data.task_data import DataSetSpec, MetricInfo, Split, TaskData
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.metrics.roc_auc import RocAuc
@@ -392,3 +392,7 @@ def scaffold_split(scaffolds: Sequence[bytes] | NDArray[np.bytes_], num_train: i
         else:
             test += rows
     return Split(*(np.array(part, np.int64) for part in (train, validation, test)))
+
+
+SIDER = DataSetSpec(options=MoleculeNetOptions, load=load_sider)
+TOX21 = DataSetSpec(options=MoleculeNetOptions, load=load_tox21)

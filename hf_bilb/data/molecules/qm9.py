@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from hf_bilb.data.molecules.coulomb import coulomb_eigenvalues
 from hf_bilb.data.molecules.qm9_targets import TARGETS, Tasks, check_targets
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.data.task_data import Standardizer, TaskData, check_split, split_rows
+from hf_bilb.data.task_data import DataSetSpec, Standardizer, TaskData, check_split, split_rows
 from hf_bilb.errors import MissingPackageError, OptionError
 
 if TYPE_CHECKING:
@@ -321,3 +321,6 @@ def task_data(columns: Qm9Columns, options: Qm9Options) -> TaskData:
         },
         **tasks.task_data(test.columns["labels"]),
     )
+
+
+SPEC = DataSetSpec(options=Qm9Options, load=load_qm9)

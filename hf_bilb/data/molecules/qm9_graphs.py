@@ -47,7 +47,7 @@ from hf_bilb.data.molecules.features import (
 from hf_bilb.data.molecules.graphs import GraphRows, MoleculeGraphs, collate_graphs
 from hf_bilb.data.molecules.qm9 import Molecules, Qm9Options, package_folder, read_molecules, read_smiles
 from hf_bilb.data.molecules.qm9_targets import Tasks
-from hf_bilb.data.task_data import TaskData, split_rows
+from hf_bilb.data.task_data import DataSetSpec, TaskData, split_rows
 from hf_bilb.errors import OptionError
 
 CHUNK = 2048  # molecules that are kept when a preparation is interrupted
@@ -194,3 +194,6 @@ def task_data(arrays: Arrays, options: Qm9GraphsOptions) -> TaskData:
         },
         **tasks.task_data(test.labels),
     )
+
+
+SPEC = DataSetSpec(options=Qm9GraphsOptions, load=load_qm9_graphs)

@@ -31,7 +31,7 @@ from hf_bilb.data.tables.tables import (
     find_file,
     read_rows,
 )
-from hf_bilb.data.task_data import Split, TaskData
+from hf_bilb.data.task_data import DataSetSpec, Split, TaskData
 from hf_bilb.errors import OptionError
 
 LAYOUT = Layout(
@@ -99,3 +99,6 @@ def load_adult(options: AdultOptions) -> TaskData:
     order = np.random.default_rng(options.seed).permutation(num_rows)
     split = Split(order[held_out:], order[:held_out], np.arange(num_rows, num_rows + len(test.labels)))
     return binary_task_data(train.followed_by(test), split, LAYOUT, tasks)
+
+
+SPEC = DataSetSpec(options=AdultOptions, load=load_adult)

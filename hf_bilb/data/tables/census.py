@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_bilb.data.tables.tables import BinaryTask, Layout, TableOptions, binary_task_data, read_rows
-from hf_bilb.data.task_data import TaskData
+from hf_bilb.data.task_data import DataSetSpec, TaskData
 
 LAYOUT = Layout(
     columns=(
@@ -88,3 +88,6 @@ def load_census(options: CensusOptions) -> TaskData:
     tasks = LAYOUT.chosen(options.tasks)
     rows = read_rows(Path(options.file), LAYOUT, tasks)
     return binary_task_data(rows, options.split(len(rows.labels)), LAYOUT, tasks)
+
+
+SPEC = DataSetSpec(options=CensusOptions, load=load_census)

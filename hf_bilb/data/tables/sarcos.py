@@ -23,9 +23,9 @@ from torch import Tensor
 
 from hf_bilb.data.rows import VectorRows, collate_vectors
 from hf_bilb.data.tables.tables import TableOptions
-from hf_bilb.data.task_data import MetricInfo, Standardizer, TaskData
+from hf_bilb.data.task_data import DataSetSpec, MetricInfo, Standardizer, TaskData
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import masked_mse
+from hf_bilb.losses.masked import masked_mse
 from hf_bilb.metrics.regression import normalized_mean_squared_error
 
 if TYPE_CHECKING:
@@ -122,3 +122,6 @@ def read_sarcos(path: Path) -> NDArray[np.float64]:
 def squared_errors(outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Mean squared errors `[K]` and counts `[K]` of `logits [B, K]` in a model's outputs, in standardised units."""
     return masked_mse(outputs["logits"], batch["labels"])
+
+
+SPEC = DataSetSpec(options=SarcosOptions, load=load_sarcos)

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import check_one_of, unknown_name
-from hf_bilb.data.task_data import MetricInfo, TaskData
+from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.data.text.pretrained_text import (
     LABEL_NAMES,
     PadTokens,
@@ -468,3 +468,6 @@ def _load_split(name: str, split: str, task: GlueTask) -> datasets.Dataset:
         raise
     except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         raise OptionError(f"data.hub: {name!r} gives no {task.name}: {' '.join(str(error).split())}") from None
+
+
+SPEC = DataSetSpec(options=GlueOptions, load=load_glue, from_model={"tokenizer": "encoder"})

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import check_one_of, nearest, unknown_name
-from hf_bilb.data.task_data import MetricInfo, TaskData
+from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.data.text.glue import DEFAULT_TASKS, TASKS, GlueOptions, read_task, split_training_rows
 from hf_bilb.data.text.glue_prompts import instruction
 from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
@@ -437,3 +437,6 @@ def _read_glue(options: InstructionOptions) -> tuple[tuple[str, ...], dict[str, 
             prompts, responses = [prompt for prompt, _ in asked], [response for _, response in asked]
             parts[part].append(Instructions(prompts, responses, np.full(len(asked), task_id, np.int64)))
     return tasks, {part: Instructions.concatenate(examples) for part, examples in parts.items()}
+
+
+SPEC = DataSetSpec(options=InstructionOptions, load=load_instructions, from_model={"tokenizer": "model"})

@@ -50,6 +50,7 @@ from hf_bilb.models.pretrained import (
     read_encoder_config,
     read_image_processor,
 )
+from hf_bilb.models.spec import ModelSpec
 
 _STRIDE = 4  # of the maps that the decoder works on
 _MOST_GROUPS = 32  # of a group normalisation
@@ -328,3 +329,6 @@ def build_dense_backbone(
         return DenseBackboneModel(DenseBackboneConfig(options.encoder, **arguments))
     except OptionError as error:
         raise OptionError(f"model.{error}") from None
+
+
+SPEC = ModelSpec(DenseBackboneConfig, DenseBackboneModel, options=DenseBackboneOptions, build=build_dense_backbone)

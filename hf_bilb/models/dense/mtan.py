@@ -36,6 +36,7 @@ from hf_bilb.models.dense.layers import (
     side_by_side,
 )
 from hf_bilb.models.dense.segnet import SegNetConfig, SegNetOptions, SegNetTrunk, TrunkMaps, TrunkModel, trunk_sizes
+from hf_bilb.models.spec import ModelSpec
 
 
 class MtanConfig(SegNetConfig):
@@ -156,3 +157,6 @@ class MtanModel(TrunkModel):
             larger = functional.interpolate(own, size=unpooled.shape[-2:], mode="bilinear", align_corners=True)
             own = attention(unpooled, shared(larger), given)
         return own
+
+
+SPEC = ModelSpec(MtanConfig, MtanModel, options=SegNetOptions)

@@ -29,6 +29,7 @@ from hf_bilb.losses.dense import DENSE_TASKS, check_dense_task
 from hf_bilb.models.base import check_size
 from hf_bilb.models.dense.layers import DenseHeads, DenseModel, convolution_block, finished, output_sizes
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
+from hf_bilb.models.spec import ModelSpec
 
 _SMALLEST = 32  # five poolings by 2
 
@@ -207,3 +208,6 @@ class SegNetModel(TrunkModel):
 
     def _head_maps(self, maps: TrunkMaps) -> Tensor:
         return maps.decoder[-1]
+
+
+SPEC = ModelSpec(SegNetConfig, SegNetModel, options=SegNetOptions)

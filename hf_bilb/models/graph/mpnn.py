@@ -22,10 +22,12 @@ from transformers import PretrainedConfig
 
 from hf_bilb.config.options import nearest
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names, masked_bce_with_logits, masked_mse
+from hf_bilb.losses.contract import check_task_names
+from hf_bilb.losses.masked import masked_bce_with_logits, masked_mse
 from hf_bilb.models.base import MultiTaskModel, check_dropout, check_size
 from hf_bilb.models.graph.layers import EdgeConditionedMessage, GraphSizes, Set2Set
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
+from hf_bilb.models.spec import ModelSpec
 
 Problem = Literal["regression", "binary_classification"]
 _LOSSES = {"regression": masked_mse, "binary_classification": masked_bce_with_logits}
@@ -205,3 +207,6 @@ class MpnnModel(MultiTaskModel):
         if config.label_means is None or config.label_stds is None:
             raise ValueError("the config holds no label scales; call the model for standardised predictions")
         return logits * logits.new_tensor(config.label_stds) + logits.new_tensor(config.label_means)
+
+
+SPEC = ModelSpec(MpnnConfig, MpnnModel, options=MpnnOptions)
