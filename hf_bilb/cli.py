@@ -17,27 +17,18 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from hf_bilb.config.options import shown
 from hf_bilb.config.user_code import own_code
 from hf_bilb.errors import HfBilbError, NonFiniteLossError, one_line
-from hf_bilb.experiments.balancer_descriptions import catalogue, describe
 from hf_bilb.experiments.recipe import dump_recipe, import_sources, read_recipe
-from hf_bilb.reporting.balancer_table import (
-    render_one_json,
-    render_one_markdown,
-    render_one_text,
-    render_table_json,
-    render_table_markdown,
-    render_table_text,
-)
-from hf_bilb.reporting.results import labels, read_results, write_text
-from hf_bilb.reporting.tables import Comparison, render_csv, render_markdown, render_text
-from hf_bilb.reporting.tables import compare as compare_runs
 from hf_bilb.storage.folders import check_output_folder, make_output_folder
+
+if TYPE_CHECKING:
+    from hf_bilb.reporting.tables import Comparison
 
 
 def _speaks() -> bool:
@@ -194,6 +185,10 @@ def show(recipe: str, overrides: tuple[str, ...]) -> None:
 def report(run_dirs: tuple[str, ...], output: str | None) -> None:
     """Print the results of finished runs side by side, related to the first one."""
     with _one_line_errors():
+        from hf_bilb.reporting.results import labels, read_results
+        from hf_bilb.reporting.tables import compare as compare_runs
+        from hf_bilb.reporting.tables import render_text
+
         if output is not None:
             check_output_folder(output, "--output")
         runs = [read_results(run_dir) for run_dir in run_dirs]
@@ -205,6 +200,8 @@ def report(run_dirs: tuple[str, ...], output: str | None) -> None:
 
 def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
     from hf_bilb.reporting.plots import comparison_figure, save_figure
+    from hf_bilb.reporting.results import write_text
+    from hf_bilb.reporting.tables import render_csv, render_markdown
 
     make_output_folder(folder, "--output")
     markdown, csv, png = (folder / f"comparison.{suffix}" for suffix in ("md", "csv", "png"))
@@ -288,6 +285,16 @@ def balancers(name: str | None, form: str, sources: tuple[str, ...]) -> None:
     """Print the table of all balancers: paper, cost, state, options; or one of them, NAME, in full."""
     with _one_line_errors():
         import_sources(sources, "--import")
+        from hf_bilb.experiments.balancer_descriptions import catalogue, describe  # only now: torch
+        from hf_bilb.reporting.balancer_table import (
+            render_one_json,
+            render_one_markdown,
+            render_one_text,
+            render_table_json,
+            render_table_markdown,
+            render_table_text,
+        )
+
         known = catalogue()
         if name is None:
             tables = {"markdown": render_table_markdown, "json": render_table_json}

@@ -97,6 +97,11 @@ def _module_of(name: str) -> str:
     return f"{__package__}.{name}"
 
 
+def balancer_module(name: str) -> str | None:
+    """The module of a method of this package that has not been imported; None for one that is at hand."""
+    return _module_of(name) if name in BUILT_IN and name not in _REGISTRY else None
+
+
 def _load(name: object) -> None:
     """Import the method `name` where it is one of this package and has not been."""
     if name in BUILT_IN and name not in _REGISTRY:

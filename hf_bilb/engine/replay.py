@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb.engine import reduction
@@ -52,10 +51,17 @@ def bare(model: nn.Module) -> nn.Module:
 def whole_parameters(model: nn.Module, what: str) -> dict[str, nn.Parameter]:
     """The trainable parameters of `model` by name; raises `OptionError` for `what` where they are sharded."""
     named = {name: p for name, p in bare(model).named_parameters() if p.requires_grad}
-    sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    if sharded or any(isinstance(parameter, DTensor) for parameter in named.values()):
+    if _is_sharded(model):
         raise OptionError(f"{what} needs whole parameters, which FSDP has sharded")
     return named
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP holds parameters of `model`. Its modules take a third of a second to import: where nobody has
+    imported them, nothing is sharded."""
+    fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    wrapped = fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+    return wrapped or (tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters()))
 
 
 @contextmanager

@@ -30,7 +30,10 @@ from typing import Any, Literal
 
 import yaml
 
+from hf_bilb.balancers.registry import balancer_module, get_balancer_spec, list_balancers, resolve_options
+from hf_bilb.config.declared import UNKNOWN, check_declared, declared_fields, options_of
 from hf_bilb.config.options import check_value, nearest, parse_options, shown, unknown_name
+from hf_bilb.config.registry import DATA_SETS, MODELS
 from hf_bilb.config.user_code import import_source
 from hf_bilb.errors import OptionError
 
@@ -140,6 +143,7 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
     if trainer.get("output_dir") in (None, ""):
         raise OptionError("trainer.output_dir: is required, expected the folder of the run, such as runs/qm9_mlp_bilb")
     imports = import_sources(raw.get(IMPORTS))  # before names are looked up
+    _check_by_source(raw)
     return Recipe(
         name=name,
         imports=imports,
@@ -187,39 +191,59 @@ def import_sources(given: Any, path: str = IMPORTS) -> tuple[str, ...]:
     return tuple(sources)
 
 
-def _resolve_data(section: Any) -> dict[str, Any]:
-    from hf_bilb.data import DATA_SETS
+def _check_by_source(raw: Mapping[str, Any]) -> None:
+    """Find what can be found without importing torch: unknown names and keys, values of a wrong type."""
+    for section, registry in (("balancer", None), ("data", DATA_SETS), ("model", MODELS)):
+        known = list_balancers() if registry is None else registry
+        name, options = _name_and_options(raw[section], section, known)
+        entry = balancer_module(name) if registry is None else registry.unread(name)
+        check_declared(options, _declared(entry), section)
+    _check_trainer(_mapping(raw["trainer"], "trainer"), _declared_trainer_fields())
 
+
+def _declared(entry: str | None) -> dict[str, Any]:
+    """The options that a registered entry takes, from its source; none for one that has no source of ours."""
+    options = None if entry is None else options_of(entry)
+    return {} if options is None else declared_fields(*options)
+
+
+def _declared_trainer_fields() -> dict[str, Any]:
+    return declared_fields("hf_bilb.trainer.arguments", "BilevelMTLTrainingArguments")
+
+
+def _check_trainer(section: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    for key, value in section.items():
+        path = f"trainer.{key}"
+        if key in _MANAGED_TRAINER_KEYS:
+            raise OptionError(f"{path}: {_MANAGED_TRAINER_KEYS[key]}, value {shown(value)}")
+        check_declared({key: value}, fields, "trainer", unknown=lambda key: nearest(str(key), fields))
+        if fields.get(key, UNKNOWN) is not UNKNOWN:
+            _check_range(check_value(value, fields[key], path), key, path)
+
+
+def _resolve_data(section: Any) -> dict[str, Any]:
     name, options = _name_and_options(section, "data", DATA_SETS)
     return {"name": name, **dataclasses.asdict(parse_options(DATA_SETS[name].options, options, "data"))}
 
 
 def _resolve_model(section: Any) -> dict[str, Any]:
-    from hf_bilb.models import MODELS
-
     name, options = _name_and_options(section, "model", MODELS)
     return {"name": name, **dataclasses.asdict(parse_options(MODELS[name].options, options, "model"))}
 
 
 def _resolve_balancer(section: Any) -> dict[str, Any]:
-    from hf_bilb.balancers.registry import list_balancers, resolve_options
-
     name, options = _name_and_options(section, "balancer", list_balancers())
     return {"name": name, **dataclasses.asdict(resolve_options(name, options, path="balancer"))}
 
 
 def _resolve_trainer(section: Mapping[str, Any]) -> dict[str, Any]:
     hints = _trainer_hints()
+    _check_trainer(section, hints)
     resolved: dict[str, Any] = {}
     for key, value in section.items():
         path = f"trainer.{key}"
-        if key in _MANAGED_TRAINER_KEYS:
-            raise OptionError(f"{path}: {_MANAGED_TRAINER_KEYS[key]}, value {shown(value)}")
-        if key not in hints:
-            raise OptionError(f"{path}: unknown option, value {shown(value)}{nearest(str(key), hints)}")
         resolved[key] = check_value(value, hints[key], path)
         _check_enum(resolved[key], hints[key], path)
-        _check_range(resolved[key], key, path)
     for key, options in _nested_trainer_options().items():
         if resolved.get(key) is not None:
             parse_options(options, resolved[key], f"trainer.{key}")
@@ -288,19 +312,18 @@ def _nearest_path(key: str) -> str:
 
 def _known_paths() -> dict[str, str]:
     """Every `section.key` of any registered model, data set and balancer -> its key; the trainer's first."""
-    from hf_bilb.balancers.registry import get_balancer_spec, list_balancers
-    from hf_bilb.data import DATA_SETS
-    from hf_bilb.models import MODELS
-
-    options: list[tuple[str, Any]] = [("data", spec.options) for spec in DATA_SETS.values()]
-    options += [("model", spec.options) for spec in MODELS.values()]
-    options += [("balancer", get_balancer_spec(name).options) for name in list_balancers()]
-    options += [("evaluation", EvaluationOptions)]
-    paths = {f"trainer.{name}": name for name in _trainer_hints()}
-    paths.update(
-        {f"{section}.{field.name}": field.name for section, cls in options for field in dataclasses.fields(cls)}
-    )
-    return paths
+    declared: list[tuple[str, Iterable[str]]] = [("trainer", _declared_trainer_fields())]
+    for section, registry in (("data", DATA_SETS), ("model", MODELS)):
+        for name in registry:
+            entry = registry.unread(name)
+            known = dataclasses.fields(registry[name].options) if entry is None else ()
+            declared.append((section, [field.name for field in known] or _declared(entry)))
+    for name in list_balancers():
+        entry = balancer_module(name)
+        known = dataclasses.fields(get_balancer_spec(name).options) if entry is None else ()
+        declared.append(("balancer", [field.name for field in known] or _declared(entry)))
+    declared.append(("evaluation", [field.name for field in dataclasses.fields(EvaluationOptions)]))
+    return {f"{section}.{name}": name for section, names in declared for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------- overrides
