@@ -35,6 +35,8 @@ BELOW = {
     "cli": {"config", "storage", "data", "reporting", "experiments"},
     "__main__": {"cli"},
     "hf_bilb": {"_version", "config", "losses", "engine", "balancers", "trainer"},
+    "task_losses": {"losses"},  # the former place
+    "checkpointing": set(),  # likewise
 }  # fmt: skip
 #: Packages that a folder may import at all, besides the standard library.
 PACKAGES = {
@@ -154,6 +156,15 @@ def test_every_error_of_the_package_has_one_base_and_is_a_builtin_too():
         assert getattr(hf_bilb, name) is found[name] and name in hf_bilb.__all__
     builtin = (ValueError, KeyError, ArithmeticError, ImportError, RuntimeError, OSError)
     assert all(issubclass(found[name], builtin) for name in children)
+
+
+def test_former_places_say_where_their_names_are():
+    for module, name in (("task_losses", "masked_mse"), ("checkpointing", "CheckpointError")):
+        code = f"import warnings; warnings.simplefilter('error'); from hf_bilb.{module} import {name}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert "DeprecationWarning" in done.stderr and "from hf_bilb" in done.stderr
+        quiet = subprocess.run([sys.executable, "-c", code.replace("'error'", "'ignore'")], cwd=ROOT, check=False)
+        assert quiet.returncode == 0
 
 
 def test_errors_are_defined_in_one_place():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.conftest import Runs
-from tests.distributed.streams import CASES, ROWS
+from tests.distributed.streams import CASES, sizes
 from tests.synthetic import TASK_NAMES, build_data, build_model
 
 pytestmark = pytest.mark.distributed
@@ -18,8 +18,10 @@ def by_rows(values: Tensor) -> Tensor:
     return values[values[:, 0].argsort()]
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("kind", "loading"), [(kind, loading) for kind in CASES for loading in CASES[kind]])
+@pytest.mark.parametrize(
+    ("kind", "loading", "rows"),
+    [(kind, loading, rows) for kind in CASES for loading in CASES[kind] for rows in sizes(loading)],
+)
 def test_every_row_counts_once(runs: Runs, kind: str, loading: str, rows: int) -> None:
     data = build_data(rows, dtype=torch.float64, missing=0.3)
     with torch.no_grad():
