@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb import OptionError, build_balancer, register_balancer
-from hf_bilb.engine.normalization import NormalizationKind
 from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_softmax, masked_sum
+from hf_bilb.engine.records import NormalizationKind
 
 MOMENTUM = 0.9
 

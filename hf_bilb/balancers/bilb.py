@@ -33,9 +33,9 @@ from torch import Tensor
 from hf_bilb.balancers.discrepancy import Pairs, discrepancy, largest_slopes
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import Activation, FeatureRouter, ParameterRouter, Router, UniformLogits
-from hf_bilb.engine.normalization import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.engine.objective import BilevelObjective, Levels, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, LearningRate
+from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.errors import OptionError
 
 

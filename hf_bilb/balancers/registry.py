@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
 
     from hf_bilb.engine.balancer import LossBalancer
-    from hf_bilb.engine.driver import AbsentTasks
     from hf_bilb.engine.objective import Objective
     from hf_bilb.engine.options import BalancerOptions
+    from hf_bilb.engine.records import AbsentTasks
 
 ObjectiveClass = TypeVar("ObjectiveClass", bound="type[Objective]")
 

@@ -10,26 +10,43 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_bilb.engine import reduction
-from hf_bilb.engine.double_loop import LowerLevelReport
-from hf_bilb.engine.driver import BalancerDriver
+from hf_bilb.engine.checks import LossChecks
+from hf_bilb.engine.double_loop import InnerLoop, LowerLevel, LowerLevelReport
+from hf_bilb.engine.monitor import TOO_LARGE_SQUARED, Monitor
 from hf_bilb.engine.objective import (
+    BilevelObjective,
+    Derivatives,
+    HistoryObjective,
+    LookAheadObjective,
+    Objective,
+    ObjectiveValue,
     ProgressObjective,
+    Scalar,
+    differentiate,
 )
-from hf_bilb.engine.reevaluation import Reevaluation, as_micro_batches
-from hf_bilb.engine.replay import MicroBatch
+from hf_bilb.engine.optimizer import OwnOptimizer
+from hf_bilb.engine.options import BalancerOptions
+from hf_bilb.engine.progress import Follower
+from hf_bilb.engine.records import AbsentTasks, LossMemory, Normalization, Phase, Records
+from hf_bilb.engine.reduction import GlobalBatch
+from hf_bilb.engine.replay import MicroBatch, Reevaluation, as_micro_batches
 from hf_bilb.engine.trial_step import LookAhead
-from hf_bilb.engine.weighting import Decision, WindowShare, surrogate_loss
-from hf_bilb.errors import NonFiniteLossError, OptionError
+from hf_bilb.engine.weighting import CoefficientRules, Weighting, WindowShare, surrogate_loss
+from hf_bilb.errors import NonFiniteLossError, OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses, as_task_losses
 
+#: Prefix of z's entries in the state.
+LOWER_LEVEL = "lower_level."
 
-class LossBalancer(BalancerDriver):
+
+class LossBalancer:
     """A loss balancer: `backward(losses)` instead of `sum(losses).backward()`, then `step()` after the optimizer's.
 
     State (all in `state_dict()`, flat tensors): the objective's parameters and buffers, its optimizer's moments, the
@@ -42,7 +59,100 @@ class LossBalancer(BalancerDriver):
             the method goes on weighting, its own parameters and references stay. The caller sets it before `backward`.
     """
 
+    def __init__(
+        self,
+        name: str,
+        objective: Objective,
+        options: BalancerOptions,
+        task_names: Sequence[str],
+        *,
+        absent_tasks: AbsentTasks = "auto",
+        task_priors: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if absent_tasks not in get_args(AbsentTasks):
+            raise OptionError(f'absent_tasks: {absent_tasks!r} is not valid, expected one of "auto", "skip", "hold"')
+        self.name = name
+        self.options = options
+        self.task_names = tuple(task_names)
+        self.absent_tasks = absent_tasks
+        num_tasks = len(self.task_names)
+        self.objective = objective
+        self.normalization = Normalization(num_tasks, options.normalization, options.reference, options.power)
+        self._memory = LossMemory(num_tasks)
+        self._records = Records(self.normalization, self._memory, absent_tasks)
+        self._monitor = Monitor(num_tasks)
+        self._checks = LossChecks(name, objective, self.normalization, self.task_names)
+        self._rules = CoefficientRules(num_tasks, options.coefficient_floor, options.coefficient_scale, task_priors)
+        # The names are those of the state's entries.
+        self._parts = nn.ModuleDict(
+            {
+                "objective": self.objective,
+                "normalization": self.normalization,
+                "memory": self._memory,
+                "guards": self._monitor,
+                "rules": self._rules,
+            }
+        )
+        self.phase: Phase = "balancing"
+        self._history = objective if isinstance(objective, HistoryObjective) else None
+        self._epoch = -1
+        self._last: Weighting | None = None
+        self._whole: GlobalBatch | None = None
+        self._ran_over = self._memory.seen
+        self._counted = False
+        self._open = False
+        self._optimizer = OwnOptimizer(
+            dict(objective.named_parameters()), options.optimizer, options.learning_rate, objective.weight_decay
+        )
+        self._inner: InnerLoop | None = None
+        if isinstance(objective, BilevelObjective):
+            self._inner = InnerLoop(objective, self._differentiate_at, self.task_names, self._optimizer)
+        self._follower: Follower | None = None
+        if isinstance(objective, ProgressObjective):
+            self._follower = Follower(
+                objective,
+                num_tasks,
+                self.normalization,
+                self._optimizer,
+                self._checks,
+                self._records.known,
+                self._monitor,
+            )
+            if self._follower.progress is not None:
+                self._parts["progress"] = self._follower.progress
+        self._trials: LookAheadObjective | None = None
+        if isinstance(objective, LookAheadObjective) and objective.reevaluate == "look_ahead":
+            self._trials = objective
+        self._look_ahead: LookAhead | None = None
+        self._before_trials: dict[str, Tensor] | None = None
+        #: Whether the method needs `bind(model)` and `step(reevaluate=...)` for a double loop.
+        self.needs_model = self._inner is not None and self._inner.runs
+        same_batch = isinstance(objective, ProgressObjective) and objective.reevaluate == "same_batch"
+        #: Whether it needs `step(reevaluate=...)`: a double loop, `famo` by default, `marigold` likewise.
+        self.needs_reevaluation = self.needs_model or same_batch
+        #: Whether it needs `bind(model, optimizer)` and `look_ahead`: `marigold` with `mode: exact`.
+        self.needs_look_ahead = self._trials is not None
+        self._begins = self.needs_model or self._follower is not None or self._history is not None
+        self.to(device, dtype)
+
     # --- description ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return len(self.task_names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the K numbers live."""
+        return self._memory.last_losses.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which precision F is evaluated."""
+        return self._memory.last_losses.dtype
 
     @property
     def coefficients(self) -> Tensor | None:
@@ -65,24 +175,11 @@ class LossBalancer(BalancerDriver):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LossBalancer:
         """Move to `device` and change the precision to `dtype` (float32 or float64), in place; returns self."""
-        self._move(device, dtype)
+        if dtype is not None and dtype not in (torch.float32, torch.float64):
+            raise OptionError(f"dtype: {dtype} is not valid, expected torch.float32 or torch.float64")
+        self._parts.to(device=device, dtype=dtype)
+        self._optimizer.to(device=device, dtype=dtype)
         return self
-
-    @property
-    def needs_model(self) -> bool:
-        """Whether the method needs `bind(model)` and `step(reevaluate=...)` for a double loop."""
-        return self._inner is not None and self._inner.runs
-
-    @property
-    def needs_reevaluation(self) -> bool:
-        """Whether the method needs `step(reevaluate=...)`: a double loop, `famo` by default, `marigold` likewise."""
-        objective = self.objective
-        return self.needs_model or (isinstance(objective, ProgressObjective) and objective.reevaluate == "same_batch")
-
-    @property
-    def needs_look_ahead(self) -> bool:
-        """Whether the method needs `bind(model, optimizer)` and `look_ahead`: `marigold` with `mode: exact`."""
-        return self._trials is not None
 
     @property
     def has_levels(self) -> bool:
@@ -152,26 +249,119 @@ class LossBalancer(BalancerDriver):
         last = self._last
         # A record, or the method's parameters by a comparison with the last update, has moved before F is known.
         before = None if self._follower is None and self._history is None else self.snapshot()
-        surrogate, decision = self.surrogate(batch, process_group)
-        if not bool(decision.valid):
+        surrogate, weighting = self.surrogate(batch, process_group)
+        if not bool(weighting.valid):
             self._last = last
-            message = self.describe_invalid(decision)[0]
+            message = self.describe_invalid(weighting)[0]
             self.discard()
             if before is not None:
                 self.rollback(before)
             raise NonFiniteLossError(message)
         (torch.Tensor.backward if backward is None else backward)(surrogate)
-        return decision.value
+        return weighting.value
+
+    def decide(
+        self,
+        micro_batches: Sequence[TaskLosses],
+        process_group: dist.ProcessGroup | None = None,
+        alone: bool = False,
+    ) -> Weighting:
+        """Evaluate and differentiate F at the global losses; observe references, keep the router's gradient.
+
+        Args:
+            micro_batches: this rank's part of the global batch: one batch, or all micro-batches of a window.
+            process_group: the ranks that share it.
+            alone: take this rank's batch for the whole one; no all-reduce.
+
+        Cost: one all-reduce; no device synchronisation.
+        """
+        whole = self._reduce(micro_batches, process_group, alone)
+        # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
+        valid = self._checks.valid(whole, self.phase)
+        active = self._observe(whole, valid)
+        if self.phase == "warmup":
+            result = self._plain_sum(whole)
+        else:
+            # Just observed, where they are valid: those of the present tasks are among the last known ones.
+            result = self._differentiate(self._memory.last_losses, whole, active, self.objective)
+        if self.phase == "balancing":
+            self._optimizer.accumulate(result.parameter_gradients, whole.num_items, self._squares(whole))
+        weighting, of_all = self._rules.weigh(whole, active, valid, result)
+        if self.phase != "warmup":
+            self._monitor.observe(of_all, active, weighting.valid, result.output.edge_ratio, result.output.collapsed)
+        self._whole, self._ran_over, self._open, self._last = whole, active, True, weighting
+        self._counted = any(batch.counted for batch in micro_batches)
+        return weighting
+
+    def _reduce(
+        self, micro_batches: Sequence[TaskLosses], group: dist.ProcessGroup | None, alone: bool = False
+    ) -> GlobalBatch:
+        """The global batch, in the balancer's precision."""
+        device, dtype = self.device, self.dtype
+        for batch in micro_batches:
+            self._checks.check(batch, device)
+        whole = reduction.reduce_losses(micro_batches, self.objective.num_features > 0, group, alone)
+        return whole._replace(
+            losses=whole.losses.to(dtype),
+            num_items=whole.num_items.to(dtype),
+            auxiliary_loss=whole.auxiliary_loss.to(dtype),
+            num_rows=whole.num_rows.to(dtype),
+        )
+
+    def _observe(self, whole: GlobalBatch, valid: Tensor) -> Tensor:
+        """Take the losses in where they are `valid`; returns the tasks that F runs over, bool `[K]`."""
+        self.objective.train(self.phase == "balancing")
+        active = self._records.observe(whole, valid, self.phase)
+        if self._begins and self.phase == "balancing":
+            self._begin(whole, active, valid)
+        return active
+
+    def _begin(self, whole: GlobalBatch, active: Tensor, valid: Tensor) -> None:
+        """What methods that look beyond this batch do before F is evaluated."""
+        if self._lower_level is not None:
+            self._lower_level.start()
+        if self._follower is not None:
+            self._follower.begin(whole, active)
+        if self._history is not None:
+            self._record(self._history, whole, active & valid & whole.present.any())
+
+    def _record(self, history: HistoryObjective, whole: GlobalBatch, known: Tensor) -> None:
+        """Let a method's record take in the `known` losses, none of them where one is beyond all measure."""
+        given = torch.where(known, self._memory.last_losses, self.normalization.one)
+        losses = self.normalization(given)
+        if self._follower is None:  # what a follower learns is in its own step
+            entered = torch.where(known, losses, self._rules.zero)
+            usable = torch.dot(given, given) + torch.dot(entered, entered) < TOO_LARGE_SQUARED
+            known = known & usable
+            self._monitor.learn(usable, whole.losses)
+        history.observe(losses, whole.num_items, known, self._epoch)
+
+    def _plain_sum(self, whole: GlobalBatch) -> Derivatives:
+        ones = whole.present.to(self.dtype)
+        return Derivatives(ObjectiveValue(torch.dot(ones, whole.losses)), ones, ())
+
+    def _differentiate_at(self, whole: GlobalBatch, scalar: Scalar) -> Derivatives:
+        """For the double loop: a scalar of the method's at other losses, with the tasks that are present there."""
+        return self._differentiate(self._records.known(whole), whole, self._records.active(whole.present), scalar)
+
+    def _differentiate(self, losses: Tensor, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
+        features = None if whole.features is None else whole.features.to(self.dtype)
+        return differentiate(self.objective, self.normalization, losses, active, features, scalar)
+
+    def _squares(self, whole: GlobalBatch) -> Tensor:
+        """The sum of the squares of the losses that F is of, a scalar."""
+        losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses
+        return torch.dot(losses, losses)
 
     def surrogate(
         self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, share: WindowShare | None = None
-    ) -> tuple[Tensor, Decision]:
-        """Decide on this batch and `attach` the decision to it: the scalar to differentiate, and the decision.
+    ) -> tuple[Tensor, Weighting]:
+        """Decide on this batch and `attach` the weighting to it: the scalar to differentiate, and the weighting.
 
         Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
         """
-        decision = self.decide([batch], process_group)
-        return self.attach(batch, decision, process_group, share), decision
+        weighting = self.decide([batch], process_group)
+        return self.attach(batch, weighting, process_group, share), weighting
 
     def preview(self, batch: TaskLosses, share: WindowShare | None = None, alone: bool = True) -> Tensor:
         """What `surrogate` would return; the balancer is as before afterwards.
@@ -183,17 +373,17 @@ class LossBalancer(BalancerDriver):
         Cost: a copy of the state.
         """
         with self._no_trace():
-            decision = self.decide([batch], alone=alone)
-        return surrogate_loss(batch, decision, 1 if alone else reduction.data_parallel_size(), share)
+            weighting = self.decide([batch], alone=alone)
+        return surrogate_loss(batch, weighting, 1 if alone else reduction.data_parallel_size(), share)
 
     @contextmanager
     def _no_trace(self) -> Iterator[None]:
-        """Decisions that are taken inside leave nothing behind, whatever is under way."""
+        """Weightings that are taken inside leave nothing behind, whatever is under way."""
         before, last, whole = self.snapshot(), self._last, self._whole
         ran_over, counted, is_open = self._ran_over, self._counted, self._open
         started = self._lower_level is not None and self._lower_level.started
         try:
-            with self._optimizer.accumulation_kept(), self._guards.lessons_not_counted():
+            with self._optimizer.accumulation_kept(), self._monitor.lessons_not_counted():
                 yield
         finally:
             with self._optimizer.accumulation_kept():
@@ -206,7 +396,7 @@ class LossBalancer(BalancerDriver):
     def attach(
         self,
         batch: TaskLosses,
-        decision: Decision,
+        weighting: Weighting,
         process_group: dist.ProcessGroup | None = None,
         share: WindowShare | None = None,
     ) -> Tensor:
@@ -214,14 +404,14 @@ class LossBalancer(BalancerDriver):
 
         Args:
             batch: this rank's losses and counts.
-            decision: on the global batch, or on the whole accumulation window.
+            weighting: of the global batch, or on the whole accumulation window.
             process_group: the ranks that share the batch.
             share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
 
         Returns:
             the scalar; its value is F plus the auxiliary loss, times the micro-batch's fraction.
         """
-        return surrogate_loss(batch, decision, reduction.data_parallel_size(process_group), share)
+        return surrogate_loss(batch, weighting, reduction.data_parallel_size(process_group), share)
 
     def step(
         self,
@@ -253,7 +443,7 @@ class LossBalancer(BalancerDriver):
             self._inner.correct(self._whole, runs, process_group)
         taken = self._optimizer.step()
         if taken is not None:
-            self._guards.learn(taken, self._last.losses)
+            self._monitor.learn(taken, self._last.losses)
         if self._history is not None and self._open and self.phase != "warmup":
             self._history.end_update()
         self._open, self._before_trials = False, None
@@ -295,13 +485,14 @@ class LossBalancer(BalancerDriver):
             with trial_steps.undone():
                 parts = trial_steps.first_pass(runs)
                 whole = self._reduce(parts, process_group)
-                valid = self._validity.valid(whole, whole.auxiliary_loss, self.phase)
+                valid = self._checks.valid(whole, self.phase)
                 if not bool(valid):
                     return
                 active = self._observe(whole, valid)
-                derivatives = [self._differentiate(whole, active, trial) for trial in self._trials.trials]
-                decisions = [self._decision(whole, active, valid, result)[0] for result in derivatives]
-                after = trial_steps.try_steps(parts, runs, decisions, before_step, loss_scale, process_group)
+                known = self._records.known(whole)
+                derivatives = [self._differentiate(known, whole, active, trial) for trial in self._trials.trials]
+                weightings = [self._rules.weigh(whole, active, valid, result)[0] for result in derivatives]
+                after = trial_steps.try_steps(parts, runs, weightings, before_step, loss_scale, process_group)
                 follower.learn(whole, after, active, " after a trial step")
             learned = {name: x for name, x in self.snapshot().items() if name.startswith(("objective.", "optimizer."))}
         finally:
@@ -339,8 +530,69 @@ class LossBalancer(BalancerDriver):
         return self._inner.diagnose(model, runs, inner_steps, inner_learning_rate, process_group)
 
     def _as_micro_batches(self, runs: Reevaluation | Sequence[Reevaluation]) -> list[MicroBatch]:
-        check = functools.partial(self._validity.check, device=self.device)
+        check = functools.partial(self._checks.check, device=self.device)
         return as_micro_batches(runs, self.task_names, self._counted, check)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _lower_level(self) -> LowerLevel | None:
+        return None if self._inner is None else self._inner.level
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """`state_dict()` without z, which only `step` changes: what an update that is dropped has to bring back."""
+        state = {name: tensor.detach().clone() for name, tensor in self._parts.state_dict().items()}
+        state.update({f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()})
+        state["epoch"] = torch.tensor(self._epoch)
+        return state
+
+    def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Restore a `snapshot()`."""
+        _check_entries(snapshot, self.snapshot())
+        self._epoch = int(snapshot["epoch"])
+        prefix = "optimizer."
+        own = {name: tensor for name, tensor in snapshot.items() if name != "epoch" and not name.startswith(prefix)}
+        self._parts.load_state_dict(own)
+        self._optimizer.load_state_dict(_below(snapshot, prefix))
+
+    def restart(self, snapshot: Mapping[str, Tensor]) -> None:
+        """`rollback` at the start of a run; z will start at the model's parameters."""
+        self.rollback(snapshot)
+        if self._lower_level is not None:
+            self._lower_level.started = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as a flat dict of tensors (detached copies), between two updates. A double loop's z is in it once
+        a model is bound."""
+        z = {} if self._lower_level is None else self._lower_level.state_dict()
+        return {**self.snapshot(), **{f"{LOWER_LEVEL}{name}": tensor for name, tensor in z.items()}}
+
+    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raise `TaskLossError` when `load_state_dict(state)` would: entries missing, unknown or of another shape."""
+        _check_entries(state, self.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `state_dict()`.
+
+        Raises:
+            TaskLossError: entries that are missing, unknown or of another shape; nothing is changed then.
+        """
+        self.check_state_dict(state)
+        if self._lower_level is not None:
+            self._lower_level.load_state_dict(_below(state, LOWER_LEVEL))
+        self.rollback({name: tensor for name, tensor in state.items() if not name.startswith(LOWER_LEVEL)})
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Begin with what another run has learned: parameters, moments, references and last losses; the epoch and the
+        guards' counters start anew, and so does what belonged to another model: z, and losses to compare the next with.
+
+        Raises:
+            TaskLossError: as `load_state_dict`.
+        """
+        now = self.snapshot()
+        fresh = {name: now[name] for name in now if name == "epoch" or name.startswith(("guards.", "progress."))}
+        learned = {name: tensor for name, tensor in state.items() if not name.startswith(LOWER_LEVEL)}
+        self.restart({**learned, **fresh})
 
     def discard(self) -> None:
         """Forget the gradients of the current update (a dropped step), and what its look-ahead has taught."""
@@ -364,8 +616,26 @@ class LossBalancer(BalancerDriver):
         """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
         weights, one task with over 90 % of the sum of |coefficients|, losses or gradients too large to learn from.
         Reads counters on the host: call it when logging."""
-        return self._guards.due_messages(self.task_names)
+        return self._monitor.due_messages(self.task_names)
 
-    def describe_invalid(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
-        """What is wrong with a decision that is not `valid`, see `Validity.describe`; reads the device."""
-        return self._validity.describe(decision, step)
+    def describe_invalid(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:
+        """What is wrong with a weighting that is not `valid`, see `LossChecks.describe`; reads the device."""
+        return self._checks.describe(weighting, step)
+
+
+def _check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            what = "is missing" if name not in state else "is unknown"
+            raise TaskLossError(
+                f"balancer state: entry {name!r} {what}; was it saved by another method or version, or with other "
+                "options?"
+            )
+        if state[name].shape != expected[name].shape:
+            got, want = tuple(state[name].shape), tuple(expected[name].shape)
+            tasks = len(expected["memory.last_losses"])
+            raise TaskLossError(f"balancer state: entry {name!r} has shape {got}, expected {want} for {tasks} tasks")
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,26 +1,24 @@
-"""Which losses a balancer can take, and what is said about those that it cannot."""
+"""Loss checks: which losses a balancer can take, and what is said about those that it cannot."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hf_bilb.engine.normalization import Normalization
 from hf_bilb.engine.objective import Objective
+from hf_bilb.engine.records import Normalization, Phase
 from hf_bilb.engine.reduction import GlobalBatch
-from hf_bilb.engine.weighting import Decision
+from hf_bilb.engine.weighting import Weighting, is_finite
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 
-Phase = Literal["warmup", "balancing", "frozen"]
 NOT_FINITE_ADVICE = "fix the data or the model, or set nonfinite_loss: skip"
 
 
-class Validity:
+class LossChecks:
     """The checks of one balancer; it has no state.
 
     Args:
@@ -36,20 +34,22 @@ class Validity:
         self._objective = objective
         self._normalization = normalization
         self._task_names = task_names
+        self._positive_references = normalization.needs_positive_losses
+        self._positive_losses = objective.needs_positive_losses
 
-    def valid(self, whole: GlobalBatch, auxiliary: Tensor, phase: Phase) -> Tensor:
+    def valid(self, whole: GlobalBatch, phase: Phase) -> Tensor:
         """Bool scalar, on the device: whether all losses and features are finite, the losses in the domain of the
         logarithms taken."""
         losses, present = whole.losses, whole.present
-        valid = is_finite(losses.sum() + auxiliary)
+        valid = is_finite(losses.sum() + whole.auxiliary_loss)
         if phase == "warmup":
             return valid
         if whole.features is not None:
             valid = valid & is_finite(whole.features.sum())
-        if self._normalization.needs_positive_losses:
+        if self._positive_references:
             frozen = phase == "frozen"
             valid = valid & ~self._normalization.outside_domain(losses, present, frozen).any()
-        if self._objective.needs_positive_losses:
+        if self._positive_losses:
             bounds = self._objective.lower_bounds
             above = losses > (0 if bounds is None else bounds)
             valid = valid & torch.where(present, above, True).all()
@@ -75,28 +75,28 @@ class Validity:
             got = f"{features.dtype} on {features.device}"
             raise TaskLossError(f"router_features: are {got}, expected floating point numbers on {device}")
 
-    def describe(self, decision: Decision, step: int | None = None) -> tuple[str, str, bool]:
-        """What is wrong with a decision that is not `valid`; reads the device.
+    def describe(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:
+        """What is wrong with a weighting that is not `valid`; reads the device.
 
         Returns:
             one line that names the task, its value and, where known, the step; the task; whether the value is finite
             but none that the method can take (outside the domain of a logarithm, or so small that F overflows).
         """
         where = "" if step is None else f" at step {step}"
-        not_finite = self._not_finite(decision.losses, decision.present, where)
+        not_finite = self._not_finite(weighting.losses, weighting.present, where)
         if not_finite is not None:
             return not_finite
-        if not math.isfinite(float(decision.auxiliary_loss)):
-            return f"the auxiliary loss is {float(decision.auxiliary_loss)}{where}", "auxiliary_loss", False
-        routed = decision.weights if self._objective.num_features > 0 else None
+        if not math.isfinite(float(weighting.auxiliary_loss)):
+            return f"the auxiliary loss is {float(weighting.auxiliary_loss)}{where}", "auxiliary_loss", False
+        routed = weighting.weights if self._objective.num_features > 0 else None
         if routed is not None and not bool(routed.isfinite().all()):
             weights = routed.tolist()
             return f"the weights are {weights}{where}: router_features are not finite", "router_features", False
-        outside = self._outside_domain(decision.losses, decision.present, where)
+        outside = self._outside_domain(weighting.losses, weighting.present, where)
         if outside is not None:
             return outside
-        values, coefficients = decision.losses.tolist(), decision.coefficients.tolist()
-        present = _numbers(decision.present)
+        values, coefficients = weighting.losses.tolist(), weighting.coefficients.tolist()
+        present = _numbers(weighting.present)
         largest = max(present, key=lambda k: values[k])  # finite numbers whose sum is not
         k = next((k for k in present if not math.isfinite(coefficients[k])), largest)
         found = f"the coefficient of task {self._task_names[k]!r} is {coefficients[k]}{where}"
@@ -108,7 +108,7 @@ class Validity:
         Raises:
             NonFiniteLossError: they are, but none that the method can take.
         """
-        if bool(self.valid(whole, whole.auxiliary_loss, "balancing")):
+        if bool(self.valid(whole, "balancing")):
             return True
         if self._not_finite(whole.losses, whole.present, where) is None:
             outside = self._outside_domain(whole.losses, whole.present, where)
@@ -126,7 +126,7 @@ class Validity:
 
     def _outside_domain(self, losses: Tensor, present: Tensor, where: str) -> tuple[str, str, bool] | None:
         """The loss furthest below what the method can take, where one is."""
-        if not (self._objective.needs_positive_losses or self._normalization.needs_positive_losses):
+        if not (self._positive_losses or self._positive_references):
             return None
         values = losses.tolist()
         given = self._objective.lower_bounds
@@ -151,8 +151,3 @@ class Validity:
 
 def _numbers(mask: Tensor) -> list[int]:
     return [k for k, here in enumerate(mask.tolist()) if here]
-
-
-def is_finite(total: Tensor) -> Tensor:
-    """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
-    return (total - total) == 0

@@ -1,4 +1,4 @@
-"""The inner loop of the penalty form: a second set z of the model's parameters that descends the lower level.
+"""The double loop of a method with two levels: a second set z of the model's parameters that descends the lower level.
 
     z_{n+1} = z_n - beta grad_z g(W, z_n),   n < N        BiLB4MTL (arXiv 2502.08585), Algorithm 2
 
@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from hf_bilb.engine import reduction
 from hf_bilb.engine.objective import BilevelObjective, Derivatives, ObjectiveValue, Scalar
+from hf_bilb.engine.optimizer import OwnOptimizer
 from hf_bilb.engine.reduction import GlobalBatch
 from hf_bilb.engine.replay import (
     MicroBatch,
     bare,
-    buffers_kept,
     evaluate,
     same_random_numbers,
     summed_gradients,
     summed_over_ranks,
+    unchanged,
     whole_parameters,
 )
 from hf_bilb.engine.weighting import local_share
@@ -85,7 +86,7 @@ class LowerLevel:
             inner_steps: N. inner_learning_rate: beta.
             with_features: whether g looks at router features.
         """
-        with buffers_kept(self.given):
+        with unchanged(self.given):
             for _ in range(inner_steps):
                 with self._at_z():
                     gradients = self._gradient(micro_batches, slope, with_features, group)
@@ -263,6 +264,68 @@ class LevelProbe:
     def _f(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         levels = self._objective.levels(losses, active, features)
         return ObjectiveValue(levels.upper, levels.weights, clamped_share=levels.clamped_share)
+
+
+class InnerLoop:
+    """The inner loop of a `BilevelObjective`.
+
+    Args:
+        objective: the method.
+        differentiate_at: differentiates a scalar of the objective's at a global batch.
+        task_names: for messages.
+        optimizer: of the objective's parameters.
+
+    Attributes:
+        level: z, once a model is bound and the method has a double loop.
+        report: what the last update's double loop has seen.
+        runs: whether every update has an inner loop.
+    """
+
+    def __init__(
+        self,
+        objective: BilevelObjective,
+        differentiate_at: Callable[[GlobalBatch, Scalar], Derivatives],
+        task_names: Sequence[str],
+        optimizer: OwnOptimizer,
+    ) -> None:
+        self._objective = objective
+        self._optimizer = optimizer
+        self._probe = LevelProbe(objective, differentiate_at, task_names)
+        self.level: LowerLevel | None = None
+        self.report: LowerLevelReport | None = None
+        self.runs = objective.inner_steps > 0
+
+    def bind(self, model: nn.Module) -> None:
+        """Allocate z; the same model again keeps it."""
+        if not self.runs:
+            return
+        if self.level is None or self.level.model is not bare(model):
+            self.level = LowerLevel(model)
+        else:
+            self.level.given = model  # by now perhaps in a wrapper
+
+    def correct(
+        self, at_x: GlobalBatch | None, micro_batches: Sequence[MicroBatch] | None, group: dist.ProcessGroup | None
+    ) -> None:
+        """Take penalty_weight * grad_W g(W, z_N) off the router's gradient (Algorithm 2)."""
+        if self.level is None or micro_batches is None:
+            missing = "balancer.bind(model)" if self.level is None else "balancer.step(reevaluate=lambda: model(batch))"
+            raise OptionError(f"lower_level: a double loop needs {missing}")
+        inner_steps, rate = self._objective.inner_steps, self._objective.inner_learning_rate
+        self.report, at_z = self._probe.compare(self.level, at_x, micro_batches, inner_steps, rate, group)
+        self._optimizer.subtract(at_z.parameter_gradients, self._objective.penalty_weight)
+
+    def diagnose(
+        self,
+        model: nn.Module,
+        micro_batches: Sequence[MicroBatch],
+        inner_steps: int,
+        inner_learning_rate: float,
+        group: dist.ProcessGroup | None,
+    ) -> LowerLevelReport:
+        """As `LossBalancer.diagnose_lower_level`."""
+        level = LowerLevel(model)
+        return self._probe.compare(level, None, micro_batches, inner_steps, inner_learning_rate, group)[0]
 
 
 def _norm(derivatives: Derivatives) -> Tensor:

@@ -1,4 +1,4 @@
-"""Guards: counters on the device that say, when somebody looks, that balancing has gone wrong."""
+"""The monitor: counters on the device that say, when somebody looks, that balancing has gone wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOO_LARGE_SQUARED = TOO_LARGE**2
 LESSONS = 64
 
 
-class Guards(nn.Module):
+class Monitor(nn.Module):
     """Counts suspicious steps without reading the device; `due_messages` reads and words them, each kind once.
 
     State: `counts [4]` (steps, steps with a negative coefficient, with lambda beyond its edge, with collapsed weights)
@@ -52,7 +52,7 @@ class Guards(nn.Module):
     def observe(
         self, coefficients: Tensor, present: Tensor, valid: Tensor, edge_ratio: Tensor | None, collapsed: Tensor | None
     ) -> None:
-        """Count one step (nothing unless `valid`, a bool scalar); arguments as in `Decision` and `ObjectiveValue`."""
+        """Count one step (nothing unless `valid`, a bool scalar); arguments as in `Weighting` and `ObjectiveValue`."""
         negative = (coefficients < 0).any()
         # The edge itself is a coefficient of zero: only beyond it, by more than rounding.
         beyond = self._never if edge_ratio is None else edge_ratio > 1 + 1e-6

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.engine.normalization import Normalization
+from hf_bilb.engine.records import Normalization
 
 
 class ObjectiveValue(NamedTuple):

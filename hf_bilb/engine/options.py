@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.engine.coefficients import CoefficientScale
-from hf_bilb.engine.normalization import MeanOf, NormalizationKind, ReferenceKind
+from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
+from hf_bilb.engine.weighting import CoefficientScale
 from hf_bilb.errors import OptionError
 
 LearningRate = float | Literal["follow_model"]

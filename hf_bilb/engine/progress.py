@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_bilb.engine import reduction
-from hf_bilb.engine.checks import Validity
-from hf_bilb.engine.monitor import Guards
-from hf_bilb.engine.normalization import Normalization
+from hf_bilb.engine.checks import LossChecks
+from hf_bilb.engine.monitor import Monitor
 from hf_bilb.engine.objective import ProgressObjective, StepProgress, progress_gradients
 from hf_bilb.engine.optimizer import OwnOptimizer
+from hf_bilb.engine.records import Normalization
 from hf_bilb.engine.reduction import GlobalBatch
-from hf_bilb.engine.replay import MicroBatch, buffers_kept
+from hf_bilb.engine.replay import MicroBatch, unchanged
 from hf_bilb.errors import OptionError
 
 
@@ -60,9 +59,9 @@ class Follower:
         num_tasks: K.
         normalization: of the losses.
         optimizer: of the objective's parameters.
-        validity: says which losses the method can take.
+        checks: says which losses the method can take.
         known_losses: global losses `[K]` in which the last known ones stand for those of absent tasks.
-        guards: are told whether a step could be taken.
+        monitor: is told whether a step could be taken.
 
     Attributes:
         progress: the state of `next_batch`; None for the others.
@@ -75,16 +74,16 @@ class Follower:
         num_tasks: int,
         normalization: Normalization,
         optimizer: OwnOptimizer,
-        validity: Validity,
+        checks: LossChecks,
         known_losses: Callable[[GlobalBatch], Tensor],
-        guards: Guards,
+        monitor: Monitor,
     ) -> None:
         self._objective = objective
         self._normalization = normalization
         self._optimizer = optimizer
-        self._validity = validity
+        self._checks = checks
         self._known_losses = known_losses
-        self._guards = guards
+        self._monitor = monitor
         self.progress = Progress(num_tasks) if objective.reevaluate == "next_batch" else None
         self.model: nn.Module | None = None
 
@@ -127,7 +126,7 @@ class Follower:
                 f"{name_of('same_batch')} needs balancer.step(reevaluate=lambda: model(batch)), "
                 f"{name_of('next_batch')} does not"
             )
-        with torch.no_grad(), nullcontext() if self.model is None else buffers_kept(self.model):
+        with torch.no_grad(), unchanged(self.model):
             again = reduction.reduce_losses([run() for run in micro_batches], False, group)
         self.learn(whole, [again], active, " after the model's step")
 
@@ -139,7 +138,7 @@ class Follower:
         Raises:
             NonFiniteLossError: a loss is finite, but none that the method can take; the message says `where`.
         """
-        if not all(self._validity.check_after(losses, where) for losses in after):
+        if not all(self._checks.check_after(losses, where) for losses in after):
             return
         first, *rest = (self._known_losses(losses) for losses in after)
         step = StepProgress(self._known_losses(before), first, active, active, rest[0] if rest else None)
@@ -152,4 +151,4 @@ class Follower:
         self._optimizer.accumulate(gradients, num_items, torch.dot(after, after) + torch.dot(before, before))
         taken = self._optimizer.step()
         if taken is not None:
-            self._guards.learn(taken, after, before)
+            self._monitor.learn(taken, after, before)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,14 +13,14 @@ from hf_bilb.engine import reduction
 from hf_bilb.engine.reduction import GlobalBatch
 from hf_bilb.engine.replay import (
     MicroBatch,
-    buffers_kept,
     evaluate,
     same_random_numbers,
     summed_gradients,
     summed_over_ranks,
+    unchanged,
     whole_parameters,
 )
-from hf_bilb.engine.weighting import Decision, share_of_window, surrogate_loss
+from hf_bilb.engine.weighting import Weighting, share_of_window, surrogate_loss
 from hf_bilb.losses.contract import TaskLosses
 
 
@@ -34,7 +32,7 @@ class LookAhead:
         optimizer: the model's; not one that steps during the backward pass.
 
     It has no state between updates. Cost of `try_steps`: a copy of the trainable parameters and of the optimizer's
-    state, one set of gradients for each decision, one step and one forward pass of each micro-batch for each.
+    state, one set of gradients for each weighting, one step and one forward pass of each micro-batch for each.
 
     Raises:
         OptionError: a model whose parameters are sharded.
@@ -49,7 +47,7 @@ class LookAhead:
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Whatever happens to the model's buffers inside, they are as before afterwards."""
-        with buffers_kept(self.model):
+        with unchanged(self.model):
             yield
 
     def first_pass(self, micro_batches: Sequence[MicroBatch]) -> list[TaskLosses]:
@@ -63,12 +61,12 @@ class LookAhead:
         self,
         parts: Sequence[TaskLosses],
         micro_batches: Sequence[MicroBatch],
-        decisions: Sequence[Decision],
+        weightings: Sequence[Weighting],
         before_step: Callable[[], object] | None,
         loss_scale: float,
         group: dist.ProcessGroup | None,
     ) -> list[GlobalBatch]:
-        """For each of `decisions` the global losses after the step that it asks for.
+        """For each of `weightings` the global losses after the step that it asks for.
 
         Args:
             parts: of `first_pass`.
@@ -77,16 +75,16 @@ class LookAhead:
         """
         ranks, number = reduction.data_parallel_size(group), len(micro_batches)
 
-        def share(decision: Decision) -> Callable[[TaskLosses], Tensor]:
+        def share(weighting: Weighting) -> Callable[[TaskLosses], Tensor]:
             def scalar(part: TaskLosses) -> Tensor:
-                of_window = share_of_window(part, decision, number) if number > 1 else None
-                return surrogate_loss(part, decision, ranks, of_window) * loss_scale
+                of_window = share_of_window(part, weighting, number) if number > 1 else None
+                return surrogate_loss(part, weighting, ranks, of_window) * loss_scale
 
             return scalar
 
         with torch.enable_grad(), same_random_numbers(self._parameters):
             again = parts if number == 1 else (run() for run in micro_batches)
-            found = summed_gradients(self._parameters, again, [share(decision) for decision in decisions])
+            found = summed_gradients(self._parameters, again, [share(weighting) for weighting in weightings])
         results = []
         for gradients in found:
             summed = summed_over_ranks(gradients, self._parameters, group)
@@ -97,63 +95,10 @@ class LookAhead:
 
     @contextmanager
     def _stepped(self, gradients: Sequence[Tensor | None], before_step: Callable[[], object] | None) -> Iterator[None]:
-        snapshot = _Snapshot(self.optimizer, self._parameters)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-        try:
+        with unchanged(parameters=self._parameters, optimizer=self.optimizer):
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
             if before_step is not None:
                 before_step()
             self.optimizer.step()
             yield
-        finally:
-            snapshot.restore()
-
-
-class _Snapshot:
-    """Copies of parameters, of what their gradients are, and of everything that an optimizer remembers."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-        self._optimizer = optimizer
-        self._parameters = parameters
-        self._values = [parameter.detach().clone() for parameter in parameters]
-        self._gradients = [parameter.grad for parameter in parameters]
-        self._state = {key: _copied(entries) for key, entries in optimizer.state.items()}
-        # Some optimizers count, and remember, in their groups.
-        self._groups = [_copied(_settings(group)) for group in optimizer.param_groups]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for parameter, value, gradient in zip(self._parameters, self._values, self._gradients, strict=True):
-            parameter.copy_(value)
-            parameter.grad = gradient
-        for key in list(self._optimizer.state):
-            if key in self._state:
-                _bring_back(self._optimizer.state[key], self._state[key])
-            else:  # allocated by the step
-                del self._optimizer.state[key]
-        for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
-            parameters = group["params"]
-            _bring_back(group, saved | {"params": parameters})
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
-
-
-def _copied(entries: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for key, value in entries.items()
-    }
-
-
-def _bring_back(entries: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Make `entries` what `saved` says, in place where a tensor can stay where it is."""
-    for key in [key for key in entries if key not in saved]:
-        del entries[key]
-    for key, value in saved.items():
-        now = entries.get(key)
-        if isinstance(value, Tensor) and isinstance(now, Tensor) and now.shape == value.shape:
-            now.copy_(value)
-        else:
-            entries[key] = value

@@ -1,12 +1,16 @@
-"""What is decided for one batch, and what is remembered of the losses."""
+"""What is decided for one batch, the weighting of its tasks, and how it is applied to their losses."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.engine.objective import Derivatives
+from hf_bilb.engine.reduction import GlobalBatch
+from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import TaskLosses
 
 
@@ -17,7 +21,7 @@ class WindowShare(NamedTuple):
         local: `[K]`, this rank's items of this micro-batch over the window's items on all ranks.
         everywhere: `[K]`, all ranks' items of this micro-batch over the window's.
         fraction: scalar, the micro-batch's items of all tasks and ranks over the window's.
-        rows: scalar, what its rows count where a feature router's features are averaged: `fraction` when the decision
+        rows: scalar, what its rows count where a feature router's features are averaged: `fraction` when the weighting
             is the micro-batch's own, one when it is the whole window's.
         num_micro_batches: how many micro-batches the window has.
     """
@@ -29,7 +33,7 @@ class WindowShare(NamedTuple):
     num_micro_batches: int
 
 
-class Decision(NamedTuple):
+class Weighting(NamedTuple):
     """What was decided for one (micro-)batch, all detached, identical on every rank.
 
     Attributes:
@@ -57,41 +61,42 @@ class Decision(NamedTuple):
     valid: Tensor
 
 
-def share_of_window(batch: TaskLosses, decision: Decision, num_micro_batches: int) -> WindowShare:
-    """A micro-batch's share where the decision is the whole window's, on which F is reported in equal parts."""
-    part = torch.ones_like(decision.value) / num_micro_batches
-    local = batch.num_items / decision.num_items.clamp(min=1)
+def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: int) -> WindowShare:
+    """A micro-batch's share where the weighting is the whole window's: F is reported in equal
+    parts."""
+    part = torch.ones_like(weighting.value) / num_micro_batches
+    local = batch.num_items / weighting.num_items.clamp(min=1)
     return WindowShare(local, part.expand_as(local), part, torch.ones_like(part), num_micro_batches)
 
 
-def surrogate_loss(batch: TaskLosses, decision: Decision, ranks: int, share: WindowShare | None = None) -> Tensor:
+def surrogate_loss(batch: TaskLosses, weighting: Weighting, ranks: int, share: WindowShare | None = None) -> Tensor:
     """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
 
     Args:
         batch: this rank's losses, attached to the graph, and counts.
-        decision: on the global batch, or on the whole accumulation window.
+        weighting: of the global batch, or on the whole accumulation window.
         ranks: that share the batch; their gradients are averaged.
         share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
     """
-    local = batch.num_items / decision.num_items.clamp(min=1) if share is None else share.local
-    coefficients = decision.coefficients if ranks == 1 else ranks * decision.coefficients
-    per_feature = decision.feature_gradient
+    local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
+    coefficients = weighting.coefficients if ranks == 1 else ranks * weighting.coefficients
+    per_feature = weighting.feature_gradient
     if per_feature is not None:
         rows = ranks if share is None else ranks * share.rows
-        per_feature = per_feature * rows / decision.num_rows.clamp(min=1)
+        per_feature = per_feature * rows / weighting.num_rows.clamp(min=1)
     total = local_share(batch, coefficients * local, per_feature)
-    reported = decision.value if share is None else _part_of_window(decision, share)
+    reported = weighting.value if share is None else _part_of_window(weighting, share)
     if batch.auxiliary_loss is not None:
         parts = 1 if share is None else share.num_micro_batches
         total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
-        reported = reported + decision.auxiliary_loss / parts
+        reported = reported + weighting.auxiliary_loss / parts
     return total + (reported - total.detach())
 
 
-def _part_of_window(decision: Decision, share: WindowShare) -> Tensor:
+def _part_of_window(weighting: Weighting, share: WindowShare) -> Tensor:
     """A micro-batch's part of the window's F; the parts of a method that is linear in the losses add up exactly."""
-    of_tasks = (share.everywhere - share.fraction).to(decision.value.dtype)
-    return decision.value * share.fraction + torch.dot(decision.coefficients * decision.losses, of_tasks)
+    of_tasks = (share.everywhere - share.fraction).to(weighting.value.dtype)
+    return weighting.value * share.fraction + torch.dot(weighting.coefficients * weighting.losses, of_tasks)
 
 
 def local_share(batch: TaskLosses, per_task: Tensor, per_feature: Tensor | None) -> Tensor:
@@ -111,18 +116,92 @@ def local_share(batch: TaskLosses, per_task: Tensor, per_feature: Tensor | None)
     return share + torch.dot(per_feature, summed).to(share.dtype)
 
 
-class LossMemory(nn.Module):
-    """The last known global loss of each task, for `absent_tasks: hold`. State: `last_losses [K]`, `seen [K]`."""
+# --- from dF/dl to coefficients ------------------------------------------------------------------------------------
 
-    last_losses: Tensor
-    seen: Tensor
+CoefficientScale = Literal["as_defined", "sum_to_one", "sum_to_k"]
 
-    def __init__(self, num_tasks: int) -> None:
+
+class CoefficientRules(nn.Module):
+    """Floor, scale and priors of the coefficients. They touch what the model descends, never what the router descends.
+
+    * floor a: c_k >= a * mean |c| over the active tasks, the coefficient of a plain sum with the same total.
+    * scale: sum |c| brought to 1 (`sum_to_one`) or to the number of active tasks, as in a plain sum (`sum_to_k`).
+    * priors a_k: c_k <- a_k c_k; for `ls` the objective sum a_k l_k, for `si` sum a_k log l_k.
+
+    Active are the tasks that F runs over. Held ones are among them: over the present task of a batch alone, every scale
+    and floor would undo the balancing.
+
+    State: `task_priors [K]`.
+    """
+
+    task_priors: Tensor
+    zero: Tensor
+
+    def __init__(
+        self, num_tasks: int, floor: float | None, scale: CoefficientScale, task_priors: Sequence[float] | None
+    ) -> None:
         super().__init__()
-        self.register_buffer("last_losses", torch.ones(num_tasks, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+        self.floor = floor
+        self.scale = scale
+        self.has_priors = task_priors is not None
+        priors = [1.0] * num_tasks if task_priors is None else [float(prior) for prior in task_priors]
+        if len(priors) != num_tasks:
+            raise OptionError(f"task_priors: got {len(priors)} values, expected one for each of the {num_tasks} tasks")
+        if any(not prior >= 0 for prior in priors):
+            raise OptionError(f"task_priors: {priors} is not valid, expected numbers >= 0")
+        # Not state: the priors are what the user says today, also after a resume.
+        self.register_buffer("task_priors", torch.tensor(priors, dtype=torch.float64), persistent=False)
+        # At hand where it is needed in every step: torch makes a new one of a Python number.
+        self.register_buffer("zero", torch.zeros((), dtype=torch.float64), persistent=False)
 
-    @torch.no_grad()
-    def observe(self, losses: Tensor, present: Tensor) -> None:
-        torch.where(present, losses, self.last_losses, out=self.last_losses)
-        self.seen.logical_or_(present)
+    def weigh(self, whole: GlobalBatch, active: Tensor, valid: Tensor, result: Derivatives) -> tuple[Weighting, Tensor]:
+        """The weighting of the global batch, and the coefficients `[K]` of all active tasks, held ones among them.
+
+        Args:
+            whole: the global batch. active: bool `[K]`, the tasks that F ran over. result: F and its derivatives.
+            valid: bool scalar, whether the losses are such that the method can take them.
+        """
+        of_all, value = self(result.coefficients, result.output.value, whole.losses, whole.present, active)
+        coefficients = torch.where(whole.present, of_all, self.zero)
+        weighting = Weighting(
+            value=value,
+            losses=whole.losses,
+            num_items=whole.num_items,
+            present=whole.present,
+            coefficients=coefficients,
+            weights=result.output.weights,
+            discrepancy=result.output.discrepancy,
+            auxiliary_loss=whole.auxiliary_loss,
+            feature_gradient=result.feature_gradient,
+            num_rows=whole.num_rows,
+            # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
+            valid=valid & is_finite(coefficients.sum()),
+        )
+        return weighting, of_all
+
+    def forward(
+        self, coefficients: Tensor, value: Tensor, losses: Tensor, present: Tensor, active: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The coefficients `[K]` to apply, of all `active` tasks (zero elsewhere), and the value to report.
+
+        With priors the reported value is F + sum (a_k - 1) c_k l_k over the `present` tasks: F in which task k counts
+        a_k times, to first order (exactly sum a_k l_k for `ls`).
+        """
+        applied = coefficients
+        if self.floor is not None:
+            count = active.sum()
+            floor = self.floor * applied.abs().sum() / count.clamp(min=1)
+            applied = torch.where(active, torch.maximum(applied, floor), applied)
+        if self.scale != "as_defined":
+            total = applied.abs().sum()
+            target = 1.0 if self.scale == "sum_to_one" else active.sum()
+            applied = applied * torch.where(total > 0, target / total.clamp(min=torch.finfo(total.dtype).tiny), total)
+        if self.has_priors:
+            value = value + ((self.task_priors - 1) * applied * torch.where(present, losses, 0.0)).sum()
+            applied = applied * self.task_priors
+        return applied, value
+
+
+def is_finite(total: Tensor) -> Tensor:
+    """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
+    return (total - total) == 0

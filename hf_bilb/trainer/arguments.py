@@ -10,7 +10,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.config.options import check_value, nearest, parse_options
-from hf_bilb.engine.driver import AbsentTasks
+from hf_bilb.engine.records import AbsentTasks
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.trainer.diagnostics import DiagnosticsOptions

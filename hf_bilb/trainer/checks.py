@@ -22,8 +22,8 @@ from transformers.utils.generic import can_return_loss, find_labels
 from hf_bilb.balancers.bilb import BilbOptions
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.config.options import nearest, unknown_name
-from hf_bilb.engine.driver import AbsentTasks
 from hf_bilb.engine.objective import ProgressObjective
+from hf_bilb.engine.records import AbsentTasks
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments

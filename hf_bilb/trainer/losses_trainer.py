@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_bilb.engine.random_state import RandomState
-from hf_bilb.engine.replay import buffers_kept
+from hf_bilb.engine.replay import RandomState, unchanged
 from hf_bilb.errors import MissingColumnError, OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses, as_task_losses
 from hf_bilb.metrics.perplexity import LossMetrics
@@ -186,7 +185,7 @@ class TaskLossTrainer(DataTrainer):
         if self._ordinary is None and self._trainer_makes_loss:
             self._settle_ordinary(True)
         elif self._ordinary is None:
-            with torch.no_grad(), buffers_kept(model), self.compute_loss_context_manager():
+            with torch.no_grad(), unchanged(model), self.compute_loss_context_manager():
                 now = RandomState.capture(self.args.device)
                 outputs = self._run(model, self._prepare_inputs(dict(inputs)))
                 now.restore()

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_bilb.engine.random_state import RandomState
-from hf_bilb.engine.replay import buffers_kept
+from hf_bilb.engine.replay import RandomState, unchanged
 from hf_bilb.losses.contract import TaskLosses
 
 Forward = Callable[[nn.Module, Mapping[str, Any]], TaskLosses]
@@ -44,7 +43,7 @@ class MicroBatches:
         Cost: one forward pass of each; a copy of the model's buffers.
         """
         losses = []
-        with torch.no_grad(), buffers_kept(model):
+        with torch.no_grad(), unchanged(model):
             for batch in self.batches:
                 self._states.append(RandomState.capture(self._device))
                 losses.append(self._forward(model, batch))

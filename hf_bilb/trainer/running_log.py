@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_bilb.engine.weighting import Decision, WindowShare
+from hf_bilb.engine.weighting import Weighting, WindowShare
 
 #: Above this many tasks the log holds a summary, and the full vectors go to a file.
 MAX_TASKS_IN_LOG = 32
@@ -38,7 +38,7 @@ class RunningLog:
         self._run_value, self._run_updates = 0.0, 0
         self.dropped: dict[str, int] = {}
 
-    def add(self, decision: Decision, value: Tensor, share: WindowShare | None, has_auxiliary: bool) -> None:
+    def add(self, decision: Weighting, value: Tensor, share: WindowShare | None, has_auxiliary: bool) -> None:
         """Take in one micro-batch with its part `value` of F and its `share` of the update; counts from `commit` on."""
         dtype = self._sums.dtype
         present = decision.present.to(dtype)

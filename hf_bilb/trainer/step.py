@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb.engine.balancer import LossBalancer
-from hf_bilb.engine.weighting import Decision
+from hf_bilb.engine.weighting import Weighting
 
 #: What stands for the task where losses are finite and their gradient is not.
 GRADIENT = "gradient"
@@ -41,7 +41,7 @@ class Update:
     def __init__(self, balancer: LossBalancer, model: nn.Module, undoable: bool) -> None:
         self._balancer = balancer
         self._model = model
-        self._decisions: list[Decision] = []
+        self._decisions: list[Weighting] = []
         self._state = balancer.snapshot() if undoable else None
         self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if undoable else {}
 
@@ -50,7 +50,7 @@ class Update:
         """Whether no decision has been taken (an ordinary model with one task)."""
         return not self._decisions
 
-    def add(self, decision: Decision) -> None:
+    def add(self, decision: Weighting) -> None:
         """Take in one micro-batch's decision (K numbers, detached)."""
         self._decisions.append(decision)
 

@@ -23,10 +23,10 @@ from transformers.trainer_utils import TrainOutput, default_compute_objective
 from hf_bilb.balancers.registry import build_balancer
 from hf_bilb.engine import reduction
 from hf_bilb.engine.balancer import LossBalancer
-from hf_bilb.engine.checks import Phase
 from hf_bilb.engine.gradient_check import tasks_with_nonfinite_slope
-from hf_bilb.engine.replay import buffers_kept
-from hf_bilb.engine.weighting import Decision, share_of_window
+from hf_bilb.engine.records import Phase
+from hf_bilb.engine.replay import unchanged
+from hf_bilb.engine.weighting import Weighting, share_of_window
 from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
 from hf_bilb.losses.contract import TaskLosses, short_names
 from hf_bilb.trainer import checkpointing
@@ -170,7 +170,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
         self._window_counter = self._build_window_counter()
         self._update: Update | None = None
-        self._decision: Decision | None = None
+        self._decision: Weighting | None = None
         self._announce([])
         self._settle_diagnostics()
         self._settings = settings  # last: what was refused on the way is refused again the next time
@@ -408,7 +408,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return "warmup"
         return "balancing" if last is None or step < last else "frozen"
 
-    def _decide_for_window(self, losses: list[TaskLosses], update: Update) -> Decision:
+    def _decide_for_window(self, losses: list[TaskLosses], update: Update) -> Weighting:
         """F once, at the losses of all micro-batches together, of a first pass without gradients."""
         decision = self.balancer.decide(losses)
         has_auxiliary = any(batch.auxiliary_loss is not None for batch in losses)
@@ -555,7 +555,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         tasks: list[str] = []
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            with buffers_kept(self.model):
+            with unchanged(self.model):
                 tasks = tasks_with_nonfinite_slope(self._micro_batches.again(self.model), parameters, self.task_names)
         if not tasks:
             task, loss = self._update.largest_loss() if self._update is not None else ("", 0.0)

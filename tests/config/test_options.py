@@ -12,7 +12,7 @@ from hf_bilb.balancers import resolve_options
 from hf_bilb.balancers.bilb import EdgeFraction
 from hf_bilb.balancers.router import UniformLogits
 from hf_bilb.config.options import check_value, nearest, parse_options, unknown_name
-from hf_bilb.engine.normalization import MeanOf
+from hf_bilb.engine.records import MeanOf
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_bilb import build_balancer, list_balancers
 from hf_bilb.balancers import LossBalancer, get_balancer_spec, resolve_options
-from hf_bilb.engine.normalization import NormalizationKind
+from hf_bilb.engine.records import NormalizationKind
 from hf_bilb.losses.contract import TaskLosses
 
 #: Features of the feature routers, of which there are three.

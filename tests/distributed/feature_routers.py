@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_bilb.engine import reduction
 from hf_bilb.engine.balancer import LossBalancer
-from hf_bilb.engine.weighting import Decision
+from hf_bilb.engine.weighting import Weighting
 from hf_bilb.losses.contract import TaskLosses
 from tests.distributed.models import HIDDEN, build_feature_model
 from tests.distributed.training import SmallestGap, optimizer_settings, train, train_standalone, uneven_data
@@ -94,7 +94,7 @@ def router_sabotaged(kind: str) -> Iterator[None]:
     attach, reduce = LossBalancer.attach, reduction.reduce_losses
     ranks = reduction.data_parallel_size()
 
-    def broken_attach(self: LossBalancer, batch: TaskLosses, decision: Decision, *args: Any, **kwargs: Any) -> Tensor:
+    def broken_attach(self: LossBalancer, batch: TaskLosses, decision: Weighting, *args: Any, **kwargs: Any) -> Tensor:
         rows = decision.num_rows.new_tensor(ranks * len(batch.router_features))
         replaced = {
             "no_feature_gradient": {"feature_gradient": None},

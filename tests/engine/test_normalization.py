@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bilb.engine.normalization import MeanOf, Normalization
+from hf_bilb.engine.records import MeanOf, Normalization
 
 ALL = torch.tensor([True, True, True])
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import Trainer, TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, OptionError, build_balancer
-from hf_bilb.engine.random_state import RandomState
+from hf_bilb.engine.replay import RandomState
 from hf_bilb.errors import NonFiniteLossError
 from hf_bilb.losses.contract import TaskLosses
 from hf_bilb.trainer.checkpointing import TENSORS

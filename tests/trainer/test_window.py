@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-import hf_bilb.engine.driver
+import hf_bilb.engine.balancer
 from hf_bilb import BilevelMTLTrainer
-from hf_bilb.engine.random_state import RandomState
+from hf_bilb.engine.replay import RandomState
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.trainer.micro_batches import MicroBatches
 from tests.synthetic import SyntheticData, SyntheticModel
@@ -307,13 +307,13 @@ class BeforeEachUpdate(TrainerCallback):
 
 def test_f_is_evaluated_once_per_update_on_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    original = hf_bilb.engine.driver.differentiate
+    original = hf_bilb.engine.balancer.differentiate
 
     def spy(objective: Any, normalization: Any, losses: Tensor, *args: Any) -> Any:
         seen.append(losses.clone())
         return original(objective, normalization, losses, *args)
 
-    monkeypatch.setattr(hf_bilb.engine.driver, "differentiate", spy)
+    monkeypatch.setattr(hf_bilb.engine.balancer, "differentiate", spy)
     data = build_data(64, dtype=FLOAT, missing=0.4)
     before = BeforeEachUpdate(data)
     found = split(tmp_path, 4, data=data, trainer_arguments={"callbacks": [before]})

@@ -1,4 +1,6 @@
-"""Normalization of the losses, before anything else: none | initial | rescaled | log | power.
+"""What is remembered of the losses, their references and their last values, and how they are normalised with it.
+
+    none       l
 
     initial    l / l0                       (power with p = 1)
     rescaled   l * min_j l0_j / l0          BiLB4MTL (arXiv 2502.08585), "rescaled" normalization
@@ -18,11 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.engine.reduction import GlobalBatch
 from hf_bilb.errors import OptionError
 
 #: Share of l0 below which a task counts as solved under `power`.
 SOLVED = 1e-6
 
+AbsentTasks = Literal["auto", "skip", "hold"]
+Phase = Literal["warmup", "balancing", "frozen"]
 NormalizationKind = Literal["none", "initial", "rescaled", "log", "power"]
 
 
@@ -119,3 +124,61 @@ class Normalization(nn.Module):
         above = ratio.clamp(min=SOLVED).pow(self.power) / self.power
         below = SOLVED**self.power / self.power + SOLVED ** (self.power - 1) * (ratio - SOLVED)
         return torch.where(ratio > SOLVED, above, below)
+
+
+class LossMemory(nn.Module):
+    """The last known global loss of each task, for `absent_tasks: hold`. State: `last_losses [K]`, `seen [K]`."""
+
+    last_losses: Tensor
+    seen: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.register_buffer("last_losses", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor, present: Tensor) -> None:
+        """Take in the losses `[K]` of the present tasks."""
+        torch.where(present, losses, self.last_losses, out=self.last_losses)
+        self.seen.logical_or_(present)
+
+
+class Records:
+    """Both records of a balancer, and the rule of `absent_tasks`, which rests on them; the state is theirs.
+
+    Args:
+        normalization: with the references. memory: the last known losses.
+        absent_tasks: `skip`, `hold` or `auto`, see `build_balancer`.
+    """
+
+    def __init__(self, normalization: Normalization, memory: LossMemory, absent_tasks: AbsentTasks) -> None:
+        self._normalization = normalization
+        self._memory = memory
+        self._absent_tasks = absent_tasks
+
+    def observe(self, whole: GlobalBatch, valid: Tensor, phase: Phase) -> Tensor:
+        """Take the losses in where they are `valid`, a bool scalar; returns the tasks that F runs over, bool `[K]`."""
+        observed = whole.present & valid
+        self._memory.observe(whole.losses, observed)
+        if phase == "warmup":
+            return whole.present
+        # While frozen references stay; a task that has none yet needs one.
+        self._normalization.observe(whole.losses, observed, frozen=phase == "frozen")
+        return self.active(whole.present)
+
+    def active(self, present: Tensor) -> Tensor:
+        """Bool `[K]`, the tasks that F runs over where those of `present` have a loss."""
+        if self._absent_tasks == "skip":
+            return present
+        # A loss remembered from the warm-up has no reference yet: it cannot be compared.
+        held = self._memory.seen if self._normalization.kind == "none" else self._normalization.seen
+        if self._absent_tasks == "hold":
+            return held
+        # Over a single task f = 0 and sigma l / sigma = l say nothing. The rule knows the global batch alone, so that
+        # its split into ranks and micro-batches cannot change what is decided.
+        return torch.where(present.sum() == 1, held, present)
+
+    def known(self, whole: GlobalBatch) -> Tensor:
+        """The losses `[K]`, the last known ones for absent tasks."""
+        return torch.where(whole.present, whole.losses.to(self._memory.last_losses.dtype), self._memory.last_losses)
