@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.discrepancy import Pairs, discrepancy, largest_slopes
+from hf_bilb.balancers.discrepancy import Pairs, discrepancy, edge_of_weight
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import Activation, FeatureRouter, ParameterRouter, Router, UniformLogits
 from hf_bilb.engine.objective import BilevelObjective, Levels, ObjectiveValue
@@ -233,7 +233,7 @@ class Bilb(BilevelObjective):
         g, denominator = self._lower(fixed, losses, active)
         f = self._upper(sigma, losses, active)
 
-        edge, several = self._edge(sigma.detach(), denominator.detach(), active)
+        edge, several = edge_of_weight(sigma.detach(), denominator.detach(), active, options.pairs, options.tau)
         edge = self.penalty_weight * edge
         weight: float | Tensor
         ratio: float | Tensor
@@ -275,14 +275,3 @@ class Bilb(BilevelObjective):
             total = (weights if kind == "sum" else weights.detach()).sum()
             denominator = torch.where(active.any(), total, 1.0)
         return torch.dot(weights, losses) / denominator, denominator
-
-    def _edge(self, sigma: Tensor, denominator: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The lambda at which a dF/dl_i can reach zero, min_i sigma_i / (denominator * tau_i * largest slope of f), and
-        whether there are several tasks: one alone has no discrepancy, so that any lambda is harmless."""
-        slopes = largest_slopes(active, self.options.pairs, sigma.dtype)
-        if self.options.tau == "one":
-            # A weight that has underflowed to zero must not turn the slope of an inactive task into NaN.
-            slopes = slopes / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
-        steepest = slopes.amax()
-        several = steepest > 0
-        return 1 / (denominator * torch.where(several, steepest, 1.0)), several

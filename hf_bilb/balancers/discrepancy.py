@@ -38,6 +38,26 @@ def largest_slopes(active: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
     return slopes * active
 
 
+def edge_of_weight(
+    sigma: Tensor, denominator: Tensor, active: Tensor, pairs: Pairs, tau: Literal["one", "weights"]
+) -> tuple[Tensor, Tensor]:
+    """The factor of f in g + factor * f at which a dF/dl_i can reach zero, min_i sigma_i / (denominator * tau_i *
+    largest slope of f), and whether there are several tasks: one alone has no discrepancy, so that any factor is
+    harmless. Both scalars.
+
+    Args:
+        sigma: weights `[K]`, detached. denominator: scalar, of g.
+        tau: what multiplies the losses in f, their weights or one.
+    """
+    slopes = largest_slopes(active, pairs, sigma.dtype)
+    if tau == "one":
+        # A weight that has underflowed to zero must not turn the slope of an inactive task into NaN.
+        slopes = slopes / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
+    steepest = slopes.amax()
+    several = steepest > 0
+    return 1 / (denominator * torch.where(several, steepest, 1.0)), several
+
+
 def _adjacent(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
     positions = torch.arange(values.numel(), device=values.device)
     last_active = torch.where(active, positions, -1).cummax(dim=0).values

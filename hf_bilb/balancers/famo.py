@@ -93,8 +93,8 @@ class Famo(ProgressObjective):
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks; no gradient reaches the logits."""
-        weights = self._weights(active).detach()
         distances = self._distances(losses, active)
+        weights = self._weights(active).detach()
         scale = masked_sum(weights / distances, active).detach()
         # Without any task the sum is zero.
         value = masked_sum(weights * distances.log(), active) / torch.where(scale > 0, scale, 1.0)

@@ -103,6 +103,7 @@ class LossBalancer:
         self._ran_over = self._memory.seen
         self._counted = False
         self._open = False
+        self._learns = False  # whether the update under way has anything to teach the method
         self._optimizer = OwnOptimizer(
             dict(objective.named_parameters()), options.optimizer, options.learning_rate, objective.weight_decay
         )
@@ -134,7 +135,9 @@ class LossBalancer:
         self.needs_reevaluation = self.needs_model or same_batch
         #: Whether it needs `bind(model, optimizer)` and `look_ahead`: `marigold` with `mode: exact`.
         self.needs_look_ahead = self._trials is not None
-        self._begins = self.needs_model or self._follower is not None or self._history is not None
+        self._looks_at_features = objective.num_features > 0
+        compares = self._follower is not None and self._follower.progress is not None
+        self._begins = self.needs_model or compares or self._history is not None
         self.to(device, dtype)
 
     # --- description ---------------------------------------------------------------------------------------------
@@ -278,14 +281,22 @@ class LossBalancer:
         whole = self._reduce(micro_batches, process_group, alone)
         # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
         valid = self._checks.valid(whole, self.phase)
-        active = self._observe(whole, valid)
+        balancing = self.phase == "balancing"
+        self.objective.train(balancing)
+        active = self._records.observe(whole, valid, self.phase)
+        if balancing and self._begins:
+            self._begin(whole, active, valid)
         if self.phase == "warmup":
             result = self._plain_sum(whole)
         else:
             # Just observed, where they are valid: those of the present tasks are among the last known ones.
-            result = self._differentiate(self._memory.last_losses, whole, active, self.objective)
-        if self.phase == "balancing":
-            self._optimizer.accumulate(result.parameter_gradients, whole.num_items, self._squares(whole))
+            last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
+            result = differentiate(self.objective, self.normalization, last, active, features)
+        if balancing:
+            losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
+            if self._follower is None:  # whose parameters do not follow dF/dtheta
+                self._optimizer.accumulate(result.parameter_gradients, whole.num_items, torch.dot(losses, losses))
+            self._learns = True
         weighting, of_all = self._rules.weigh(whole, active, valid, result)
         if self.phase != "warmup":
             self._monitor.observe(of_all, active, weighting.valid, result.output.edge_ratio, result.output.collapsed)
@@ -299,22 +310,15 @@ class LossBalancer:
         """The global batch, in the balancer's precision."""
         device, dtype = self.device, self.dtype
         for batch in micro_batches:
-            self._checks.check(batch, device)
-        whole = reduction.reduce_losses(micro_batches, self.objective.num_features > 0, group, alone)
+            if self._looks_at_features or batch.losses.device != device:
+                self._checks.check(batch, device)
+        whole = reduction.reduce_losses(micro_batches, self._looks_at_features, group, alone)
         return whole._replace(
             losses=whole.losses.to(dtype),
             num_items=whole.num_items.to(dtype),
             auxiliary_loss=whole.auxiliary_loss.to(dtype),
             num_rows=whole.num_rows.to(dtype),
         )
-
-    def _observe(self, whole: GlobalBatch, valid: Tensor) -> Tensor:
-        """Take the losses in where they are `valid`; returns the tasks that F runs over, bool `[K]`."""
-        self.objective.train(self.phase == "balancing")
-        active = self._records.observe(whole, valid, self.phase)
-        if self._begins and self.phase == "balancing":
-            self._begin(whole, active, valid)
-        return active
 
     def _begin(self, whole: GlobalBatch, active: Tensor, valid: Tensor) -> None:
         """What methods that look beyond this batch do before F is evaluated."""
@@ -345,13 +349,10 @@ class LossBalancer:
         return self._differentiate(self._records.known(whole), whole, self._records.active(whole.present), scalar)
 
     def _differentiate(self, losses: Tensor, whole: GlobalBatch, active: Tensor, scalar: Scalar) -> Derivatives:
-        features = None if whole.features is None else whole.features.to(self.dtype)
-        return differentiate(self.objective, self.normalization, losses, active, features, scalar)
+        return differentiate(self.objective, self.normalization, losses, active, self._features(whole), scalar)
 
-    def _squares(self, whole: GlobalBatch) -> Tensor:
-        """The sum of the squares of the losses that F is of, a scalar."""
-        losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses
-        return torch.dot(losses, losses)
+    def _features(self, whole: GlobalBatch) -> Tensor | None:
+        return None if whole.features is None else whole.features.to(self.dtype)
 
     def surrogate(
         self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, share: WindowShare | None = None
@@ -361,7 +362,7 @@ class LossBalancer:
         Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
         """
         weighting = self.decide([batch], process_group)
-        return self.attach(batch, weighting, process_group, share), weighting
+        return surrogate_loss(batch, weighting, share), weighting
 
     def preview(self, batch: TaskLosses, share: WindowShare | None = None, alone: bool = True) -> Tensor:
         """What `surrogate` would return; the balancer is as before afterwards.
@@ -374,13 +375,13 @@ class LossBalancer:
         """
         with self._no_trace():
             weighting = self.decide([batch], alone=alone)
-        return surrogate_loss(batch, weighting, 1 if alone else reduction.data_parallel_size(), share)
+        return surrogate_loss(batch, weighting, share)
 
     @contextmanager
     def _no_trace(self) -> Iterator[None]:
         """Weightings that are taken inside leave nothing behind, whatever is under way."""
         before, last, whole = self.snapshot(), self._last, self._whole
-        ran_over, counted, is_open = self._ran_over, self._counted, self._open
+        ran_over, counted, is_open, learns = self._ran_over, self._counted, self._open, self._learns
         started = self._lower_level is not None and self._lower_level.started
         try:
             with self._optimizer.accumulation_kept(), self._monitor.lessons_not_counted():
@@ -389,7 +390,7 @@ class LossBalancer:
             with self._optimizer.accumulation_kept():
                 self.rollback(before)
             self._last, self._whole, self._ran_over = last, whole, ran_over
-            self._counted, self._open = counted, is_open
+            self._counted, self._open, self._learns = counted, is_open, learns
             if self._lower_level is not None:
                 self._lower_level.started = started
 
@@ -397,7 +398,6 @@ class LossBalancer:
         self,
         batch: TaskLosses,
         weighting: Weighting,
-        process_group: dist.ProcessGroup | None = None,
         share: WindowShare | None = None,
     ) -> Tensor:
         """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
@@ -405,13 +405,12 @@ class LossBalancer:
         Args:
             batch: this rank's losses and counts.
             weighting: of the global batch, or on the whole accumulation window.
-            process_group: the ranks that share the batch.
             share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
 
         Returns:
             the scalar; its value is F plus the auxiliary loss, times the micro-batch's fraction.
         """
-        return surrogate_loss(batch, weighting, reduction.data_parallel_size(process_group), share)
+        return surrogate_loss(batch, weighting, share)
 
     def step(
         self,
@@ -435,18 +434,18 @@ class LossBalancer:
         """
         if self._last is None:
             raise RuntimeError("balancer.step() needs a balancer.backward(losses) before it")
-        if self._follower is not None and self._whole is not None and self._optimizer.has_gradient:
+        if self._follower is not None and self._whole is not None and self._learns:
             runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
             self._follower.end(self._whole, self._ran_over, self._memory.last_losses, runs, process_group)
-        if self._inner is not None and self._inner.runs and self._optimizer.has_gradient:
+        if self._inner is not None and self._inner.runs and self._learns:
             runs = None if reevaluate is None else self._as_micro_batches(reevaluate)
             self._inner.correct(self._whole, runs, process_group)
-        taken = self._optimizer.step()
+        taken = self._optimizer.step() if self._optimizer.has_gradient else None
         if taken is not None:
             self._monitor.learn(taken, self._last.losses)
         if self._history is not None and self._open and self.phase != "warmup":
             self._history.end_update()
-        self._open, self._before_trials = False, None
+        self._open, self._learns, self._before_trials = False, False, None
 
     def look_ahead(
         self,
@@ -488,7 +487,10 @@ class LossBalancer:
                 valid = self._checks.valid(whole, self.phase)
                 if not bool(valid):
                     return
-                active = self._observe(whole, valid)
+                self.objective.train()
+                active = self._records.observe(whole, valid, self.phase)
+                if self._begins:
+                    self._begin(whole, active, valid)
                 known = self._records.known(whole)
                 derivatives = [self._differentiate(known, whole, active, trial) for trial in self._trials.trials]
                 weightings = [self._rules.weigh(whole, active, valid, result)[0] for result in derivatives]
@@ -549,6 +551,7 @@ class LossBalancer:
     def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
         """Restore a `snapshot()`."""
         _check_entries(snapshot, self.snapshot())
+        self._learns = False
         self._epoch = int(snapshot["epoch"])
         prefix = "optimizer."
         own = {name: tensor for name, tensor in snapshot.items() if name != "epoch" and not name.startswith(prefix)}
@@ -599,7 +602,7 @@ class LossBalancer:
         if self._before_trials is not None:
             self.rollback(self._before_trials)
         self._optimizer.discard()
-        self._open, self._before_trials = False, None
+        self._open, self._learns, self._before_trials = False, False, None
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Tell methods that count epochs that epoch number `epoch` (from 0) begins. Calling it twice does nothing, so

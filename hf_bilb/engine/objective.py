@@ -244,18 +244,12 @@ def progress_gradients(
     Cost: one forward and backward of K numbers, no device synchronisation, no communication.
     """
 
-    def normalised(losses: Tensor, known: Tensor) -> Tensor:
-        return normalization(torch.where(known, losses, normalization.one)).detach()
-
-    opposite = None if step.opposite is None else normalised(step.opposite, step.compared)
-    known = StepProgress(
-        normalised(step.before, step.active),
-        normalised(step.after, step.compared),
-        step.active,
-        step.compared,
-        opposite,
-    )
+    losses = [(step.before, step.active), (step.after, step.compared)]
+    losses += [] if step.opposite is None else [(step.opposite, step.compared)]
+    normalised = [normalization(torch.where(known, loss, normalization.one)).detach() for loss, known in losses]
+    before, after, *opposite = normalised
+    progress = StepProgress(before, after, step.active, step.compared, *opposite)
     parameters = list(objective.parameters())
     with torch.enable_grad():
-        gradients = torch.autograd.grad(objective.progress(known), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(objective.progress(progress), parameters, allow_unused=True)
     return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(parameters, gradients, strict=True))

@@ -22,6 +22,9 @@ class OwnOptimizer:
 
     State: the optimizer's moments, allocated here (torch would do it at the first step, when a checkpoint may already
     have been asked for).
+
+    Attributes:
+        has_gradient: whether one has been accumulated since the last step.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class OwnOptimizer:
                 self._load({i: self._fresh_moments(p) for i, p in enumerate(self._parameters)})
         self._mean: list[Tensor] = []
         self._weight: Tensor | None = None
+        self.has_gradient = False
         self._zero = torch.zeros((), dtype=self._parameters[0].dtype) if self._parameters else torch.zeros(())
         self._squares = self._zero
 
@@ -70,6 +74,7 @@ class OwnOptimizer:
         if self._optimizer is None:
             return
         weight = num_items.sum()
+        self.has_gradient = True
         if self._weight is None:
             # A single micro-batch keeps its gradient to the last bit.
             self._mean, self._weight, self._squares = list(gradients), weight, squares
@@ -81,11 +86,6 @@ class OwnOptimizer:
         ]
         self._weight, self._squares = total, self._squares + squares
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether a gradient has been accumulated since the last step."""
-        return self._optimizer is not None and self._weight is not None
-
     def subtract(self, gradients: Sequence[Tensor], factor: float) -> None:
         """Take `factor` times `gradients` off the accumulated mean."""
         self._mean = [mean - factor * gradient for mean, gradient in zip(self._mean, gradients, strict=True)]
@@ -96,7 +96,7 @@ class OwnOptimizer:
         Returns:
             bool scalar on the device, False where the gradients counted as zero; None when there were none.
         """
-        if self._optimizer is None or self._weight is None:
+        if self._optimizer is None or not self.has_gradient:
             return None
         if self._follows:
             if self._model_optimizer is None:
@@ -124,10 +124,11 @@ class OwnOptimizer:
         finally:
             self.discard()
             self._mean, self._weight, self._squares = mean, weight, squares
+            self.has_gradient = weight is not None
 
     def discard(self) -> None:
         """Forget the accumulated gradients."""
-        self._mean, self._weight = [], None
+        self._mean, self._weight, self.has_gradient = [], None, False
         for parameter in self._parameters:
             parameter.grad = None
 

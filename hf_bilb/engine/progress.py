@@ -114,7 +114,6 @@ class Follower:
             OptionError: `same_batch` without `micro_batches`.
             NonFiniteLossError: a loss after the step is none that the method can take.
         """
-        self._optimizer.discard()  # dF/dtheta, which is zero
         if self._objective.reevaluate == "look_ahead":
             return
         if self.progress is not None:

@@ -43,6 +43,7 @@ class GlobalBatch(NamedTuple):
         auxiliary_loss: scalar, mean over ranks and micro-batches.
         features: `[D]`, mean over all rows, or None.
         num_rows: scalar, how many rows stand behind `features`; zero without them.
+        ranks: how many ranks it is over.
     """
 
     losses: Tensor
@@ -51,6 +52,7 @@ class GlobalBatch(NamedTuple):
     auxiliary_loss: Tensor
     features: Tensor | None
     num_rows: Tensor
+    ranks: int = 1
 
 
 def reduce_losses(
@@ -95,7 +97,7 @@ def reduce_losses(
     sums, counts, auxiliary, rest = total.split([num_tasks, num_tasks, 1, len(total) - 2 * num_tasks - 1])
     mean, num_rows = (rest[:-1] / rest[-1].clamp(min=1), rest[-1]) if features else (None, zero)
     auxiliary = auxiliary.reshape(()) / (ranks * len(micro_batches))
-    return GlobalBatch(sums / counts.clamp(min=1), counts, counts > 0, auxiliary, mean, num_rows)
+    return GlobalBatch(sums / counts.clamp(min=1), counts, counts > 0, auxiliary, mean, num_rows, ranks)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -64,6 +64,16 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
+def run_as_before(state: RandomState, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, drawing from `state` on; the generators are left alone."""
+    now = RandomState.capture(state.on)
+    state.restore()
+    try:
+        return function(*arguments)
+    finally:
+        now.restore()
+
+
 @contextmanager
 def same_random_numbers(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Draws inside leave torch's generators alone, so that each such pass has the same dropout masks."""
@@ -174,13 +184,13 @@ def as_micro_batches(
     runs: Reevaluation | Sequence[Reevaluation],
     task_names: Sequence[str],
     counted: bool,
-    check: Callable[[TaskLosses], None],
+    check: Callable[[TaskLosses], None] | None,
 ) -> list[MicroBatch]:
     """`runs` with their losses brought to `TaskLosses`.
 
     Args:
         counted: whether `backward` had counts; losses without them are then refused.
-        check: raises for losses that the balancer cannot take.
+        check: raises for losses that the balancer cannot take; None: nothing is to be checked.
 
     Raises:
         TaskLossError: when one of them is called and does not fit.
@@ -194,7 +204,8 @@ def as_micro_batches(
                 "hf_bilb.losses.contract.TaskLosses(losses, num_items)"
             )
         batch = losses if isinstance(losses, TaskLosses) else as_task_losses(losses, None, task_names)
-        check(batch)
+        if check is not None:
+            check(batch)
         return batch
 
     return [functools.partial(run, one) for one in ([runs] if callable(runs) else runs)]

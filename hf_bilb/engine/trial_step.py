@@ -78,7 +78,7 @@ class LookAhead:
         def share(weighting: Weighting) -> Callable[[TaskLosses], Tensor]:
             def scalar(part: TaskLosses) -> Tensor:
                 of_window = share_of_window(part, weighting, number) if number > 1 else None
-                return surrogate_loss(part, weighting, ranks, of_window) * loss_scale
+                return surrogate_loss(part, weighting, of_window) * loss_scale
 
             return scalar
 

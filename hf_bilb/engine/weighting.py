@@ -45,6 +45,7 @@ class Weighting(NamedTuple):
         weights: `[K]` or None; discrepancy: scalar or None.
         auxiliary_loss: scalar, mean over ranks.
         feature_gradient: `[D]` dF/dfeatures, or None; num_rows: scalar, rows behind the features.
+        ranks: that share the batch, over which gradients are averaged.
         valid: bool scalar, False when a loss or a coefficient is not finite, or a loss outside a logarithm's domain.
     """
 
@@ -58,6 +59,7 @@ class Weighting(NamedTuple):
     auxiliary_loss: Tensor
     feature_gradient: Tensor | None
     num_rows: Tensor
+    ranks: int
     valid: Tensor
 
 
@@ -69,16 +71,16 @@ def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: 
     return WindowShare(local, part.expand_as(local), part, torch.ones_like(part), num_micro_batches)
 
 
-def surrogate_loss(batch: TaskLosses, weighting: Weighting, ranks: int, share: WindowShare | None = None) -> Tensor:
+def surrogate_loss(batch: TaskLosses, weighting: Weighting, share: WindowShare | None = None) -> Tensor:
     """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
 
     Args:
         batch: this rank's losses, attached to the graph, and counts.
         weighting: of the global batch, or on the whole accumulation window.
-        ranks: that share the batch; their gradients are averaged.
         share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
     """
     local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
+    ranks = weighting.ranks
     coefficients = weighting.coefficients if ranks == 1 else ranks * weighting.coefficients
     per_feature = weighting.feature_gradient
     if per_feature is not None:
@@ -174,6 +176,7 @@ class CoefficientRules(nn.Module):
             auxiliary_loss=whole.auxiliary_loss,
             feature_gradient=result.feature_gradient,
             num_rows=whole.num_rows,
+            ranks=whole.ranks,
             # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
             valid=valid & is_finite(coefficients.sum()),
         )

@@ -55,7 +55,10 @@ class BalancerCallbackHandler(CallbackHandler):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Look whether losses and gradient are finite, while the step can still be dropped."""
-        self._dropped = not self._trainer.update_is_valid()
+        step = self._trainer.current_step
+        problem = step.problem(state.global_step + 1)
+        sound = step.begun and problem is None
+        self._dropped = not (sound or self._trainer.goes_on(problem))
         return super().on_pre_optimizer_step(args, state, control, **kwargs)
 
     def on_optimizer_step(
@@ -63,7 +66,7 @@ class BalancerCallbackHandler(CallbackHandler):
     ) -> TrainerControl:
         """Step the balancer after the model."""
         if not self._dropped:
-            self._trainer.finish_update(dropped=False)
+            self._trainer.finish_step(dropped=False)
         return super().on_optimizer_step(args, state, control, **kwargs)
 
     def on_step_end(
@@ -72,7 +75,7 @@ class BalancerCallbackHandler(CallbackHandler):
         """Close a step that was dropped."""
         if self._dropped:
             # Only now: the learning rate's schedule looks at the skipped step in between.
-            self._trainer.finish_update(dropped=True)
+            self._trainer.finish_step(dropped=True)
             self._dropped = False
         return super().on_step_end(args, state, control, **kwargs)
 

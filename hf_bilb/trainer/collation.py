@@ -40,7 +40,7 @@ class LabelColumn:
 
 
 def with_missing_labels(
-    collator: Collator, dataset: Any, label_names: Sequence[str], several_tasks: bool, takes: Callable[[str], bool]
+    collator: Collator, dataset: Any, label_names: Sequence[str], several_tasks: bool, taken: Mapping[str, bool]
 ) -> Collator:
     """`collator`, with labels that are None filled in, for batches of `dataset`.
 
@@ -51,7 +51,7 @@ def with_missing_labels(
         label_names: the label columns; a row may lack one altogether.
         several_tasks: whether there are. A data set without any label, and with one task a column without any, is left
             to `collator`, which drops it.
-        takes: whether the model's forward takes a column: None in such a one is an error, said in one line.
+        taken: whether the model's forward takes a column, by its name: None in such a one is an error of one line.
 
     Cost: none for a data set of `datasets` whose columns have no nulls.
     """
@@ -76,7 +76,7 @@ def with_missing_labels(
     elif isinstance(dataset, IterableDataset) and dataset.features is not None:
         schema = dataset.features.arrow_schema
         kinds = _kinds({name: schema.field(name).type for name in names if name in schema.names}, {})
-    return FilledLabels(collator, names, kinds, takes)
+    return FilledLabels(collator, names, kinds, taken)
 
 
 class FilledLabels:
@@ -86,7 +86,7 @@ class FilledLabels:
         collator: makes a batch of rows.
         label_names: columns that may have missing values.
         kinds: what those to look at hold; None = look at all, and go by what their rows hold.
-        takes: whether the model's forward takes a column.
+        taken: whether the model's forward takes a column, by its name.
 
     State: what columns of unknown kind or length have held so far.
     """
@@ -96,12 +96,12 @@ class FilledLabels:
         collator: Collator,
         label_names: Sequence[str],
         kinds: Mapping[str, LabelColumn] | None,
-        takes: Callable[[str], bool],
+        taken: Mapping[str, bool],
     ) -> None:
         self._collator = collator
         self._label_names = list(label_names)
         self._kinds = None if kinds is None else dict(kinds)
-        self._takes = takes
+        self._taken = taken
         self._seen: dict[str, LabelColumn] = {}
 
     def __call__(self, rows: list[Any]) -> Any:
@@ -152,7 +152,7 @@ class FilledLabels:
     def _check_inputs(self, rows: list[Mapping[str, Any]]) -> None:
         """The default collator drops a column whose first row is None, and fails on one in another row."""
         for name in rows[0]:
-            if name in self._label_names or not self._takes(name):
+            if name in self._label_names or not self._taken[name]:
                 continue
             values = [row.get(name) for row in rows]
             missing = [i for i, value in enumerate(values) if value is None]

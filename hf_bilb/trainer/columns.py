@@ -52,6 +52,7 @@ class ForwardColumns:
             gets none of them.
 
     Attributes:
+        taken: whether the forward takes a column, by its name; found out once for each.
         takes_everything: the forward names nothing and takes anything (`forward(**batch)`): no column is unused.
         signature: the columns that `remove_unused_columns` keeps.
     """
@@ -63,6 +64,7 @@ class ForwardColumns:
         self._labels = set(label_names)
         self._encoder = _encoder_parameters(model) if self._takes_any else set()
         self.takes_everything = self._takes_any and not self._names
+        self.taken: Mapping[str, bool] = _Answers(self.takes)
         self.signature = [*self._names, *sorted({*COLLATED_LABELS, *label_names})]
 
     def select(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class ForwardColumns:
                 f"batch: got a {type(inputs).__name__}, expected a mapping column -> values, which the model is called "
                 "with; let the data_collator return a dict"
             )
-        return {key: value for key, value in inputs.items() if self.takes(key)}
+        return {key: value for key, value in inputs.items() if self.taken[key]}
 
     def select_to_generate(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The part of `inputs` for `model.generate`, which refuses what neither model nor encoder name."""
@@ -81,6 +83,18 @@ class ForwardColumns:
     def takes(self, key: str) -> bool:
         """Whether the model's forward takes the column `key`."""
         return key in self._names or (self._takes_any and key not in self._withheld)
+
+
+class _Answers(dict[str, bool]):
+    """The answers to a question about names, each asked once."""
+
+    def __init__(self, ask: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def __missing__(self, name: str) -> bool:
+        self[name] = self._ask(name)
+        return self[name]
 
 
 def takes_any(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,35 @@ class DataTrainer(AtomicCheckpointTrainer):
         self.data_position.begin_pass(epoch, self.state.global_step, self.train_dataset)
         super()._run_epoch(epoch=epoch, **loop)
         self.data_position.end_pass(self.state.global_step)
+
+    @contextmanager
+    def _batches_announced(self) -> Iterator[None]:
+        """While training, announce whatever `get_batch_samples` returns: Trainer's, a subclass's, one put there."""
+        own = vars(self).get("get_batch_samples")
+        collect = self.get_batch_samples
+
+        def collected(epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+            batches, num_items = collect(epoch_iterator, num_batches, device)
+            self.data_position.took(len(batches))
+            self._announce(batches)
+            whole = not 0 < len(batches) < num_batches
+            return (batches if whole else self._filled_up(batches, num_batches)), num_items
+
+        self.get_batch_samples = collected  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.get_batch_samples
+            if own is not None:
+                self.get_batch_samples = own  # type: ignore[method-assign]
+
+    def _announce(self, batches: list) -> None:
+        """These are the micro-batches of the next update."""
+        raise NotImplementedError
+
+    def _filled_up(self, batches: list, num_batches: int) -> list:
+        """An update of fewer than `num_batches` micro-batches, brought to the length in which the loop counts."""
+        raise NotImplementedError
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in `Trainer`.

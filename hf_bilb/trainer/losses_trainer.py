@@ -160,9 +160,7 @@ class TaskLossTrainer(DataTrainer):
     def _ordinary_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor | None, Any]:
-        """Trainer's own loss and outputs for an ordinary model; else None and, where it has run, its outputs."""
-        if self._ordinary is False:
-            return None, None
+        """Trainer's own loss and outputs for a model that is ordinary, or may be; else None, and its outputs."""
         given = self._columns.select(inputs)
         if self._trainer_makes_loss:
             self._settle_ordinary(True)
@@ -187,7 +185,7 @@ class TaskLossTrainer(DataTrainer):
         elif self._ordinary is None:
             with torch.no_grad(), unchanged(model), self.compute_loss_context_manager():
                 now = RandomState.capture(self.args.device)
-                outputs = self._run(model, self._prepare_inputs(dict(inputs)))
+                outputs = self._outputs(model, self._prepare_inputs(dict(inputs)))
                 now.restore()
             self._settle_by(outputs)
         return self._ordinary is not False
@@ -203,9 +201,12 @@ class TaskLossTrainer(DataTrainer):
                 shape,
             )
 
-    def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    def _outputs(self, model: nn.Module, inputs: Any) -> Any:
         """The model's outputs for the columns that it takes."""
-        return model(**self._columns.select(inputs))
+        if not isinstance(inputs, Mapping):
+            self._columns.select(inputs)  # says what is wrong
+        taken = self._columns.taken
+        return model(**{key: value for key, value in inputs.items() if taken[key]})
 
     def _task_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> TaskLosses:
         """The K losses in a model's outputs, or those that `task_loss_func` makes of them."""
@@ -273,12 +274,10 @@ class TaskLossTrainer(DataTrainer):
         return result
 
     def _filled_up(self, batches: list, num_batches: int) -> list:
-        """An update of fewer than `num_batches` micro-batches, in the length of which the loop's steps are counted.
+        """As in `DataTrainer`.
 
         That is the end of a pass of unknown length. An ordinary model's gradients wait for the next one, as in Trainer.
         """
-        if not 0 < len(batches) < num_batches:
-            return batches
         if self._is_ordinary(self.model_wrapped, batches[0]):
             self.data_position.wait(len(batches))
             return batches
@@ -316,7 +315,7 @@ class TaskLossTrainer(DataTrainer):
         is one that Trainer chose."""
         given: Any = self.data_collator  # type: ignore[has-type]
         several = len(self.task_names) > 1
-        self.data_collator = with_missing_labels(given, dataset, self.label_names, several, self._columns.takes)
+        self.data_collator = with_missing_labels(given, dataset, self.label_names, several, self._columns.taken)
         try:
             yield
         finally:
@@ -503,7 +502,7 @@ class TaskLossTrainer(DataTrainer):
                 "the last evaluation batch repeats examples that cannot be told apart; its losses count them"
             )
             return batch
-        again = self._task_losses(self._run(model, part), part)
+        again = self._task_losses(self._outputs(model, part), part)
         return again if own > 0 else TaskLosses(again.losses, torch.zeros_like(again.num_items))
 
 

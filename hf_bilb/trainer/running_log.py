@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.engine.weighting import Weighting, WindowShare
+from hf_bilb.trainer.step import Part
 
 #: Above this many tasks the log holds a summary, and the full vectors go to a file.
 MAX_TASKS_IN_LOG = 32
@@ -38,31 +39,33 @@ class RunningLog:
         self._run_value, self._run_updates = 0.0, 0
         self.dropped: dict[str, int] = {}
 
-    def add(self, decision: Weighting, value: Tensor, share: WindowShare | None, has_auxiliary: bool) -> None:
-        """Take in one micro-batch with its part `value` of F and its `share` of the update; counts from `commit` on."""
+    def _add(self, weighting: Weighting, value: Tensor, share: WindowShare | None, has_auxiliary: bool) -> None:
+        """Take in one part of the step."""
         dtype = self._sums.dtype
-        present = decision.present.to(dtype)
+        present = weighting.present.to(dtype)
         # A batch without a label has no F.
-        fraction = decision.present.any().to(dtype) * (1.0 if share is None else share.fraction)
+        fraction = weighting.present.any().to(dtype) * (1.0 if share is None else share.fraction)
         parts = 1 if share is None else share.num_micro_batches
         zero = present.new_zeros(())
         nothing = torch.zeros_like(present)
         # None while the method is warming up: then there is nothing to take a mean of.
-        weight, weighted = (nothing, nothing) if decision.weights is None else (decision.weights * present, present)
+        weight, weighted = (nothing, nothing) if weighting.weights is None else (weighting.weights * present, present)
         discrepancy, balanced = (
-            (zero, zero) if decision.discrepancy is None else (decision.discrepancy * fraction, fraction)
+            (zero, zero) if weighting.discrepancy is None else (weighting.discrepancy * fraction, fraction)
         )
         # The mean loss of the update follows in `commit`, from its sums.
-        scalars = [value.detach().to(dtype), zero, discrepancy, decision.auxiliary_loss / parts, balanced, fraction]
-        per_step = torch.cat([decision.coefficients, present, weight, weighted]).to(dtype) * fraction
-        items = decision.num_items.to(dtype)
-        self._pending += torch.cat([decision.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
-        self._has_weights |= decision.weights is not None
-        self._has_discrepancy |= decision.discrepancy is not None
+        scalars = [value.to(dtype), zero, discrepancy, weighting.auxiliary_loss / parts, balanced, fraction]
+        per_step = torch.cat([weighting.coefficients, present, weight, weighted]).to(dtype) * fraction
+        items = weighting.num_items.to(dtype)
+        self._pending += torch.cat([weighting.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
+        self._has_weights |= weighting.weights is not None
+        self._has_discrepancy |= weighting.discrepancy is not None
         self._has_auxiliary |= has_auxiliary
 
-    def commit(self) -> None:
-        """The update took place: its micro-batches count."""
+    def commit(self, parts: Sequence[Part]) -> None:
+        """A step took place: its micro-batches count."""
+        for part in parts:
+            self._add(*part)
         num_tasks = len(self.task_names)
         sums, items = self._pending[:num_tasks], self._pending[num_tasks : 2 * num_tasks]
         losses = sums / items.clamp(min=torch.finfo(items.dtype).tiny)
@@ -72,8 +75,7 @@ class RunningLog:
         self._updates += 1
 
     def drop(self, task: str) -> None:
-        """The update was dropped because of `task`."""
-        self._pending.zero_()
+        """A step was dropped because of `task`."""
         self.dropped[task] = self.dropped.get(task, 0) + 1
 
     def drain(self) -> tuple[dict[str, float], dict[str, list[float | None]]]:

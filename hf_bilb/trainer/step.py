@@ -1,18 +1,25 @@
-"""One update of the model: were its losses valid, and what was there before it?"""
+"""One step of the model's optimizer: the micro-batches before it, what is decided on them, and the way back."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_bilb.engine.balancer import LossBalancer
-from hf_bilb.engine.weighting import Weighting
+from hf_bilb.engine.replay import RandomState, Snapshot, run_as_before, unchanged
+from hf_bilb.engine.weighting import Weighting, WindowShare
+from hf_bilb.losses.contract import TaskLosses
+from hf_bilb.trainer.accumulation import AccumulationWindow
 
 #: What stands for the task where losses are finite and their gradient is not.
 GRADIENT = "gradient"
+
+Forward = Callable[[nn.Module, Mapping[str, Any]], TaskLosses]
 
 
 class Problem(NamedTuple):
@@ -29,58 +36,152 @@ class Problem(NamedTuple):
     refused: bool
 
 
-class Update:
-    """The micro-batches between two optimizer steps.
+class Part(NamedTuple):
+    """What a micro-batch, or a window as a whole, adds to the step's logs.
 
-    Args:
-        balancer: the balancer at work.
-        model: the model; its buffers (BatchNorm) are kept when `undoable`.
-        undoable: keep what `undo` needs (`nonfinite_loss: skip`): copies of the balancer's state and the buffers.
+    Attributes:
+        weighting: of the tasks.
+        value: its part of F, detached.
+        share: of the window; None for all of it.
+        has_auxiliary: whether it has an auxiliary loss.
     """
 
-    def __init__(self, balancer: LossBalancer, model: nn.Module, undoable: bool) -> None:
+    weighting: Weighting
+    value: Tensor
+    share: WindowShare | None
+    has_auxiliary: bool
+
+
+class OptimizerStep:
+    """What lies between two steps of the optimizer on this rank.
+
+    The micro-batches can be run more than once, with the same dropout masks and with the buffers as before.
+
+    Args:
+        batches: the inputs of each micro-batch.
+        forward: runs a model on one of them and returns its losses.
+        device: whose random generator the model draws from.
+        replayed: remember the random states, so that `runs` can be called after the pass that counts.
+
+    Attributes:
+        number: of the micro-batch under way; -1 before the first.
+        calls: of `compute_loss` in the micro-batch under way; None between two.
+        begun: whether the first micro-batch has begun and the optimizer has not stepped yet.
+        window: counts of the micro-batches, each of which is balanced on its own; None where there is one.
+        weighting: that of the whole window (`balance_over: window`); None: each micro-batch has its own.
+        parts: what has been decided so far.
+        gradient_norm: of the whole gradient, once it is known and where it is to be looked at.
+    """
+
+    def __init__(
+        self, batches: Sequence[Mapping[str, Any]], forward: Forward, device: torch.device, replayed: bool
+    ) -> None:
+        self.batches = batches
+        self.number = -1
+        self.calls: int | None = None
+        self.begun = False
+        self.window: AccumulationWindow | None = None
+        self.weighting: Weighting | None = None
+        self.parts: list[Part] = []
+        self.gradient_norm: Tensor | None = None
+        self._forward = forward
+        self._device = device
+        self._replayed = replayed
+        self._random_states: list[RandomState] = []
+        self._balancer: LossBalancer | None = None
+        self._before: dict[str, Tensor] | None = None
+        self._buffers: Snapshot | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    # --- its micro-batches ---------------------------------------------------------------------------------------
+
+    def begin(self, balancer: LossBalancer, model: nn.Module, undoable: bool) -> None:
+        """Before its first micro-batch.
+
+        Args:
+            balancer: the balancer at work.
+            model: the model; its buffers (BatchNorm) are kept when `undoable`.
+            undoable: keep what `undo` needs (`nonfinite_loss: skip`): copies of the balancer's state and the buffers.
+        """
         self._balancer = balancer
-        self._model = model
-        self._decisions: list[Weighting] = []
-        self._state = balancer.snapshot() if undoable else None
-        self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()} if undoable else {}
+        self.parts, self.weighting, self.gradient_norm = [], None, None
+        self._before = balancer.snapshot() if undoable else None
+        self._buffers = Snapshot(model) if undoable else None
+        self.begun = True
 
-    @property
-    def empty(self) -> bool:
-        """Whether no decision has been taken (an ordinary model with one task)."""
-        return not self._decisions
+    def next(self) -> None:
+        """The pass that counts of the next micro-batch begins: draw as its first pass did, or remember how it draws."""
+        if self.number < len(self._random_states):
+            self._random_states[self.number].restore()
+        elif self._replayed:
+            self._random_states.append(RandomState.capture(self._device))
+        self.calls = 0
 
-    def add(self, decision: Weighting) -> None:
-        """Take in one micro-batch's decision (K numbers, detached)."""
-        self._decisions.append(decision)
+    def first_pass(self, model: nn.Module) -> list[TaskLosses]:
+        """Run every micro-batch without gradients; the passes that follow draw the same random numbers.
 
-    def problem(self, step: int, gradient_norm: Tensor | None = None) -> Problem | None:
-        """What is wrong with the losses, or with the gradient of this norm; None when nothing is. One host read."""
-        if self.empty:
+        Cost: one forward pass of each; a copy of the model's buffers.
+        """
+        losses = []
+        with torch.no_grad(), unchanged(model):
+            for batch in self.batches:
+                self._random_states.append(RandomState.capture(self._device))
+                losses.append(self._forward(model, batch))
+        return losses
+
+    def runs(self, model: nn.Module) -> list[Callable[[], TaskLosses]]:
+        """For each micro-batch a function that runs `model` on it once more, drawing as the pass that counts does, and
+        leaves the random generators alone. Before that pass: a single micro-batch, or after `first_pass`."""
+        if not self._random_states and len(self.batches) == 1:
+            self._random_states.append(RandomState.capture(self._device))
+        parts = zip(self._random_states, self.batches, strict=True)
+        return [partial(run_as_before, state, self._forward, model, batch) for state, batch in parts]
+
+    def again(self, model: nn.Module) -> list[Callable[[], TaskLosses]]:
+        """As `runs`; where the random states were not remembered, with random numbers of its own."""
+        if len(self._random_states) == len(self.batches):
+            return self.runs(model)
+        return [partial(self._forward, model, batch) for batch in self.batches]
+
+    # --- what is decided -----------------------------------------------------------------------------------------
+
+    def problem(self, step: int) -> Problem | None:
+        """What is wrong with the losses or the gradient; None when nothing is, or nothing was decided. One host read.
+
+        Args:
+            step: its number, for the message.
+        """
+        if not self.parts or self._balancer is None:
             return None
         # Read as they are, and looked at here: fewer operations on the device than an answer of yes or no.
-        flags = [decision.valid for decision in self._decisions]
-        dtype = torch.float32 if gradient_norm is None else gradient_norm.dtype
-        norms = [] if gradient_norm is None else [gradient_norm.detach().to(flags[0].device)]
+        flags = [part.weighting.valid for part in self.parts]
+        dtype = torch.float32 if self.gradient_norm is None else self.gradient_norm.dtype
+        norms = [] if self.gradient_norm is None else [self.gradient_norm.detach().to(flags[0].device)]
         numbers = torch.stack([*(flag.to(dtype) for flag in flags), *norms]).tolist()
         valid, norm = numbers[: len(flags)], numbers[len(flags) :]
         if not all(valid):
-            return Problem(*self._balancer.describe_invalid(self._decisions[valid.index(0.0)], step))
+            return Problem(*self._balancer.describe_invalid(self.parts[valid.index(0.0)].weighting, step))
         if not all(map(math.isfinite, norm)):
             return Problem(f"the gradient is not finite at step {step}, though all losses are", GRADIENT, False)
         return None
 
     def largest_loss(self) -> tuple[str, float]:
-        """The task with the largest loss of the update, by size, and that loss. Reads the device."""
-        losses = torch.stack([decision.losses.abs() for decision in self._decisions]).amax(dim=0)
+        """The task with the largest loss of the step, by size, and that loss; "" where there is none. Reads the
+        device."""
+        if not self.parts or self._balancer is None:
+            return "", 0.0
+        losses = torch.stack([part.weighting.losses.abs() for part in self.parts]).amax(dim=0)
         k = int(losses.argmax())
         return self._balancer.task_names[k], float(losses[k])
 
+    # --- its end -------------------------------------------------------------------------------------------------
+
     def undo(self) -> None:
         """Bring the balancer and the model's buffers back to where they were (parameters have not moved yet)."""
-        if self._state is None:
-            raise RuntimeError("this update was not begun as undoable")
-        self._balancer.rollback(self._state)
-        with torch.no_grad():
-            for name, buffer in self._model.named_buffers():
-                buffer.copy_(self._buffers[name])
+        if self._before is None or self._buffers is None or self._balancer is None:
+            raise RuntimeError("this step was not begun as undoable")
+        self._balancer.rollback(self._before)
+        self._buffers.restore()
+        self.begun = False

@@ -7,8 +7,7 @@ pass (`training_step`) -> optimizer -> router (`BalancerCallbackHandler`) -> log
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +25,11 @@ from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.gradient_check import tasks_with_nonfinite_slope
 from hf_bilb.engine.records import Phase
 from hf_bilb.engine.replay import unchanged
-from hf_bilb.engine.weighting import Weighting, share_of_window
+from hf_bilb.engine.weighting import Weighting, share_of_window, surrogate_loss
 from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
 from hf_bilb.losses.contract import TaskLosses, short_names
 from hf_bilb.trainer import checkpointing
-from hf_bilb.trainer.accumulation import AccumulationWindow, WindowCounter
+from hf_bilb.trainer.accumulation import WindowCounter
 from hf_bilb.trainer.arguments import AS_IT_IS, OWN_FIELDS, as_bilevel_arguments, is_task_loss
 from hf_bilb.trainer.callback import BalancerCallbackHandler
 from hf_bilb.trainer.checks import (
@@ -50,10 +49,9 @@ from hf_bilb.trainer.losses_trainer import (
     evaluation_names,
     tensors_in,
 )
-from hf_bilb.trainer.micro_batches import MicroBatches
 from hf_bilb.trainer.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.trainer.sampling import build_task_sampler, set_sampler_epoch
-from hf_bilb.trainer.step import GRADIENT, Update
+from hf_bilb.trainer.step import GRADIENT, OptimizerStep, Part, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +74,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
     Attributes:
         balancer: the `LossBalancer`; `trainer.balancer.coefficients` are the last coefficients `[K]`. Callbacks get it
             as the keyword `balancer` in every event.
+        current_step: the `OptimizerStep` under way: its micro-batches and what was decided on them.
 
     State: in each checkpoint, `balancer.safetensors` and `balancer.json`. Cost over `Trainer`: one all-reduce of 2K + 1
     numbers per micro-batch and arithmetic on K numbers; no extra forward or backward pass, but for `balance_over:
@@ -130,10 +129,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             **rarely,
         )
         self._diagnostics: LowerLevelDiagnostics | None = None
-        self._gradient_norm: Tensor | float | None = None
         self._dropped_in_a_row = 0
         self._overflow_said = False
-        self._calls: int | None = None  # of compute_loss in the micro-batch under way; None between two
         self._settings: RunSettings | None = None
         self._settle_balancing()
         self._adopt_callbacks()
@@ -169,10 +166,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._restored = False
         self._running_log = RunningLog(self.task_names, self.balancer.device, self.balancer.dtype)
         self._window_counter = self._build_window_counter()
-        self._update: Update | None = None
-        self._decision: Weighting | None = None
-        self._announce([])
         self._settle_diagnostics()
+        self._announce([])
         self._settings = settings  # last: what was refused on the way is refused again the next time
 
     def _settle_diagnostics(self) -> None:
@@ -264,33 +259,11 @@ class BilevelMTLTrainer(TaskLossTrainer):
 
     # --- one batch -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _batches_announced(self) -> Iterator[None]:
-        """While training, announce whatever `get_batch_samples` returns: Trainer's, a subclass's, one put there."""
-        own = vars(self).get("get_batch_samples")
-        collect = self.get_batch_samples
-
-        def collected(epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-            batches, num_items = collect(epoch_iterator, num_batches, device)
-            self.data_position.took(len(batches))
-            self._announce(batches)
-            return self._filled_up(batches, num_batches), num_items
-
-        self.get_batch_samples = collected  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del self.get_batch_samples
-            if own is not None:
-                self.get_batch_samples = own  # type: ignore[method-assign]
-
     def _announce(self, batches: list) -> None:
-        """These are the micro-batches of the next update, which `training_step` gets one after the other."""
-        self._micro_batch = -1
+        """These are the micro-batches of the next step, which `training_step` gets one after the other."""
         balancer = self.balancer
         replayed = balancer.needs_reevaluation or balancer.needs_look_ahead or self.args.diagnostics is not None
-        self._micro_batches = MicroBatches(batches, self._forward, self.args.device, replayed)
-        self._window: AccumulationWindow | None = None
+        self.current_step = OptimizerStep(batches, self._forward, self.args.device, replayed)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         # Counting labels for the model's own loss scaling would cost a gather; our shares come from the task counts.
@@ -300,62 +273,60 @@ class BilevelMTLTrainer(TaskLossTrainer):
         """The losses of one micro-batch, outside the pass that counts."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            return self._task_losses(self._run(model, inputs), inputs)
+            return self._task_losses(self._outputs(model, inputs), inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, decision on the global losses, this rank's exact share of the backward pass.
 
         Returns the micro-batch's part of F, detached. The router is updated after the optimizer's step
-        (`finish_update`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
+        (`finish_step`), so that a step that is dropped (overflow, `nonfinite_loss: skip`) leaves it alone.
         """
         if isinstance(inputs, Filler):
             return torch.zeros((), device=self.args.device)
-        if self._micro_batch + 1 >= len(self._micro_batches):  # called by hand
-            if self.args.gradient_accumulation_steps > 1 and not self._is_ordinary(model, inputs):
-                raise TrainerError(
-                    f"gradient_accumulation_steps: {self.args.gradient_accumulation_steps} micro-batches make an "
-                    "update, and balancing needs all of them: training_step was called with one that get_batch_samples "
-                    "did not return"
-                )
-            self._announce([inputs])
-        self._micro_batch += 1
-        if self._micro_batch == 0:
-            self._begin_update(model)
-        self._micro_batches.begin(self._micro_batch)
-        self._calls = 0
+        if self.current_step.number + 1 >= len(self.current_step.batches):  # called by hand
+            self._announce_by_hand(model, inputs)
+        step = self.current_step
+        step.number += 1
+        if step.number == 0:
+            self._begin_step(model, step)
+        step.next()
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self._check_balanced()
+            if self._ordinary is False and step.calls == 0:
+                raise TrainerError(
+                    f"compute_loss of {type(self).__name__} never called that of BilevelMTLTrainer: the tasks would "
+                    "not be balanced; call super().compute_loss, or give the Trainer a task_loss_func"
+                )
         finally:
-            self._calls = None
+            step.calls = None
         return loss
 
-    def _check_balanced(self) -> None:
-        if self._ordinary is False and self._calls == 0:
+    def _announce_by_hand(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        if self.args.gradient_accumulation_steps > 1 and not self._is_ordinary(model, inputs):
             raise TrainerError(
-                f"compute_loss of {type(self).__name__} never called that of BilevelMTLTrainer: the tasks would not be "
-                "balanced; call super().compute_loss, or give the Trainer a task_loss_func"
+                f"gradient_accumulation_steps: {self.args.gradient_accumulation_steps} micro-batches make an update, "
+                "and balancing needs all of them: training_step was called with one that get_batch_samples did not "
+                "return"
             )
+        self._announce([inputs])
 
-    def _begin_update(self, model: nn.Module) -> None:
-        self._gradient_norm = None
+    def _begin_step(self, model: nn.Module, step: OptimizerStep) -> None:
         self.balancer.phase = self._phase()
-        self._update = Update(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
-        self._decision = None
-        several = len(self._micro_batches) > 1
+        step.begin(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
+        several = len(step.batches) > 1
         over_window = self.args.balance_over == "window" and several
         if several and not over_window:
-            self._count_window(model)
+            self._count_window(model, step)
         if not over_window and not self.balancer.needs_look_ahead:
             return
         self._to_training(model)
-        if self._is_ordinary(model, self._micro_batches.batches[0]):
+        if self._ordinary is not False and self._is_ordinary(model, step.batches[0]):
             return
-        losses = self._micro_batches.first_pass(model) if over_window else []
+        losses = step.first_pass(model) if over_window else []
         if self.balancer.needs_look_ahead:
-            self._look_ahead()
+            self._look_ahead(step)
         if over_window:
-            self._decision = self._decide_for_window(losses, self._update)
+            step.weighting = self._weigh_window(losses, step)
 
     def _build_window_counter(self) -> WindowCounter:
         return WindowCounter(self._item_counter, self.task_names, self.balancer.device, self.balancer.dtype)
@@ -366,41 +337,36 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers keep other parameters for evaluation
 
-    def _count_window(self, model: nn.Module) -> None:
+    def _count_window(self, model: nn.Module, step: OptimizerStep) -> None:
         """The shares of the micro-batches that come, each of which is balanced on its own."""
         if self._ordinary:
             return
 
         def first_pass() -> list[TaskLosses]:
             self._to_training(model)
-            return self._micro_batches.first_pass(model)
+            return step.first_pass(model)
 
         # Before a model with one task has run, nobody knows whether it has losses of ours.
         known = self._ordinary is False
-        self._window = self._window_counter.window(self._micro_batches.batches, first_pass if known else None)
+        step.window = self._window_counter.window(step.batches, first_pass if known else None)
 
-    def _look_ahead(self) -> None:
-        """The step that the update will take, tried and undone: clipped and unscaled as the real one is."""
+    def _look_ahead(self, step: OptimizerStep) -> None:
+        """The step that will be taken, tried and undone: clipped and unscaled as the real one is."""
         parameters, scaler = list(self.model.parameters()), self.accelerator.scaler
 
         def clip() -> None:
             if self.args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
-        with self._step_named():
-            self.balancer.look_ahead(
-                self._micro_batches.runs(self.model),
-                before_step=clip,
-                loss_scale=1.0 if scaler is None else scaler.get_scale(),
-            )
-
-    @contextmanager
-    def _step_named(self) -> Iterator[None]:
-        """What the balancer says of losses beside those of the batch gets the number of the step."""
+        scale = 1.0 if scaler is None else scaler.get_scale()
         try:
-            yield
+            self.balancer.look_ahead(step.runs(self.model), before_step=clip, loss_scale=scale)
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"step {self.state.global_step + 1}: {error}") from None
+            raise self._with_step(error) from None
+
+    def _with_step(self, error: NonFiniteLossError) -> NonFiniteLossError:
+        """What the balancer says of losses other than those of the batch gets the number of the step."""
+        return NonFiniteLossError(f"step {self.state.global_step + 1}: {error}")
 
     def _phase(self) -> Phase:
         step, last = self.state.global_step, self.args.balancer_freeze_after
@@ -408,13 +374,12 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return "warmup"
         return "balancing" if last is None or step < last else "frozen"
 
-    def _decide_for_window(self, losses: list[TaskLosses], update: Update) -> Weighting:
+    def _weigh_window(self, losses: list[TaskLosses], step: OptimizerStep) -> Weighting:
         """F once, at the losses of all micro-batches together, of a first pass without gradients."""
-        decision = self.balancer.decide(losses)
+        weighting = self.balancer.decide(losses)
         has_auxiliary = any(batch.auxiliary_loss is not None for batch in losses)
-        self._running_log.add(decision, decision.value + decision.auxiliary_loss, None, has_auxiliary)
-        update.add(decision)
-        return decision
+        step.parts.append(Part(weighting, weighting.value + weighting.auxiliary_loss, None, has_auxiliary))
+        return weighting
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -425,9 +390,11 @@ class BilevelMTLTrainer(TaskLossTrainer):
         the losses, and only then are they logged. Called by hand it returns what the loss of this rank's batch would
         be, without communication; its gradients reach the model's parameters as in a step.
         """
-        loss, outputs = self._ordinary_loss(model, inputs, num_items_in_batch)
+        loss, outputs = None, None
+        if self._ordinary is not False:
+            loss, outputs = self._ordinary_loss(model, inputs, num_items_in_batch)
         if loss is None:
-            outputs = self._run(model, inputs) if outputs is None else outputs
+            outputs = self._outputs(model, inputs) if outputs is None else outputs
             batch = self._task_losses(outputs, inputs)
             if not model.training:
                 loss = self._evaluated_loss(model, batch, inputs)
@@ -436,14 +403,15 @@ class BilevelMTLTrainer(TaskLossTrainer):
         return (loss, self._named_outputs(outputs)) if return_outputs else loss
 
     def _balanced_loss(self, model: nn.Module, batch: TaskLosses, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        if self._calls is None:
+        step = self.current_step
+        if step.calls is None:
             return self.balancer.preview(batch)
-        self._calls += 1
-        if self._decision is not None:
-            share = share_of_window(batch, self._decision, len(self._micro_batches))
-            loss = self.balancer.attach(batch, self._decision, share=share)
+        step.calls += 1
+        if step.weighting is not None:
+            share = share_of_window(batch, step.weighting, len(step.batches))
+            loss = surrogate_loss(batch, step.weighting, share)
         else:
-            loss = self._decide_for_micro_batch(batch, inputs)
+            loss = self._weigh_micro_batch(batch, step)
         if not batch.complete:
             # Heads without a loss on this rank may have one on another: every one takes part in the reduction. On one
             # process alike, so that an optimizer with momentum does the same on any number of them.
@@ -459,7 +427,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Its backward pass ends in the optimizer's step: too late to look afterwards.
-            self.update_is_valid()
+            self.goes_on(self.current_step.problem(self.state.global_step + 1))
         return loss
 
     def _finds_unused(self, model: nn.Module) -> bool:
@@ -471,45 +439,39 @@ class BilevelMTLTrainer(TaskLossTrainer):
         checkpointing = self.args.activation_checkpointing or getattr(self.model, "is_activation_checkpointing", False)
         return not (isinstance(self.model, PreTrainedModel) and checkpointing)
 
-    def _decide_for_micro_batch(self, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
-        share = None
-        if self._window is not None:
-            share = self._window.share(max(self._micro_batch, 0))
-        if self._calls != 1:
+    def _weigh_micro_batch(self, batch: TaskLosses, step: OptimizerStep) -> Tensor:
+        share = None if step.window is None else step.window.share(max(step.number, 0))
+        if step.calls != 1:
             # Two passes in one step, with other dropout masks: the balancer learns from the first one.
             return self.balancer.preview(batch, share, alone=False)
-        if self._window is not None:
-            self._window_counter.compare(self._window, max(self._micro_batch, 0), batch)
-        loss, decision = self.balancer.surrogate(batch, share=share)
-        self._running_log.add(decision, loss, share, batch.auxiliary_loss is not None)
-        if self._update is not None:
-            self._update.add(decision)
+        if step.window is not None:
+            self._window_counter.compare(step.window, max(step.number, 0), batch)
+        loss, weighting = self.balancer.surrogate(batch, share=share)
+        step.parts.append(Part(weighting, loss.detach(), share, batch.auxiliary_loss is not None))
         return loss
 
-    # --- one update (called by BalancerCallbackHandler) ----------------------------------------------------------
+    # --- the optimizer's step (called by BalancerCallbackHandler) -------------------------------------------------
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As in `Trainer`, which asks for it in every step before the optimizer's; also looked at."""
-        self._gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._gradient_norm
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.current_step.gradient_norm = self._norm_to_look_at(norm)
+        return norm
 
-    def update_is_valid(self) -> bool:
-        """Look at the update's losses and gradient, one host read; raise or drop it as `nonfinite_loss` says when one
-        is not finite."""
-        update = self._update
-        if update is None:
+    def goes_on(self, problem: Problem | None) -> bool:
+        """Whether the step is taken in spite of what was found in its losses or gradient; raise, or drop it, as
+        `nonfinite_loss` says."""
+        step = self.current_step
+        if not step.begun:
             self._check_begun()
-            return True
-        problem = None if update.empty else update.problem(self.state.global_step + 1, self._norm_to_look_at())
-        if problem is None or (problem.task == GRADIENT and self._is_clipped_away(update)):
+        if problem is None or (problem.task == GRADIENT and self._is_clipped_away(step)):
             return True
         if self.args.nonfinite_loss == "raise" or problem.refused:
             message = (
-                problem.message if problem.task != GRADIENT else f"{problem.message}: {self._say_whose_gradient()}"
+                problem.message if problem.task != GRADIENT else f"{problem.message}: {self._say_whose_gradient(step)}"
             )
-            message = self._item_counter.explain(message, problem.task, self._micro_batches.batches)
-            raise NonFiniteLossError(message)
-        self._drop_update(update, problem.task)
+            raise NonFiniteLossError(self._item_counter.explain(message, problem.task, step.batches))
+        self._drop_step(step, problem.task)
         return False
 
     def _check_begun(self) -> None:
@@ -519,16 +481,16 @@ class BilevelMTLTrainer(TaskLossTrainer):
                 "be balanced; call super().training_step"
             )
 
-    def _norm_to_look_at(self) -> Tensor | None:
+    def _norm_to_look_at(self, norm: Any) -> Tensor | None:
         """The gradient's norm; None where a GradScaler looks at the gradient, and skips the step when it overflows."""
-        norm, scaler = self._gradient_norm, self.accelerator.scaler
+        scaler = self.accelerator.scaler
         if norm is None or (scaler is not None and scaler.is_enabled()):
             return None
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         return norm if isinstance(norm, Tensor) else torch.tensor(norm)
 
-    def _is_clipped_away(self, update: Update) -> bool:
+    def _is_clipped_away(self, step: OptimizerStep) -> bool:
         """Whether the gradient is finite and only its norm overflows (a loss of 1e30): clipping has made it zero.
 
         Looked at where the norm is not finite; said once.
@@ -542,7 +504,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return False
         if not self._overflow_said:
             self._overflow_said = True
-            task, loss = update.largest_loss()
+            task, loss = step.largest_loss()
             logger.warning(
                 "step %d: the gradient's norm is beyond its number type, so that clipping makes the gradient zero; the "
                 "largest loss is that of task %r, %.4g",
@@ -550,15 +512,15 @@ class BilevelMTLTrainer(TaskLossTrainer):
             )
         return True
 
-    def _say_whose_gradient(self) -> str:
-        """Which tasks have a gradient that is not finite, from one more pass over the update's batches."""
+    def _say_whose_gradient(self, step: OptimizerStep) -> str:
+        """Which tasks have a gradient that is not finite, from one more pass over the step's batches."""
         tasks: list[str] = []
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             with unchanged(self.model):
-                tasks = tasks_with_nonfinite_slope(self._micro_batches.again(self.model), parameters, self.task_names)
+                tasks = tasks_with_nonfinite_slope(step.again(self.model), parameters, self.task_names)
         if not tasks:
-            task, loss = self._update.largest_loss() if self._update is not None else ("", 0.0)
+            task, loss = step.largest_loss()
             return (
                 f"no single task's slope is undefined; the largest loss is that of task {task!r}, {loss:.4g}, whose "
                 "gradient may be too large for the number type (fix the data or the model, or set nonfinite_loss: skip)"
@@ -569,9 +531,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             "is masked afterwards (mask before the mean), or set nonfinite_loss: skip"
         )
 
-    def _drop_update(self, update: Update, task: str) -> None:
-        update.undo()
-        self._update = None
+    def _drop_step(self, step: OptimizerStep, task: str) -> None:
+        step.undo()
         self._running_log.drop(task)
         whose = "the gradient" if task == GRADIENT else f"the loss of task {task!r}"
         logger.warning("step %d is dropped: %s is not finite", self.state.global_step + 1, whose)
@@ -583,22 +544,31 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self.accelerator.gradient_state._set_sync_gradients(False)
         self.optimizer._is_overflow = True
 
-    def finish_update(self, dropped: bool) -> None:
-        """After the optimizer's step: step the router and count the update, unless either was skipped."""
+    def finish_step(self, dropped: bool) -> None:
+        """After the optimizer's step: step the router and count the step, unless either was skipped."""
+        step = self.current_step
         if dropped:
             self.optimizer._is_overflow = False
             self.accelerator.gradient_state._set_sync_gradients(True)
             self._count_dropped()
-        elif self._update is not None and not self._update.empty:
+        elif step.begun and step.parts:
             if self.accelerator.optimizer_step_was_skipped:
                 self.balancer.discard()
                 self._count_dropped()
             else:
                 self._dropped_in_a_row = 0
-                with self._step_named():
-                    self.balancer.step(reevaluate=self.reevaluations() if self.balancer.needs_reevaluation else None)
-            self._running_log.commit()
-        self._update = self._decision = self._window = None
+                self._step_balancer()
+            self._running_log.commit(step.parts)
+        step.begun = False
+
+    def _step_balancer(self) -> None:
+        if not self.balancer.needs_reevaluation:
+            self.balancer.step()
+            return
+        try:
+            self.balancer.step(reevaluate=self.reevaluations())
+        except NonFiniteLossError as error:
+            raise self._with_step(error) from None
 
     def _count_dropped(self) -> None:
         self._dropped_in_a_row += 1
@@ -609,10 +579,10 @@ class BilevelMTLTrainer(TaskLossTrainer):
             )
 
     def reevaluations(self) -> list[Callable[[], TaskLosses]]:
-        """For each micro-batch of the current update a function that runs the model on it once more, with the same
-        dropout masks; empty where none is under way or no decision was taken (a dropped one, an ordinary model)."""
+        """For each micro-batch of the current step a function that runs the model on it once more, with the same
+        dropout masks; empty where none is under way or nothing was decided (a dropped one, an ordinary model)."""
         # The bare model: a forward pass of DistributedDataParallel would expect a backward pass through its hooks.
-        return [] if self._update is None or self._update.empty else self._micro_batches.runs(self.model)
+        return self.current_step.runs(self.model) if self.current_step.begun and self.current_step.parts else []
 
     def begin_run(self) -> None:
         """At the start of a training loop: a fresh balancer unless one was just restored from a checkpoint."""
@@ -622,7 +592,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self._running_log.reset()
         self._restored = False
         self._window_counter = self._build_window_counter()
-        self._update, self._calls, self._dropped_in_a_row = None, None, 0
+        self._announce([])
+        self._dropped_in_a_row = 0
         if self.is_world_process_zero() and len(self.task_names) > MAX_TASKS_IN_LOG:
             truncate_vectors(self.args.output_dir, self.state.global_step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ CLASSES = Dataset.from_dict(
 NUMBERS = Dataset.from_dict(
     {"x": [[2.0, 3.0]] * 3, "reg": [0.5, 1.5, 2.5], "box": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
 )
+#: Whether the model takes a column.
+EVERYTHING = defaultdict(lambda: True)
+X_ALONE = defaultdict(bool, x=True)
 JOINED = concatenate_datasets([CLASSES, NUMBERS])
 
 
-def collated(data: Any, rows: list[int], takes: Any = lambda name: name == "x") -> dict[str, Tensor]:
-    collate = with_missing_labels(default_data_collator, data, LABELS, several_tasks=True, takes=takes)
+def collated(data: Any, rows: list[int], taken: Any = X_ALONE) -> dict[str, Tensor]:
+    collate = with_missing_labels(default_data_collator, data, LABELS, several_tasks=True, taken=taken)
     fetch = getattr(data, "__getitems__", None)
     return collate(fetch(rows) if fetch else [data[i] for i in rows])
 
@@ -69,14 +73,17 @@ def test_none_has_the_type_of_its_column(
 @pytest.mark.parametrize("data", [CLASSES.select([0, 2]), NUMBERS, NUMBERS.with_format("torch")])
 def test_a_data_set_without_nulls_is_left_to_the_default(data: Dataset) -> None:
     data = data.remove_columns("tokens") if "tokens" in data.column_names else data
-    assert with_missing_labels(default_data_collator, data, LABELS, True, lambda name: True) is default_data_collator
+    assert (
+        with_missing_labels(default_data_collator, data, LABELS, True, EVERYTHING)
+        is default_data_collator
+    )
 
 
 def test_a_collator_of_ones_own_is_left_alone() -> None:
     def own(rows: list[Any]) -> dict[str, Tensor]:
         return default_data_collator(rows)
 
-    assert with_missing_labels(own, JOINED, LABELS, True, lambda name: True) is own
+    assert with_missing_labels(own, JOINED, LABELS, True, EVERYTHING) is own
 
 
 def test_a_set_without_any_label_has_none() -> None:
@@ -88,7 +95,7 @@ def test_a_set_without_any_label_has_none() -> None:
 def test_a_stream_knows_its_types() -> None:
     stream = JOINED.to_iterable_dataset()
     rows = list(stream)
-    collate = with_missing_labels(default_data_collator, stream, LABELS, True, lambda name: name == "x")
+    collate = with_missing_labels(default_data_collator, stream, LABELS, True, X_ALONE)
     with pytest.raises(
         TaskLossError, match=r"^label column 'tokens': all 2 labels of a batch are None, and nothing says how"
     ):
@@ -110,7 +117,7 @@ class Plain(TorchDataset):
 
 def test_rows_of_ones_own_data_set() -> None:
     data = Plain({"cls": 1}, {"reg": 0.5}, {"cls": 2, "reg": 1})
-    collate = with_missing_labels(default_data_collator, data, LABELS, True, lambda name: name == "x")
+    collate = with_missing_labels(default_data_collator, data, LABELS, True, X_ALONE)
     batch = collate([data[0], data[1]])
     assert batch["cls"].tolist() == [1, -100] and batch["reg"].tolist() == pytest.approx([NAN, 0.5], nan_ok=True)
     # What the columns hold was seen: whole numbers among floats, and a batch of missing ones.
@@ -127,7 +134,10 @@ def test_what_nothing_tells_is_one_line() -> None:
         with pytest.raises(TaskLossError, match=rf"^column 'x': row {place} of a batch of 2 is None, which the model "):
             collated(missing, rows)
     # Not what the model takes: Trainer withholds it.
-    assert collated(missing, [0, 2], takes=lambda name: False).keys() == {"x", "reg"}
+    assert collated(missing, [0, 2], taken=defaultdict(bool)).keys() == {
+        "x",
+        "reg",
+    }
 
 
 # --- training -----------------------------------------------------------------------------------------------------
