@@ -208,6 +208,12 @@ class TaskLossTrainer(DataTrainer):
         taken = self._columns.taken
         return model(**{key: value for key, value in inputs.items() if taken[key]})
 
+    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> TaskLosses:
+        """The losses of one micro-batch, outside the pass that counts."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            return self._task_losses(self._outputs(model, inputs), inputs)
+
     def _task_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> TaskLosses:
         """The K losses in a model's outputs, or those that `task_loss_func` makes of them."""
         fields = fields_of(outputs)

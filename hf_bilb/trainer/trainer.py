@@ -269,12 +269,6 @@ class BilevelMTLTrainer(TaskLossTrainer):
         # Counting labels for the model's own loss scaling would cost a gather; our shares come from the task counts.
         return None if self._ordinary is False else super()._get_num_items_in_batch(batch_samples, device)
 
-    def _forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> TaskLosses:
-        """The losses of one micro-batch, outside the pass that counts."""
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            return self._task_losses(self._outputs(model, inputs), inputs)
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch: forward, decision on the global losses, this rank's exact share of the backward pass.
 

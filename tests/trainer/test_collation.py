@@ -73,10 +73,7 @@ def test_none_has_the_type_of_its_column(
 @pytest.mark.parametrize("data", [CLASSES.select([0, 2]), NUMBERS, NUMBERS.with_format("torch")])
 def test_a_data_set_without_nulls_is_left_to_the_default(data: Dataset) -> None:
     data = data.remove_columns("tokens") if "tokens" in data.column_names else data
-    assert (
-        with_missing_labels(default_data_collator, data, LABELS, True, EVERYTHING)
-        is default_data_collator
-    )
+    assert with_missing_labels(default_data_collator, data, LABELS, True, EVERYTHING) is default_data_collator
 
 
 def test_a_collator_of_ones_own_is_left_alone() -> None:

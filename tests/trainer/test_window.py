@@ -17,7 +17,7 @@ import hf_bilb.engine.balancer
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.engine.replay import RandomState
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
-from hf_bilb.trainer.micro_batches import MicroBatches
+from hf_bilb.trainer.step import OptimizerStep
 from tests.synthetic import SyntheticData, SyntheticModel
 from tests.trainer.harness import (
     FLOAT,
@@ -513,10 +513,10 @@ def test_batchnorm_while_it_trains(tmp_path: Path) -> None:
 
 
 def test_the_first_pass_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = MicroBatches.first_pass
+    original = OptimizerStep.first_pass
     calls = 0
 
-    def watched_pass(self: MicroBatches, model: nn.Module) -> Any:
+    def watched_pass(self: OptimizerStep, model: nn.Module) -> Any:
         nonlocal calls
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -528,7 +528,7 @@ def test_the_first_pass_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Monk
         calls += 1
         return losses
 
-    monkeypatch.setattr(MicroBatches, "first_pass", watched_pass)
+    monkeypatch.setattr(OptimizerStep, "first_pass", watched_pass)
     split(tmp_path, 4, build(NormalisedModel, dropout=0.2), build_data(64, dtype=FLOAT))
     assert calls == 4
 
