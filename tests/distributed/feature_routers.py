@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_bilb.engine import balancer as balancer_module
 from hf_bilb.engine import reduction
-from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.weighting import Weighting
 from hf_bilb.losses.contract import TaskLosses
 from tests.distributed.models import HIDDEN, build_feature_model
@@ -91,17 +91,17 @@ def router_repeated(times: int) -> dict[str, Any]:
 
 @contextmanager
 def router_sabotaged(kind: str) -> Iterator[None]:
-    attach, reduce = LossBalancer.attach, reduction.reduce_losses
+    apply, reduce = balancer_module.surrogate_loss, reduction.reduce_losses
     ranks = reduction.data_parallel_size()
 
-    def broken_attach(self: LossBalancer, batch: TaskLosses, decision: Weighting, *args: Any, **kwargs: Any) -> Tensor:
-        rows = decision.num_rows.new_tensor(ranks * len(batch.router_features))
+    def broken_apply(batch: TaskLosses, weighting: Weighting, share: Any = None) -> Tensor:
+        rows = weighting.num_rows.new_tensor(ranks * len(batch.router_features))
         replaced = {
             "no_feature_gradient": {"feature_gradient": None},
-            "no_factor_ranks": {"feature_gradient": decision.feature_gradient / ranks},
+            "no_factor_ranks": {"feature_gradient": weighting.feature_gradient / ranks},
             "local_rows": {"num_rows": rows},
         }
-        return attach(self, batch, decision._replace(**replaced.get(kind, {})), *args, **kwargs)
+        return apply(batch, weighting._replace(**replaced.get(kind, {})), share)
 
     def broken_reduce(
         micro_batches: Any, with_features: bool = False, group: Any = None, alone: bool = False
@@ -113,11 +113,11 @@ def router_sabotaged(kind: str) -> Iterator[None]:
         features = {"local_features": local, "mean_of_means": mean}
         return whole._replace(features=features.get(kind, whole.features))
 
-    LossBalancer.attach, reduction.reduce_losses = broken_attach, broken_reduce
+    balancer_module.surrogate_loss, reduction.reduce_losses = broken_apply, broken_reduce
     try:
         yield
     finally:
-        LossBalancer.attach, reduction.reduce_losses = attach, reduce
+        balancer_module.surrogate_loss, reduction.reduce_losses = apply, reduce
 
 
 def router_sabotage(kind: str) -> dict[str, Any]:

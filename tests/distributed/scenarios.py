@@ -106,7 +106,7 @@ def sabotaged(kind: str) -> Iterator[None]:
         here = batch.num_items > 0
         losses = torch.where(here, batch.losses.detach(), torch.zeros_like(batch.num_items))
         zero = batch.num_items.new_zeros(())
-        return reduction.GlobalBatch(losses, batch.num_items, here, zero, None, zero)
+        return reduction.GlobalBatch(losses, batch.num_items, here, zero, None, zero, reduction.data_parallel_size())
 
     reduce = reduction.reduce_losses
     LossBalancer.surrogate = surrogate
