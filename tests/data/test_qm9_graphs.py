@@ -15,7 +15,8 @@ import torch
 from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS, TaskData
 from hf_bilb.data.cache import META, Arrays
-from hf_bilb.data.molecules.features import BOND_TYPES, GEOMETRY_ATOM_FEATURES, qm9_graphs
+from hf_bilb.data.molecules import qm9_graphs
+from hf_bilb.data.molecules.features import BOND_TYPES, GEOMETRY_ATOM_FEATURES
 from hf_bilb.data.molecules.qm9 import Molecules, Qm9Columns, Qm9Options, package_folder, read_molecules, read_smiles
 from hf_bilb.data.molecules.qm9 import task_data as descriptor_data
 from hf_bilb.data.molecules.qm9_graphs import Qm9GraphsOptions, load_qm9_graphs, prepare_qm9_graphs, task_data
