@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.data.cache import Arrays, Preparation, prepare_arrays
+from hf_bilb.data.checks import check_folder
 from hf_bilb.data.images.rows import list_files, short_hash
 from hf_bilb.errors import OptionError
 
@@ -178,8 +179,7 @@ def _mtan_column(
 
 def _numbered_files(folder: Path) -> dict[int, tuple[int, int]]:
     """Number -> size and time of change of `<number>.npy`, in order."""
-    if not folder.is_dir():
-        raise OptionError(f"data.folder: {str(folder)!r} is no folder, expected one with 0.npy, 1.npy, ...")
+    check_folder(folder, "0.npy, 1.npy, ...")
     found = {}
     for name, facts in list_files(folder).items():
         stem, _, ending = name.rpartition(".")

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from hf_bilb.config.options import nearest
 from hf_bilb.data.cache import Preparation, default_root, prepare_arrays
+from hf_bilb.data.checks import check_at_least
 from hf_bilb.data.dense.augmentation import View, draw_view
 from hf_bilb.data.dense.files import IMAGE, Column, fingerprint, mtan_columns, prepare_column
 from hf_bilb.data.dense.image_labels import ImageLabels, read_image_labels
 from hf_bilb.data.images.rows import collate_images
 from hf_bilb.data.rows import BatchedRows
+from hf_bilb.data.splits import draw_rows
 from hf_bilb.data.task_data import GalleryInfo, TaskData
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
@@ -82,12 +84,9 @@ class DenseOptions:
             self.ordered_tasks(known_tasks)
         if self.size is not None and not all(8 <= side <= 4096 for side in self.size):
             raise OptionError(f"size: {list(self.size)} is not valid, expected [height, width], 8 to 4096 each")
-        if self.seed < 0:
-            raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
+        check_at_least("seed", self.seed, 0)
         for key in ("num_train", "num_validation", "num_test"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise OptionError(f"{key}: {value} is not valid, expected 1 or more, or null")
+            check_at_least(key, getattr(self, key), 1, ", or null")
 
     def ordered_tasks(self, known_tasks: Sequence[str]) -> tuple[str, ...]:
         """All tasks, in order: those of `tasks`, or all of `known_tasks`.
@@ -354,12 +353,9 @@ def _choose_rows(
     ):
         if wanted > there:
             raise OptionError(f"data.{key}: {wanted} is not valid, expected at most {there}, or null")
-    # Held out first, so that it stays the same images whatever num_train is.
-    order = np.random.default_rng(options.seed).permutation(num_train)
-    last = None if options.num_train is None else held_out + options.num_train
-    test = np.random.default_rng(options.seed).permutation(num_test)[: options.num_test]
-    validation = np.sort(order[:held_out]) if held_out else None
-    return np.sort(order[held_out:last]), validation, np.sort(test)
+    validation, train = draw_rows(num_train, options.seed, held_out, options.num_train)
+    (test,) = draw_rows(num_test, options.seed, options.num_test)
+    return np.sort(train), np.sort(validation) if held_out else None, np.sort(test)
 
 
 def _prepare(options: DenseOptions, facts: DenseFacts, part_name: str, part: DensePart) -> dict[str, Path]:

@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_bilb.data.checks import check_at_least, check_tasks
 from hf_bilb.data.molecules.coulomb import coulomb_eigenvalues
-from hf_bilb.data.molecules.qm9_targets import TARGETS, Tasks, check_targets
+from hf_bilb.data.molecules.qm9_targets import TARGET_NAMES, TARGETS, Tasks
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.data.task_data import DataSetSpec, Standardizer, TaskData, check_split, split_rows
-from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.data.splits import check_split, split_rows
+from hf_bilb.data.task_data import DataSetSpec, Standardizer, TaskData
+from hf_bilb.errors import MissingPackageError
 
 if TYPE_CHECKING:
     import datasets
@@ -64,9 +66,8 @@ class Qm9Options:
     tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_targets(self.tasks)
-        if self.seed < 0:
-            raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
+        check_tasks(self.tasks, TARGET_NAMES)
+        check_at_least("seed", self.seed, 0)
         check_split(NUM_MOLECULES, self.num_train, self.num_validation, self.num_test)
 
 

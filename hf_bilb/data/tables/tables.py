@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_bilb.config.options import nearest, unknown_name
+from hf_bilb.config.options import nearest
+from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
 from hf_bilb.data.rows import collate_vectors
-from hf_bilb.data.task_data import MetricInfo, Split, Standardizer, TaskData, binary_losses, split_rows
+from hf_bilb.data.splits import Split, held_out_count, split_rows
+from hf_bilb.data.task_data import MetricInfo, Standardizer, TaskData, binary_losses
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.normalized_entropy import NormalizedEntropy
 from hf_bilb.metrics.roc_auc import BinaryClassification
@@ -76,26 +77,6 @@ class Layout:
         return tuple(known[name] for name in (known if names is None else names))
 
 
-def check_tasks(names: Sequence[str] | None, known: Sequence[str]) -> None:
-    """Raise `OptionError` for a choice of tasks that is empty, repeats one or names one that there is not."""
-    if names is not None:
-        for name in check_task_names(names, "tasks"):
-            if name not in known:
-                raise unknown_name("tasks", name, known)
-
-
-def check_fraction(key: str, value: float) -> None:
-    """Raise `OptionError` unless the share is between 0 and 1."""
-    if not 0 < value < 1:
-        raise OptionError(f"{key}: {value} is not valid, expected a share between 0 and 1")
-
-
-def check_seed(seed: int) -> None:
-    """Raise `OptionError` for a seed below 0."""
-    if seed < 0:
-        raise OptionError(f"seed: {seed} is not valid, expected 0 or more")
-
-
 def check_fractions(validation: float, test: float) -> None:
     """Raise `OptionError` unless both are shares and leave something for training."""
     check_fraction("validation_fraction", validation)
@@ -133,11 +114,11 @@ class TableOptions:
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.known_tasks)
         check_fractions(self.validation_fraction, self.test_fraction)
-        check_seed(self.seed)
+        check_at_least("seed", self.seed, 0)
 
     def split(self, num_rows: int) -> Split:
         """The rows of each part, one at least; raises `OptionError` where they are too few."""
-        counts = [max(1, round(num_rows * share)) for share in (self.validation_fraction, self.test_fraction)]
+        counts = [held_out_count(num_rows, share) for share in (self.validation_fraction, self.test_fraction)]
         if sum(counts) >= num_rows:
             raise OptionError(f"data: {self.file} has {num_rows} rows, too few to split")
         return split_rows(num_rows, self.seed, None, *counts)
