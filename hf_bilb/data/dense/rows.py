@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.config.options import nearest
-from hf_bilb.data.cache import Preparation, default_root, prepare_arrays
+from hf_bilb.data.cache import Preparation, cache_root, fingerprint, prepare_arrays
 from hf_bilb.data.checks import check_at_least
 from hf_bilb.data.dense.augmentation import View, draw_view
-from hf_bilb.data.dense.files import IMAGE, Column, fingerprint, mtan_columns, prepare_column
+from hf_bilb.data.dense.files import IMAGE, Column, mtan_columns, prepare_column
 from hf_bilb.data.dense.image_labels import ImageLabels, read_image_labels
-from hf_bilb.data.images.rows import collate_images
-from hf_bilb.data.rows import BatchedRows
+from hf_bilb.data.rows import MappedRows, collate_images
 from hf_bilb.data.splits import draw_rows
 from hf_bilb.data.task_data import GalleryInfo, TaskData
 from hf_bilb.errors import OptionError
@@ -107,23 +106,21 @@ class DenseOptions:
     @property
     def cache_root(self) -> Path:
         """Folder of the cache."""
-        return default_root() if self.cache_dir is None else Path(self.cache_dir)
+        return cache_root(self.cache_dir)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-class DenseRows(BatchedRows):
-    """A map-style data set of images and pixelwise labels in memory-mapped files.
+class DenseRows(MappedRows):
+    """Images and pixelwise labels in memory-mapped files.
 
-    `rows[i]` is a dict of the columns above without B. A DataLoader asks for a batch at once (`__getitems__`): one copy
-    out of the mapped files. Use `collate_images` with it.
+    `rows[i]` is a dict of the columns above without B. Use `collate_images` with it.
 
     Augmented, a row is a pure function of (seed, epoch, number of the image in the files): it depends neither on the
     order of the rows, nor on workers, nor on which rows are chosen, nor on where a run was resumed.
 
-    What it costs to pickle (workers that are spawned) are the numbers of rows and classes: files are opened again. The
-    epoch lies in shared memory, so that workers that live through several epochs see each new one.
+    The epoch lies in shared memory, so that workers that live through several epochs see each new one.
 
     Args:
         files: `image` and the tasks -> `.npy` file with all images of the part (`hf_bilb.data.dense.files`); the order
@@ -146,32 +143,19 @@ class DenseRows(BatchedRows):
         inverse_depth: bool = False,
         image_labels: NDArray[np.int64] | None = None,
     ) -> None:
-        self.files = dict(files)
-        self.rows = rows
+        super().__init__(files, rows)
         self.augmentation_seed = augmentation_seed
         self.inverse_depth = inverse_depth
         self.image_labels = image_labels
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._arrays = self._open()
         self.size: tuple[int, int] = self._arrays[IMAGE].shape[-2:]
-
-    def _open(self) -> dict[str, NDArray[Any]]:
-        # A plain array over the mapping: np.memmap's own class makes every slice dear.
-        return {name: np.load(file, mmap_mode="r").view(np.ndarray) for name, file in self.files.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_arrays"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._arrays = self._open()
 
     def set_epoch(self, epoch: int) -> None:
         """Rows that are asked for from now on, in whichever process, are those of this epoch."""
         self._epoch.fill_(epoch)
 
-    def _batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = self.rows[np.asarray(indices)]
+    def _batch(self, places: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+        rows = self.rows[np.asarray(places)]
         if self.augmentation_seed is None:
             found = {name: torch.from_numpy(array[rows]) for name, array in self._arrays.items()}
         else:

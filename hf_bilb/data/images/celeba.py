@@ -21,16 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import check_one_of
+from hf_bilb.data.cache import list_files
 from hf_bilb.data.checks import check_at_least, check_folder, check_tasks, loading_from_hub, missing_column
-from hf_bilb.data.images.rows import (
-    ImageFiles,
-    ImageRows,
-    ImageSource,
-    TableImages,
-    collate_images,
-    list_files,
-    prepare_images,
-)
+from hf_bilb.data.images.files import ImageFiles, ImageSource, TableImages, prepare_images
+from hf_bilb.data.images.rows import ImageRows
+from hf_bilb.data.rows import collate_images
 from hf_bilb.data.splits import PARTS
 from hf_bilb.data.task_data import DELTA_M_INFO, DataSetSpec, MetricInfo, TaskData, binary_losses
 from hf_bilb.errors import OptionError
@@ -106,7 +101,8 @@ class CelebaOptions:
         tasks: which attributes, in the order of the loss vector; null = all 40.
         max_train: the first so many training images; null = all.
         allow_missing: leave out images that are listed but not there, with a warning, instead of an error.
-        cache_dir: where the decoded images are kept (2.5 GB at 64 x 64); null = beside the cache of `datasets`.
+        cache_dir: where the decoded images are kept (2.5 GB at 64 x 64); null = `hf_bilb` in the folder of Hugging
+            Face's caches.
 
     Raises:
         OptionError: both or none of `folder` and `hub`, an unknown task, a number out of range.

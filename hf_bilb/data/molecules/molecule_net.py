@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import nearest
-from hf_bilb.data.cache import Arrays, Preparation, default_root, prepare_arrays
+from hf_bilb.data.cache import Arrays, Preparation, cache_root, prepare_arrays
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
 from hf_bilb.data.molecules.features import (
     SMILES_ATOM_FEATURES,
@@ -289,8 +289,7 @@ def _prepare(data_set: str, table: Table, rdkit_version: str, options: MoleculeN
         description=f"{data_set} graphs",
         unit="molecules",
     )
-    root = default_root() if options.cache_dir is None else Path(options.cache_dir)
-    return prepare_arrays(root, preparation, options.num_workers)[0]
+    return prepare_arrays(cache_root(options.cache_dir), preparation, options.num_workers)[0]
 
 
 def _size_of_chunk(chunk: tuple[int, list[str]]) -> int:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.cache import Arrays, Preparation, default_root, prepare_arrays
+from hf_bilb.data.cache import Arrays, Preparation, cache_root, prepare_arrays
 from hf_bilb.data.checks import check_at_least
 from hf_bilb.data.molecules.features import (
     BOND_TYPES,
@@ -115,8 +115,7 @@ def prepare_qm9_graphs(
         description="QM9 graphs",
         unit="molecules",
     )
-    root = default_root() if cache_dir is None else Path(cache_dir)
-    return prepare_arrays(root, preparation, num_workers)
+    return prepare_arrays(cache_root(cache_dir), preparation, num_workers)
 
 
 def _chunks(folder: Path, max_molecules: int | None) -> list[tuple[Molecules, list[str]]]:

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from hf_bilb.config.options import nearest
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
-from hf_bilb.data.rows import collate_vectors
+from hf_bilb.data.rows import BatchedRows, collate_vectors
 from hf_bilb.data.splits import Split, held_out_count, split_rows
 from hf_bilb.data.task_data import MetricInfo, Standardizer, TaskData, binary_losses
 from hf_bilb.errors import OptionError
@@ -236,11 +235,10 @@ def _labels(path: Path, column: pd.Series[str], task: BinaryTask) -> Floats:
 # --- features -----------------------------------------------------------------------------------------------------
 
 
-class OneHotRows(Dataset[dict[str, Tensor]]):
-    """A map-style data set in memory: `features [F]` of numbers and one-hot categories, and `labels [K]`.
+class OneHotRows(BatchedRows):
+    """Rows in memory: `features [F]` of numbers and one-hot categories, and `labels [K]`.
 
-    `rows[i]` is a dict of vectors, `rows[2:5]` and `rows[[4, 0]]` are dicts of matrices. A DataLoader gets a batch at
-    once (`__getitems__`; see `VectorRows`), with `collate_vectors`.
+    Use `collate_vectors` with it.
 
     Args:
         numbers: `[N, D]`.
@@ -257,16 +255,13 @@ class OneHotRows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> dict[str, Tensor]:
-        numbers, codes = self.numbers[index], self.codes[index].long()
+    def _batch(self, places: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
+        rows = torch.as_tensor(places)
+        numbers, codes = self.numbers[rows], self.codes[rows].long()
         # One column more than there are, for the codes that are none.
         columns = torch.where(codes < 0, self.num_categories, codes + self._starts)
         one_hot = numbers.new_zeros(*numbers.shape[:-1], self.num_categories + 1).scatter_(-1, columns, 1.0)
-        return {"features": torch.cat([numbers, one_hot[..., :-1]], dim=-1), "labels": self.labels[index]}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        # A list of one batch: see `VectorRows`.
-        return [self[list(indices)]]
+        return {"features": torch.cat([numbers, one_hot[..., :-1]], dim=-1), "labels": self.labels[rows]}
 
 
 def _codes(words: NDArray[np.object_], train: NDArray[np.int64]) -> tuple[NDArray[np.int16], list[list[str]]]:

@@ -45,14 +45,8 @@ from hf_bilb.data.checks import (
 )
 from hf_bilb.data.splits import PARTS, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
-from hf_bilb.data.text.pretrained_text import (
-    LABEL_NAMES,
-    PadTokens,
-    TokenRows,
-    count_task_items,
-    load_tokenizer,
-    tokenize,
-)
+from hf_bilb.data.text.rows import LABEL_NAMES, PadTokens, TokenRows, count_task_items
+from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer, tokenize
 from hf_bilb.errors import OptionError
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
@@ -207,11 +201,7 @@ def load_glue(options: GlueOptions) -> TaskData:
                           "google-bert/bert-base-uncased")  # fmt: skip
     rows = {name: read_task(TASKS[name], options) for name in options.tasks}
     tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer")
-    if options.max_length > tokenizer.model_max_length:
-        raise OptionError(
-            f"data.max_length: {options.max_length} is not valid, expected at most {tokenizer.model_max_length}, "
-            f"as the tokenizer {options.tokenizer!r} says"
-        )
+    check_max_length(tokenizer, options.max_length, options.tokenizer)
     parts: dict[str, list[TokenRows]] = {part: [] for part in PARTS}
     for task_id, name in enumerate(options.tasks):
         for part, labelled in parts_of(TASKS[name], *rows[name], options).items():

@@ -25,8 +25,9 @@ from hf_bilb.data.splits import PARTS, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.data.text.glue import DEFAULT_TASKS, TASKS, GlueOptions, parts_of, read_task
 from hf_bilb.data.text.glue_prompts import instruction
-from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
-from hf_bilb.data.text.pretrained_text import load_tokenizer
+from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, tokenize_instructions
+from hf_bilb.data.text.rows import PadTokens
+from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.tokens import TOKEN_LABELS, TokenLosses
 from hf_bilb.metrics.perplexity import Perplexity, perplexity
@@ -167,11 +168,7 @@ def load_instructions(options: InstructionOptions) -> TaskData:
     """
     tasks, parts = _read_glue(options) if options.glue is not None else _read_jsonl(options)
     tokenizer = _tokenizer(options, parts["train"])
-    if options.max_length > tokenizer.model_max_length:
-        raise OptionError(
-            f"data.max_length: {options.max_length} is not valid, expected at most {tokenizer.model_max_length}, "
-            "as the tokenizer says"
-        )
+    check_max_length(tokenizer, options.max_length)
     if options.chat:
         parts = {part: _in_template(tokenizer, examples) for part, examples in parts.items()}
     rows = {part: _tokenized(part, examples, tokenizer, options) for part, examples in parts.items()}
@@ -215,7 +212,7 @@ def _task_data(
         test=rows["test"],
         task_names=tasks,
         label_names=LABEL_NAMES,
-        data_collator=PackExamples(pad) if options.packed else PadExamples(pad),
+        data_collator=PackExamples(pad) if options.packed else PadTokens(pad),
         compute_metrics=Perplexity(),
         metrics=tuple(MetricInfo(f"perplexity_{t}", t, "perplexity", "", higher_is_better=False) for t in tasks),
         trivial_metrics=unigram_perplexity(rows["train"], rows["test"], tasks, len(tokenizer)),
