@@ -7,8 +7,8 @@ the beginning of a larger one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,17 @@ from hf_bilb.errors import OptionError
 PARTS = ("train", "validation", "test")
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True)
+class Split:
     """Row numbers of the three parts, each `[N]`."""
 
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
     test: NDArray[np.int64]
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        """The parts in the order of `PARTS`."""
+        yield from (self.train, self.validation, self.test)
 
 
 def draw_rows(num_rows: int, seed: int | Sequence[int], *sizes: int | None) -> list[NDArray[np.int64]]:

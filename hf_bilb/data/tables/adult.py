@@ -23,13 +23,8 @@ import numpy as np
 
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
 from hf_bilb.data.splits import Split, hold_out
-from hf_bilb.data.tables.tables import (
-    BinaryTask,
-    Layout,
-    binary_task_data,
-    find_file,
-    read_rows,
-)
+from hf_bilb.data.tables.binary import binary_task_data
+from hf_bilb.data.tables.files import BinaryTask, Layout, find_file, read_rows
 from hf_bilb.data.task_data import DataSetSpec, TaskData
 
 LAYOUT = Layout(

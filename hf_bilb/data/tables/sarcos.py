@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.data.tables.tables import TableOptions
+from hf_bilb.data.tables.options import TableOptions
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, Standardizer, TaskData
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.masked import masked_mse
