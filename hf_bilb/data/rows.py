@@ -53,7 +53,7 @@ class BatchedRows(Rows):
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> dict[str, Any]:
         if isinstance(index, slice | Sequence) or np.ndim(index):  # the latter: an array
-            return self._batch(np.arange(len(self))[index])
+            return self._batch(np.ascontiguousarray(np.arange(len(self))[index]))
         return super().__getitem__(index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -124,3 +124,7 @@ class Standardizer:
     def standardize(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """`[N, D]` -> `[N, D]` with the training rows' mean 0 and standard deviation 1."""
         return (values - self.means) / self.stds
+
+    def tensor(self, values: NDArray[np.floating]) -> torch.Tensor:
+        """The same as float32 `[N, D]`, as a model takes it."""
+        return torch.from_numpy(self.standardize(values)).float()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hf_bilb.data.checks import check_at_least, check_tasks
@@ -305,8 +304,7 @@ def task_data(columns: Qm9Columns, options: Qm9Options) -> TaskData:
     tasks = Tasks.choose(options.tasks, columns.targets, split.train)
 
     def part(rows: NDArray[np.int64]) -> VectorRows:
-        features = of_features.standardize(columns.features[rows])
-        return VectorRows({"features": torch.from_numpy(features).float(), "labels": tasks.labels(rows)})
+        return VectorRows({"features": of_features.tensor(columns.features[rows]), "labels": tasks.labels(rows)})
 
     test = part(split.test)
     return TaskData(

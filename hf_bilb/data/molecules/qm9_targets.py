@@ -100,7 +100,7 @@ class Tasks:
 
     def labels(self, rows: NDArray[np.int64]) -> torch.Tensor:
         """`[N, K]` float32: mean 0 and deviation 1 over the training molecules."""
-        return torch.from_numpy(self.scale.standardize(self.values[rows])).float()
+        return self.scale.tensor(self.values[rows])
 
     def errors(self, predictions: NDArray[np.floating], labels: NDArray[np.floating]) -> dict[str, float]:
         """Standardised `[N, K]` -> mean absolute errors in the papers' units, and Delta_m of them."""

@@ -78,7 +78,7 @@ def binary_task_data(rows: TableRows, split: Split, layout: Layout, tasks: Seque
     codes, known = _codes(rows.words, split.train)
 
     def part(chosen: NDArray[np.int64]) -> OneHotRows:
-        numbers = torch.from_numpy(of_numbers.standardize(rows.numbers[chosen])).float()
+        numbers = of_numbers.tensor(rows.numbers[chosen])
         labels = torch.from_numpy(rows.labels[chosen]).float()
         return OneHotRows(numbers, torch.from_numpy(codes[chosen]), sizes, labels)
 

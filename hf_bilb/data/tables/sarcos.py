@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -62,9 +61,8 @@ def load_sarcos(options: SarcosOptions) -> TaskData:
     of_targets = Standardizer.fit(targets[split.train])
 
     def part(rows: NDArray[np.int64]) -> VectorRows:
-        features = of_features.standardize(table[rows, :NUM_FEATURES])
-        labels = of_targets.standardize(targets[rows])
-        return VectorRows({"features": torch.from_numpy(features).float(), "labels": torch.from_numpy(labels).float()})
+        features, labels = of_features.tensor(table[rows, :NUM_FEATURES]), of_targets.tensor(targets[rows])
+        return VectorRows({"features": features, "labels": labels})
 
     def errors(predictions: NDArray[np.floating], labels: NDArray[np.floating]) -> dict[str, float]:
         values = normalized_mean_squared_error(predictions, labels)  # the same in any units
