@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from hf_bilb.data.dense.files import MTAN_FOLDERS, mtan_columns, prepare_column
 from hf_bilb.data.dense.rows import DenseRows
-from hf_bilb.data.images.rows import collate_images
+from hf_bilb.data.rows import collate_images
 
 BATCH, CLASSES = 8, 13
 KINDS = {"pixel_values": "image", **MTAN_FOLDERS}

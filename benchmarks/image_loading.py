@@ -28,7 +28,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from hf_bilb.data.images.rows import ImageFiles, ImageRows, collate_images, decode, list_files, prepare_images
+from hf_bilb.data.cache import list_files
+from hf_bilb.data.images.files import ImageFiles, decode, prepare_images
+from hf_bilb.data.images.rows import ImageRows
+from hf_bilb.data.rows import collate_images
 
 BATCH, SIZE, TASKS = 256, 64, 40
 

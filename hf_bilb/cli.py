@@ -329,7 +329,7 @@ def prepare_nyuv2_command(file: Path, output: Path, size: tuple[int, int], worke
     scene of each image. An interrupted command goes on where it stood.
     """
     with _one_line_errors("interrupted; the same command goes on where it stood"):
-        from hf_bilb.data.dense.prepare import prepare_nyuv2
+        from hf_bilb.data.dense.prepare_nyuv2 import prepare_nyuv2
 
         check_output_folder(output, "--output")
         train, test = prepare_nyuv2(file, output, size, workers)

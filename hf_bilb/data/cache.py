@@ -1,27 +1,30 @@
-"""A cache of flat, memory-mapped arrays that is computed once, in chunks, by several processes.
+"""A cache of memory-mapped arrays that are computed once, chunk by chunk, whatever interrupts it.
 
-    <root>/<name>/              one .npy file per array, and meta.json
+    <root>/<name>/              one .npy file per array
     <root>/<name>.partial/      the finished chunks of a preparation that is under way or was interrupted
     <root>/<name>.lock
 
-Chunks and the finished folder are written aside and renamed: what has its final name is complete. The lock is
-released by the system when its process dies, however it dies.
+There are two ways of computing. `prepare_arrays` is for arrays whose lengths come out on the way: several processes
+make chunks, which are joined at the end, and `meta.json` tells that they are complete; whatever the contents depend on
+is part of the name. `prepare_rows` is for one array of a shape that is known: it is written in place, `finished.txt`
+has the finished chunks on record, each with the fingerprint of what it was made of, and a chunk whose fingerprint
+has changed is made again; its lock lies in its folder.
+
+What is written has its final name when it is complete: it is written aside and renamed. The lock is released by the
+system when its process dies, however it dies.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
-import multiprocessing
+import math
 import os
 import shutil
-import signal
-import sys
-import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,12 +32,95 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_bilb.data.jobs import available_cores, run_jobs
 from hf_bilb.errors import OptionError
 
 logger = logging.getLogger(__name__)
 
 META = "meta.json"
 Arrays: TypeAlias = dict[str, NDArray[Any]]
+
+
+# --- where it lies ------------------------------------------------------------------------------------------------
+
+
+def default_root() -> Path:
+    """`hf_bilb` in the folder of Hugging Face's caches (`HF_HOME`)."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "hf_bilb"
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder that an option `cache_dir` names; None: `default_root`."""
+    return default_root() if cache_dir is None else Path(cache_dir)
+
+
+def short_hash(text: str) -> str:
+    """16 hexadecimal digits that change with the text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def fingerprint(parts: Sequence[object]) -> str:
+    """16 hexadecimal digits that change with any of the parts."""
+    return short_hash("\n".join(map(repr, parts)))
+
+
+def list_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> size in bytes and time of change in nanoseconds, of the files of a folder; 200,000 in about a second."""
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file():
+                facts = entry.stat()
+                found[entry.name] = (facts.st_size, facts.st_mtime_ns)
+    return found
+
+
+# --- how it is written --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written_aside(file: Path, ending: str = ".tmp") -> Iterator[Path]:
+    """A file to write in place of `file`, which it becomes when all went well."""
+    aside = file.with_suffix(ending)
+    yield aside
+    os.replace(aside, file)
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns an error of the disk into an `OptionError`: `what`, and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{what}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def locked(file: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock on what is prepared in a folder; waits for another process that holds it, and says so.
+
+    Args:
+        file: of the lock, empty; stays behind.
+        folder: named in the message.
+    """
+    from filelock import FileLock, Timeout
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s: waiting for another process that prepares it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- arrays that are joined from chunks ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,20 +144,6 @@ class Preparation:
     summarize: Callable[[Arrays], dict[str, Any]]
     description: str
     unit: str
-
-
-def default_root() -> Path:
-    """`hf_bilb` in the folder of Hugging Face's caches (`HF_HOME`)."""
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME) / "hf_bilb"
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def prepare_arrays(
@@ -118,38 +190,8 @@ def read_arrays(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, meta
 
 
-@contextlib.contextmanager
-def locked(file: Path, folder: Path) -> Iterator[None]:
-    """Hold the lock on what is prepared in a folder; waits for another process that holds it, and says so.
-
-    Args:
-        file: of the lock, empty; stays behind.
-        folder: named in the message.
-    """
-    from filelock import FileLock, Timeout
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("%s: waiting for another process that prepares it", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _writing(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OptionError(f"data.cache_dir: {str(root)!r} cannot be written to: {error.strerror or error}") from None
-
-
-# --- computing ----------------------------------------------------------------------------------------------------
+def _writing(root: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(f"data.cache_dir: {str(root)!r} cannot be written to")
 
 
 def _prepare(folder: Path, preparation: Preparation, num_workers: int) -> None:
@@ -191,69 +233,11 @@ def _compute_missing(preparation: Preparation, chunks: Sequence[Any], files: lis
             bar.update(size)
 
 
-def run_jobs(work: Callable[[Any], int], jobs: Sequence[Any], num_workers: int) -> Iterator[int]:
-    """What `work` returns for each job, in the order in which they end.
-
-    An interrupt, or an error of a job, ends it: the jobs under way are finished, the others are dropped.
-
-    Args:
-        work: a function of a module; jobs are pickled.
-        jobs: what there is to do.
-        num_workers: processes at most; 1 (or a single job): in this process.
-
-    Raises:
-        concurrent.futures.process.BrokenProcessPool: a worker was killed (no memory left).
-    """
-    if min(num_workers, len(jobs)) <= 1:
-        yield from map(work, jobs)
-        return
-    # Not multiprocessing.Pool, which waits for ever for a worker that died.
-    executor = ProcessPoolExecutor(min(num_workers, len(jobs)), initializer=_start_worker)
-    try:
-        with _interrupts_held():
-            futures = [executor.submit(work, job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """An interrupt comes at the end; never to a process that is started here, which would show a traceback before it
-    has got to `_start_worker`."""
-    if sys.platform == "win32":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker() -> None:
-    # An interrupt is the parent's to handle. When the parent is killed it can end nobody: its workers would stay, and
-    # hold the lock that they inherited.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _work(job: tuple[Callable[[Any], Arrays], Any, Path, int]) -> int:
     compute, chunk, file, size = job
     arrays = compute(chunk)
-    aside = file.with_suffix(".tmp")
-    with _writing(file.parent.parent):
-        with aside.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        aside.replace(file)
+    with _writing(file.parent.parent), written_aside(file) as aside, aside.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     return size
 
 
@@ -264,8 +248,6 @@ def _is_whole(file: Path) -> bool:
     except (OSError, zipfile.BadZipFile):
         return False
 
-
-# --- joining ------------------------------------------------------------------------------------------------------
 
 # Shape and type of each array.
 _Layout: TypeAlias = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
@@ -317,3 +299,120 @@ def _layout(file: Path) -> _Layout:
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             found[member.removesuffix(".npy")] = shape, dtype
     return found
+
+
+# --- one array that is written in place ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowPreparation:
+    """How a cache of one array is made.
+
+    Attributes:
+        name: of its folder: changes with the list of what the rows are made of, not with what is in it.
+        array: name of the array.
+        row_shape: of the array `[N, *row_shape]`, of bytes.
+        chunks: the rows that are made, and then written, together.
+        fingerprints: of each chunk; changes when what it is made of does.
+        compute: a chunk -> its rows, uint8 `[.., *row_shape]`.
+        description: of the progress bar.
+        unit: of what it counts.
+    """
+
+    name: str
+    array: str
+    row_shape: tuple[int, ...]
+    chunks: Sequence[range]
+    fingerprints: Sequence[str]
+    compute: Callable[[range], NDArray[np.uint8]]
+    description: str
+    unit: str
+
+
+def prepare_rows(root: Path, preparation: RowPreparation) -> Path:
+    """The `.npy` file, for `np.load(..., mmap_mode="r")`; what is missing or has changed in it is computed.
+
+    An interrupted call leaves its finished chunks to the next one, and no file that looks complete. Of several callers
+    one computes, the others wait.
+
+    Args:
+        root: folder of the cache.
+        preparation: what to compute.
+
+    Raises:
+        OptionError: the folder cannot be written to; names it.
+
+    Cost: memory for a chunk; the size of the array on the disk.
+    """
+    cache = _RowCache(root / preparation.name, preparation)
+    if cache.is_complete():
+        return cache.file
+    with writing(f"data.cache_dir: {str(cache.folder)!r} cannot be written"):
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        with locked(cache.folder / "lock", cache.folder):
+            if not cache.is_complete():  # another process may have written it meanwhile
+                cache.fill()
+    return cache.file
+
+
+class _RowCache:
+    """A folder with `<array>.npy` (`<array>.npy.part` until it is complete) and `finished.txt`."""
+
+    def __init__(self, folder: Path, preparation: RowPreparation) -> None:
+        self.folder = folder
+        self.preparation = preparation
+        self.file = folder / f"{preparation.array}.npy"
+        self._part = folder / f"{preparation.array}.npy.part"
+        self._record = folder / "finished.txt"
+
+    def is_complete(self) -> bool:
+        return self.file.is_file() and not self._unfinished()
+
+    def _unfinished(self) -> list[int]:
+        """Numbers of the chunks that are not on record as they are now."""
+        lines = self._record.read_text(encoding="ascii").splitlines() if self._record.is_file() else []
+        # Later lines are newer. A line that was cut off has no fingerprint of ours.
+        finished = dict(words for words in (line.split() for line in lines) if len(words) == 2)
+        return [number for number, now in enumerate(self.preparation.fingerprints) if finished.get(str(number)) != now]
+
+    def fill(self) -> None:
+        """Compute what is missing; the caller holds the lock."""
+        from tqdm.auto import tqdm
+
+        preparation = self.preparation
+        offset = self._open_part()
+        unfinished = self._unfinished()
+        rows = sum(len(preparation.chunks[number]) for number in unfinished)
+        row_bytes = math.prod(preparation.row_shape)
+        logger.info("%s: %s: %d of %d", self.folder, preparation.description, rows, self._num_rows())
+        # Written, not mapped: on a full disk a write says so, and a mapped page kills the process.
+        with (
+            open(self._part, "r+b") as stream,
+            open(self._record, "a", encoding="ascii") as record,
+            tqdm(total=rows, desc=preparation.description, unit=preparation.unit, leave=False) as bar,
+        ):
+            for number in unfinished:
+                chunk = preparation.chunks[number]
+                values = preparation.compute(chunk)
+                stream.seek(offset + chunk.start * row_bytes)
+                stream.write(values.tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())  # on the disk before it is on record
+                record.write(f"{number} {preparation.fingerprints[number]}\n")
+                record.flush()
+                bar.update(len(chunk))
+        os.replace(self._part, self.file)
+
+    def _num_rows(self) -> int:
+        return sum(map(len, self.preparation.chunks))
+
+    def _open_part(self) -> int:
+        """See to it that the file aside is there; returns where its rows begin, in bytes."""
+        if self.file.is_file():  # complete, but some rows are others now
+            os.replace(self.file, self._part)
+        if not self._part.is_file():
+            self._record.unlink(missing_ok=True)
+            shape = (self._num_rows(), *self.preparation.row_shape)
+            with written_aside(self._part, ".new") as aside:
+                np.lib.format.open_memmap(aside, mode="w+", dtype=np.uint8, shape=shape).flush()
+        return int(np.load(self._part, mmap_mode="r").offset)

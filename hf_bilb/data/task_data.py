@@ -1,4 +1,4 @@
-"""What a data set hands over: its parts, tasks, metrics, and what it dictates to the model. And how a set is split."""
+"""What a data set hands over: its parts, tasks, metrics, and what it dictates to the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.errors import OptionError
 from hf_bilb.losses.masked import masked_bce_with_logits
 from hf_bilb.metrics.info import DELTA_M_INFO as DELTA_M_INFO
 from hf_bilb.metrics.info import MetricInfo as MetricInfo
@@ -107,47 +106,6 @@ def binary_losses(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any])
     return masked_bce_with_logits(outputs["logits"], batch["labels"])
 
 
-# --- splits and statistics ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """Row numbers of the three parts, each `[N]` in shuffled order."""
-
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-
-def split_rows(num_rows: int, seed: int, num_train: int | None, num_validation: int, num_test: int) -> Split:
-    """Shuffle rows `0 .. num_rows - 1` and cut them: test, validation, training.
-
-    In this order, so that the test and validation parts stay the same rows whatever `num_train` is, and a smaller
-    training part is the beginning of a larger one. `num_train=None` takes all the rest.
-
-    Raises:
-        OptionError: when a part does not fit (see `check_split`).
-    """
-    check_split(num_rows, num_train, num_validation, num_test)
-    order = np.random.default_rng(seed).permutation(num_rows)
-    held_out = num_test + num_validation
-    last = num_rows if num_train is None else held_out + num_train
-    return Split(train=order[held_out:last], validation=order[num_test:held_out], test=order[:num_test])
-
-
-def check_split(num_rows: int, num_train: int | None, num_validation: int, num_test: int) -> None:
-    """Raise `OptionError` naming the first of the three numbers that is below 1 or too large, and what it may be."""
-    _check_count("num_test", num_test, num_rows - 2)
-    _check_count("num_validation", num_validation, num_rows - num_test - 1)
-    if num_train is not None:
-        _check_count("num_train", num_train, num_rows - num_test - num_validation, " or null (all the rest)")
-
-
-def _check_count(key: str, value: int, maximum: int, otherwise: str = "") -> None:
-    if not 1 <= value <= maximum:
-        raise OptionError(f"{key}: {value} is not valid, expected 1 to {maximum}{otherwise}")
-
-
 @dataclass(frozen=True)
 class Standardizer:
     """Column means and standard deviations `[D]` (float64, population), taken from the training rows only."""
@@ -166,3 +124,7 @@ class Standardizer:
     def standardize(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """`[N, D]` -> `[N, D]` with the training rows' mean 0 and standard deviation 1."""
         return (values - self.means) / self.stds
+
+    def tensor(self, values: NDArray[np.floating]) -> torch.Tensor:
+        """The same as float32 `[N, D]`, as a model takes it."""
+        return torch.from_numpy(self.standardize(values)).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -65,6 +66,12 @@ def check_size(key: str, value: int) -> None:
     """Raise `OptionError` unless `value` is at least 1."""
     if value < 1:
         raise OptionError(f"{key}: {value} is not valid, expected 1 or more")
+
+
+def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raise `OptionError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise OptionError(f"{key}: {value!r} is not valid, expected one of {', '.join(choices)}")
 
 
 def check_dropout(dropout: float) -> None:

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.masked import masked_bce_with_logits
-from hf_bilb.models.base import check_dropout
+from hf_bilb.models.base import check_choice, check_dropout
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
@@ -98,8 +98,7 @@ class MultiTaskImageConfig(PretrainedConfig):
         encoder_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if pooling not in get_args(Pooling):
-            raise OptionError(f"pooling: {pooling!r} is not valid, expected one of {', '.join(get_args(Pooling))}")
+        check_choice("pooling", pooling, get_args(Pooling))
         check_dropout(dropout)
         check_normalization(image_mean, image_std)
         self.encoder_config = as_encoder_config(encoder_config, "vit")

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_bilb.config.options import nearest
 from hf_bilb.errors import OptionError
-from hf_bilb.models.base import check_dropout
+from hf_bilb.models.base import check_dropout, check_size
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class LoraOptions:
     target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise OptionError(f"r: {self.r} is not valid, expected 1 or more")
+        check_size("r", self.r)
         if not self.alpha > 0:
             raise OptionError(f"alpha: {self.alpha} is not valid, expected a number > 0")
         check_dropout(self.dropout)

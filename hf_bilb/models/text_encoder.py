@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.masked import masked_task_means
-from hf_bilb.models.base import check_dropout
+from hf_bilb.models.base import check_choice, check_dropout
 from hf_bilb.models.lora import LoraOptions, lora_config
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
@@ -95,8 +95,7 @@ class MultiTaskTextConfig(PretrainedConfig):
         encoder = as_encoder_config(encoder_config, "bert")
         if encoder.is_encoder_decoder:
             raise OptionError(f"encoder: {encoder.model_type!r} is an encoder-decoder, expected an encoder")
-        if pooling not in get_args(Pooling):
-            raise OptionError(f"pooling: {pooling!r} is not valid, expected one of {', '.join(get_args(Pooling))}")
+        check_choice("pooling", pooling, get_args(Pooling))
         check_dropout(dropout)
         self.encoder_config = encoder
         self.task_names = list(check_task_names(task_names))

@@ -20,9 +20,9 @@ from hf_bilb.config.options import check_value, shown
 from hf_bilb.data import DATA_SETS, DataSetSpec
 from hf_bilb.data.molecules.molecule_net import GraphRows, task_data
 from hf_bilb.data.rows import VectorRows
+from hf_bilb.data.splits import split_rows
+from hf_bilb.data.tables.files import read_rows
 from hf_bilb.data.tables.sarcos import squared_errors
-from hf_bilb.data.tables.tables import read_rows
-from hf_bilb.data.task_data import split_rows
 from hf_bilb.data.text.glue import GlueOptions
 from hf_bilb.errors import HfBilbError, OptionError, StorageError, one_line
 from hf_bilb.experiments import plan

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hf_bilb.data.images.celeba import ATTRIBUTES
-from hf_bilb.data.images.rows import decode
+from hf_bilb.data.images.files import decode
 
 SMILING = ATTRIBUTES.index("Smiling")
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from hf_bilb.data import cache as array_cache
+from hf_bilb.data import jobs
 from hf_bilb.data.cache import META, Arrays, Preparation, prepare_arrays
 from hf_bilb.errors import OptionError
 from tests.processes import group_is_gone, wait_for
@@ -308,7 +309,7 @@ def test_an_interrupt_while_workers_start_is_silent_too(
 ) -> None:
     steps = tmp_path / "steps"
     steps.touch()
-    monkeypatch.setattr(array_cache, "_start_worker", functools.partial(slow_start, steps, array_cache._start_worker))
+    monkeypatch.setattr(jobs, "_start_worker", functools.partial(slow_start, steps, jobs._start_worker))
     process = start(tmp_path, trace, slow_squares)
     wait_for(lambda: steps.read_text(encoding="utf-8") == "began\n" * 2)
     os.killpg(process, signal.SIGINT)

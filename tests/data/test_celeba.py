@@ -17,7 +17,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS
 from hf_bilb.data.images.celeba import ATTRIBUTES, SINGLE_TASK_F1, CelebaOptions, load_celeba, read_folder, read_hub
-from hf_bilb.data.images.rows import collate_images, decode
+from hf_bilb.data.images.files import decode
+from hf_bilb.data.rows import collate_images
 from hf_bilb.errors import OptionError
 from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.experiments.run import run_recipe

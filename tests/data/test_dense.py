@@ -21,7 +21,7 @@ from hf_bilb.data.dense.augmentation import View, draw_view
 from hf_bilb.data.dense.files import resize_image, resize_nearest
 from hf_bilb.data.dense.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.data.dense.rows import DenseRows
-from hf_bilb.data.images.rows import collate_images
+from hf_bilb.data.rows import collate_images
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.dense import dense_item_counts
 from hf_bilb.trainer.epochs import EpochDataset

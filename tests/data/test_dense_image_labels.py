@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from hf_bilb.data.dense.cityscapes import CityscapesOptions, load_cityscapes
 from hf_bilb.data.dense.nyuv2 import Nyuv2Options, load_nyuv2
-from hf_bilb.data.dense.prepare import prepare_nyuv2
-from hf_bilb.data.dense.rows import DenseOptions
-from hf_bilb.data.images.rows import collate_images
+from hf_bilb.data.dense.options import DenseOptions
+from hf_bilb.data.dense.prepare_nyuv2 import prepare_nyuv2
+from hf_bilb.data.rows import collate_images
 from hf_bilb.errors import OptionError
 from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.experiments.run import build_model, run_recipe

@@ -26,7 +26,8 @@ from hf_bilb.data.text.glue import (
     read_tsv,
     split_training_rows,
 )
-from hf_bilb.data.text.pretrained_text import PadTokens, TokenRows, count_task_items, tokenize
+from hf_bilb.data.text.rows import PadTokens, TokenRows, count_task_items
+from hf_bilb.data.text.tokenization import tokenize
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.trainer.sampling import example_tasks
 from tests.data.glue_files import FOLDERS, HEADERS, rows, write_encoder, write_glue, write_tsv

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bilb.data.images import rows as images
+from hf_bilb.data.images import files as images
 from hf_bilb.data.images.celeba import CelebaOptions, load_celeba
-from hf_bilb.data.images.rows import ImageRows, collate_images, decode, prepare_images
+from hf_bilb.data.images.files import decode, prepare_images
+from hf_bilb.data.images.rows import ImageRows
+from hf_bilb.data.rows import collate_images
 from hf_bilb.errors import OptionError
 from tests.data.celeba_files import Counted, name_of, write_celeba
 
@@ -123,7 +125,7 @@ def test_of_two_that_prepare_at_once_one_does(tmp_path: Path, monkeypatch: pytes
 
 KILLED = """
 import sys
-from hf_bilb.data.images import rows as images
+from hf_bilb.data.images import files as images
 from tests.data.celeba_files import Counted
 images.CHUNK = 3
 source = Counted()
@@ -167,6 +169,23 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         load_celeba(CelebaOptions(folder=str(tmp_path / "celeba"), cache_dir=str(tmp_path / "file")))
     assert str(caught.value).startswith("data.cache_dir: ")
     assert str(caught.value).endswith("cannot be written: Not a directory")
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_without_a_folder_the_cache_of_all_data_sets_is_taken_and_a_former_one_is_used_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, former: bool
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("hf_bilb.data.cache.default_root", lambda: tmp_path / "ours")
+    source = Counted()
+    if former:
+        prepare_images(source, 16, str(tmp_path / "datasets" / "hf_bilb"))
+    reads = len(source.reads)
+    file = prepare_images(source, 16)
+    assert file.is_relative_to(tmp_path / ("datasets/hf_bilb" if former else "ours"))
+    assert len(source.reads) == (reads if former else 10)
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

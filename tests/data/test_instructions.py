@@ -15,8 +15,9 @@ import torch
 from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS, TaskData
 from hf_bilb.data.text.glue_prompts import WORDINGS
-from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
+from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, tokenize_instructions
 from hf_bilb.data.text.instructions import new_tokenizer, read_jsonl, unigram_perplexity
+from hf_bilb.data.text.rows import PadTokens
 from hf_bilb.errors import OptionError
 from tests.data.glue_files import write_glue
 from tests.data.language_files import TASKS, rows, tokenizer_of, write_jsonl
@@ -144,7 +145,7 @@ def few_rows(packed: bool) -> InstructionRows:
 
 
 def test_padded_batches() -> None:
-    batch = PadExamples(7)(list(few_rows(packed=False)))
+    batch = PadTokens(7)(list(few_rows(packed=False)))
     assert {name: column.tolist() for name, column in batch.items()} == {
         "input_ids": [[10, 11, 12, 13], [14, 15, 7, 7], [16, 17, 18, 7]],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]],

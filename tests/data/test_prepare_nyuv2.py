@@ -15,10 +15,10 @@ import torch
 from click.testing import CliRunner
 
 from hf_bilb.cli import main
-from hf_bilb.data.dense import prepare
+from hf_bilb.data.dense import prepare_nyuv2 as prepare
 from hf_bilb.data.dense.nyuv2 import Nyuv2Options, load_nyuv2
 from hf_bilb.data.dense.nyuv2_labels import classes_13, official_split
-from hf_bilb.data.dense.prepare import SETTINGS, prepare_nyuv2
+from hf_bilb.data.dense.prepare_nyuv2 import SETTINGS, prepare_nyuv2
 from hf_bilb.data.dense.surface_normals import NYUV2_CAMERA
 from hf_bilb.errors import MissingPackageError, OptionError
 from tests.data.dense_scenes import plane, write_mtan
@@ -172,7 +172,7 @@ def test_scenes_that_are_something_else_are_one_line(
 COMMAND = """
 import sys
 import numpy as np
-from hf_bilb.data.dense import prepare
+from hf_bilb.data.dense import prepare_nyuv2 as prepare
 prepare.NUM_IMAGES = 24
 prepare.official_split = lambda: (np.arange(1, 24, 2), np.arange(0, 24, 2))
 from hf_bilb.cli import main

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, PadExamples
+from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples
+from hf_bilb.data.text.rows import PadTokens
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.tokens import TokenLosses
 from hf_bilb.models.causal_lm import CausalLmOptions, build_causal_lm
@@ -124,7 +125,7 @@ def test_losses_are_those_of_single_examples_or_the_model_is_refused(case: Case)
             or (found - expected_gradient).norm() > tolerance * expected_gradient.norm()
         )
 
-    assert not differs(PadExamples(2)(list(rows)))
+    assert not differs(PadTokens(2)(list(rows)))
     if case.packable:
         assert not differs(PackExamples(2)(list(data_of(24, packed=True))))
         case.build(packed=True)
@@ -165,7 +166,7 @@ def test_a_loss_for_experts_is_not_left_out_in_silence() -> None:
     with pytest.raises(OptionError, match=r"^model: 'mixtral' has a loss for its experts, which would be left out"):
         case.build(output_router_logits=True)
     model = case.build()
-    batch = PadExamples(2)(list(data_of(4)))
+    batch = PadTokens(2)(list(data_of(4)))
     outputs = model(input_ids=batch["input_ids"], output_router_logits=True)
     with pytest.raises(TaskLossError, match=r"^aux_loss: the model's loss for its experts would be left out"):
         TokenLosses(3)(outputs, batch)

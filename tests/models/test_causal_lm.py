@@ -15,7 +15,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_bilb.config.options import parse_options
-from hf_bilb.data.text.instruction_rows import PackExamples, PadExamples
+from hf_bilb.data.text.instruction_rows import PackExamples
+from hf_bilb.data.text.rows import PadTokens
 from hf_bilb.errors import OptionError
 from hf_bilb.experiments.recipe import parse_recipe, read_recipe
 from hf_bilb.experiments.run import build_model, resolve_data_options, run_recipe
@@ -46,7 +47,7 @@ def test_packed_and_padded_batches_have_the_losses_of_single_examples(config: di
     expected = by_row(model, rows)
     assert all(expected.values())
     losses, found, gradients = TokenLosses(3), [], []
-    for batch in (PadExamples(2)(list(rows)), PackExamples(2)(list(packable))):
+    for batch in (PadTokens(2)(list(rows)), PackExamples(2)(list(packable))):
         names = [name for name in batch if name not in ("token_labels", "task_ids")]
         found.append(losses(model(**{name: batch[name] for name in names}), batch))
         model.zero_grad()

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 from hf_bilb.data.dense.cityscapes_files import IMAGES, is_official, official_columns
+from hf_bilb.data.dense.data_set import DenseFacts, DensePart, dense_task_data, mtan_part
 from hf_bilb.data.dense.files import MTAN_FOLDERS
-from hf_bilb.data.dense.rows import DenseFacts, DenseOptions, DensePart, dense_task_data, mtan_part
+from hf_bilb.data.dense.options import DenseOptions
 from hf_bilb.data.task_data import DataSetSpec, TaskData
 from hf_bilb.errors import OptionError
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.dense.files import IMAGE, Column, check_labels, fingerprint, resize_image, resize_nearest
+from hf_bilb.data.cache import fingerprint
+from hf_bilb.data.dense.files import IMAGE, Column, check_labels, resize_image, resize_nearest
 from hf_bilb.errors import MissingPackageError, OptionError
 
 IMAGES = "leftImg8bit"

@@ -7,7 +7,7 @@ float32 (zero vector: not known). Nothing is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.cache import Arrays, Preparation, prepare_arrays
-from hf_bilb.data.images.rows import list_files, short_hash
+from hf_bilb.data.cache import Arrays, Preparation, fingerprint, list_files, prepare_arrays
+from hf_bilb.data.checks import check_folder
 from hf_bilb.errors import OptionError
 
 # Part of the name of the cache: raise it when what is cached changes.
@@ -101,11 +101,6 @@ def _blank(kind: str, size: tuple[int, int]) -> NDArray[Any]:
     return np.full(shape, _MISSING[kind], np.int8 if kind == "segmentation" else np.float32)
 
 
-def fingerprint(parts: Sequence[object]) -> str:
-    """16 hexadecimal digits that change with any of the parts."""
-    return short_hash("\n".join(map(repr, parts)))
-
-
 def check_labels(task: str, folder: Path, ending: str, images: Collection[object], labels: Collection[object]) -> None:
     """Raise `OptionError` unless every image has a label; both are known by what their files' names begin with."""
     missing = [name for name in images if name not in labels]
@@ -178,8 +173,7 @@ def _mtan_column(
 
 def _numbered_files(folder: Path) -> dict[int, tuple[int, int]]:
     """Number -> size and time of change of `<number>.npy`, in order."""
-    if not folder.is_dir():
-        raise OptionError(f"data.folder: {str(folder)!r} is no folder, expected one with 0.npy, 1.npy, ...")
+    check_folder(folder, "0.npy, 1.npy, ...")
     found = {}
     for name, facts in list_files(folder).items():
         stem, _, ending = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Classes of whole images, beside labels at every pixel: read from a file of comma-separated values.
+"""Classes of whole images, in addition to labels at every pixel: read from a file of comma-separated values.
 
     part,image,scene,window
     train,0,kitchen,yes

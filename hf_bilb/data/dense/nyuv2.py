@@ -19,9 +19,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_bilb.data.dense.data_set import DenseFacts, dense_task_data, mtan_part
 from hf_bilb.data.dense.files import MTAN_FOLDERS
 from hf_bilb.data.dense.nyuv2_labels import CLASSES_13
-from hf_bilb.data.dense.rows import DenseFacts, DenseOptions, dense_task_data, mtan_part
+from hf_bilb.data.dense.options import DenseOptions
 from hf_bilb.data.task_data import DataSetSpec, TaskData
 from hf_bilb.errors import OptionError
 

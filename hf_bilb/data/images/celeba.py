@@ -20,19 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.config.options import check_one_of, unknown_name
-from hf_bilb.data.images.rows import (
-    ImageFiles,
-    ImageRows,
-    ImageSource,
-    TableImages,
-    collate_images,
-    list_files,
-    prepare_images,
-)
+from hf_bilb.config.options import check_one_of
+from hf_bilb.data.cache import list_files
+from hf_bilb.data.checks import check_at_least, check_folder, check_tasks, loading_from_hub, missing_column
+from hf_bilb.data.images.files import ImageFiles, ImageSource, TableImages, prepare_images
+from hf_bilb.data.images.rows import ImageRows
+from hf_bilb.data.rows import collate_images
+from hf_bilb.data.splits import PARTS
 from hf_bilb.data.task_data import DELTA_M_INFO, DataSetSpec, MetricInfo, TaskData, binary_losses
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.task_names import CELEBA_ATTRIBUTES
 from hf_bilb.metrics.multi_label import MEANS, MultiLabelMetrics, trivial_metrics
 
@@ -42,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_IMAGES = 202_599
-PARTS = ("train", "validation", "test")  # 0, 1, 2 in the partition file
 IMAGE_FOLDER = "img_align_celeba"
 LABEL_FILE = "list_attr_celeba.txt"
 PARTITION_FILE = "list_eval_partition.txt"
@@ -106,7 +101,8 @@ class CelebaOptions:
         tasks: which attributes, in the order of the loss vector; null = all 40.
         max_train: the first so many training images; null = all.
         allow_missing: leave out images that are listed but not there, with a warning, instead of an error.
-        cache_dir: where the decoded images are kept (2.5 GB at 64 x 64); null = beside the cache of `datasets`.
+        cache_dir: where the decoded images are kept (2.5 GB at 64 x 64); null = `hf_bilb` in the folder of Hugging
+            Face's caches.
 
     Raises:
         OptionError: both or none of `folder` and `hub`, an unknown task, a number out of range.
@@ -122,13 +118,10 @@ class CelebaOptions:
 
     def __post_init__(self) -> None:
         check_one_of("folder (the original files) and hub (a name)", folder=self.folder, hub=self.hub)
-        for name in check_task_names(self.task_names, "tasks"):
-            if name not in ATTRIBUTES:
-                raise unknown_name("tasks", name, ATTRIBUTES)
+        check_tasks(self.tasks, ATTRIBUTES)
         if not 8 <= self.image_size <= 1024:
             raise OptionError(f"image_size: {self.image_size} is not valid, expected 8 to 1024 pixels")
-        if self.max_train is not None and self.max_train < 1:
-            raise OptionError(f"max_train: {self.max_train} is not valid, expected 1 or more, or null (all)")
+        check_at_least("max_train", self.max_train, 1, ", or null (all)")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -143,7 +136,7 @@ class Faces:
     Attributes:
         images: the N images.
         labels: `[N, K]` float32, 0 or 1.
-        parts: `[N]`, 0 training, 1 validation, 2 test.
+        parts: `[N]`, which of `PARTS`: 0 training, 1 validation, 2 test.
     """
 
     images: ImageSource
@@ -229,11 +222,7 @@ def read_folder(folder: Path, task_names: Sequence[str], allow_missing: bool = F
     Raises:
         OptionError: see `load_celeba`.
     """
-    if not folder.is_dir():
-        raise OptionError(
-            f"data.folder: {str(folder)!r} is no folder, expected one with {IMAGE_FOLDER}, {LABEL_FILE} and "
-            f"{PARTITION_FILE}"
-        )
+    check_folder(folder, f"{IMAGE_FOLDER}, {LABEL_FILE} and {PARTITION_FILE}")
     label_file = _find(folder, "Anno", LABEL_FILE)
     partition_file = _find(folder, "Eval", PARTITION_FILE)
     image_folder = _find(folder, "Img", IMAGE_FOLDER)
@@ -282,7 +271,7 @@ def read_labels(file: Path, task_names: Sequence[str]) -> tuple[list[str], NDArr
     count, columns = _header(file, lines)
     for task in task_names:
         if task not in columns:
-            raise OptionError(f"{file}, row 2: has no column for task {task} (it has {', '.join(columns)})")
+            raise missing_column(f"{file}, row 2", f"for task {task}", columns)
     names: list[str] = []
     rows: list[bytes] = []
     for row, (name, *values) in lines:
@@ -363,13 +352,11 @@ def read_hub(name: str, task_names: Sequence[str]) -> Faces:
 def _load_splits(name: str) -> Mapping[str, datasets.Dataset]:
     import datasets
 
-    try:
+    with loading_from_hub(f"data.hub: {name!r} cannot be loaded"):
         if (Path(name) / "dataset_dict.json").is_file():
             return datasets.DatasetDict.load_from_disk(name)
         splits: Any = datasets.load_dataset(name)
         return splits
-    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
-        raise OptionError(f"data.hub: {name!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def _image_column(name: str, table: datasets.Dataset) -> str:
@@ -386,7 +373,7 @@ def _hub_labels(where: str, table: datasets.Dataset, task_names: Sequence[str]) 
     labels = np.empty((len(table), len(task_names)), np.float32)
     for k, task in enumerate(task_names):
         if task not in table.column_names:
-            raise OptionError(f"{where}: has no column for task {task} (it has {', '.join(table.column_names)})")
+            raise missing_column(where, f"for task {task}", table.column_names)
         values = np.array(table.select_columns([task])[:][task], dtype=object)  # without decoding the images
         allowed = (-1, 1) if -1 in values else (0, 1)
         wrong = [row for row, value in enumerate(values) if value not in allowed]

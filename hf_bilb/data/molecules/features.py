@@ -240,7 +240,7 @@ def _skeleton(numbers: list[int], hydrogens: list[int], bonds: list[list[int]]) 
     molecule = Chem.RWMol()
     for number, count in zip(numbers, hydrogens, strict=True):
         atom = Chem.Atom(number)
-        atom.SetIsotope(count + 1)  # what RDKit compares beside the element; 0 would match every number
+        atom.SetIsotope(count + 1)  # what RDKit compares in addition to the element; 0 would match every number
         molecule.AddAtom(atom)
     for first, second in bonds:
         molecule.AddBond(first, second, Chem.BondType.SINGLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
+
+from hf_bilb.data.rows import BatchedRows, JoinRows
 
 #: `nodes [B, n, F]`, `edges [B, n, n, E]`, `edge_mask [B, n, n]`, `num_nodes` (B integers) and `labels [B, K]`.
 GraphBatch: TypeAlias = dict[str, Any]
@@ -120,12 +122,11 @@ def _distances(positions: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.sqrt(squared, out=squared)
 
 
-class GraphRows(Dataset[GraphBatch]):
-    """Some molecules with their labels, a map-style data set.
+class GraphRows(BatchedRows):
+    """Some molecules with their labels.
 
     `rows[i]` is one molecule: `nodes [n, F]`, `edges [n, n, E]`, `edge_mask [n, n]`, `num_nodes` (an integer) and
-    `labels [K]`. A DataLoader asks for a whole batch (`__getitems__`) and gets it in a few array operations; use
-    `collate_graphs` with it.
+    `labels [K]`. Use `collate_graphs` with it.
 
     Args:
         graphs: all molecules.
@@ -146,30 +147,27 @@ class GraphRows(Dataset[GraphBatch]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> GraphBatch:
-        batch = self.__getitems__([index])[0]
-        return {name: values[0] for name, values in batch.items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[GraphBatch]:
-        # A list of ONE batch: the Trainer's RemoveColumnsCollator passes over each element of what comes from here.
-        chosen = np.asarray(indices, np.int64)
-        return [{**self.graphs.batch(self.rows[chosen]), "labels": self.labels[torch.from_numpy(chosen)]}]
+    def _batch(self, places: Sequence[int] | NDArray[np.int64]) -> GraphBatch:
+        chosen = np.asarray(places, np.int64)
+        return {**self.graphs.batch(self.rows[chosen]), "labels": self.labels[torch.from_numpy(chosen)]}
 
 
-def collate_graphs(rows: Sequence[Mapping[str, Any]]) -> GraphBatch:
-    """Join molecules and batches of molecules, in any mixture, to one batch, padded to the largest."""
-    batches = [row if isinstance(row["num_nodes"], list) else _batch_of_one(row) for row in rows]
-    if len(batches) == 1:
-        return dict(batches[0])
-    size = max(batch["nodes"].shape[1] for batch in batches)
-    return {name: _join(name, [batch[name] for batch in batches], size) for name in batches[0]}
+@dataclass(frozen=True)
+class JoinGraphs(JoinRows):
+    """Collator: joins molecules and batches of molecules, in any mixture, to one batch, padded to the largest."""
+
+    def _batch_of_one(self, value: Any) -> Any:
+        return value[None] if isinstance(value, Tensor) else [value]  # `num_nodes` is no tensor
+
+    def _join(self, batches: Sequence[Mapping[str, Any]]) -> GraphBatch:
+        size = max(batch["nodes"].shape[1] for batch in batches)
+        return {name: _joined(name, [batch[name] for batch in batches], size) for name in batches[0]}
 
 
-def _batch_of_one(row: Mapping[str, Any]) -> GraphBatch:
-    return {name: [values] if name == "num_nodes" else values[None] for name, values in row.items()}
+collate_graphs = JoinGraphs(2, "nodes")
 
 
-def _join(name: str, parts: list[Any], size: int) -> Any:
+def _joined(name: str, parts: list[Any], size: int) -> Any:
     if name == "num_nodes":
         return [number for part in parts for number in part]
     dimensions = {"nodes": 1, "edges": 2, "edge_mask": 2}.get(name, 0)  # that are padded; they follow the batch's

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.config.options import nearest, unknown_name
-from hf_bilb.data.cache import Arrays, Preparation, default_root, prepare_arrays
+from hf_bilb.config.options import nearest
+from hf_bilb.data.cache import Arrays, Preparation, cache_root, prepare_arrays
+from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
 from hf_bilb.data.molecules.features import (
     SMILES_ATOM_FEATURES,
     SMILES_BOND_FEATURES,
@@ -37,9 +38,9 @@ from hf_bilb.data.molecules.features import (
     smiles_graph,
 )
 from hf_bilb.data.molecules.graphs import GraphRows, MoleculeGraphs, collate_graphs
-from hf_bilb.data.task_data import DataSetSpec, MetricInfo, Split, TaskData
+from hf_bilb.data.splits import PARTS, Split, draw_rows
+from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
 from hf_bilb.metrics.roc_auc import RocAuc
 from hf_bilb.metrics.streaming import TaskMetrics
 
@@ -122,17 +123,13 @@ class MoleculeNetOptions:
 
     def __post_init__(self) -> None:
         for key in ("train_fraction", "validation_fraction"):
-            if not 0 < getattr(self, key) < 1:
-                raise OptionError(f"{key}: {getattr(self, key)} is not valid, expected a share between 0 and 1")
+            check_fraction(key, getattr(self, key))
         if self.train_fraction + self.validation_fraction >= 1:
             total = f"{self.train_fraction} + {self.validation_fraction}"
             raise OptionError(f"validation_fraction: {total} leaves nothing for the test part, expected a sum below 1")
         for key, minimum in (("seed", 0), ("max_atoms", 1), ("num_workers", 1)):
-            value = getattr(self, key)
-            if value is not None and value < minimum:
-                raise OptionError(f"{key}: {value} is not valid, expected {minimum} or more")
-        if self.tasks is not None:
-            check_task_names(self.tasks, "tasks")
+            check_at_least(key, getattr(self, key), minimum)
+        check_tasks(self.tasks, None)  # which there are depends on the data set
 
 
 def load_tox21(options: MoleculeNetOptions) -> TaskData:
@@ -161,24 +158,21 @@ def load_molecules(data_set: str, columns: Mapping[str, str], options: MoleculeN
         OptionError: an unknown task, a file or column that is missing, a label that is none: names file, row and task.
     """
     names = tuple(columns) if options.tasks is None else options.tasks
-    for name in names:
-        if name not in columns:
-            raise unknown_name("data.tasks", name, columns)
+    check_tasks(names, columns, "data.tasks")
     version = check_rdkit(data_set)
     table = read_csv(Path(options.file), {name: columns[name] for name in names})
     arrays = _prepare(data_set, table, version, options)
     usable = _usable(arrays, table, options.max_atoms)
     split = split_molecules(arrays["scaffolds"][usable], options)
     graphs = MoleculeGraphs(*(arrays[name] for name in ("num_nodes", "nodes", "num_bonds", "bonds", "bond_features")))
-    rows = Split(*(usable[part] for part in (split.train, split.validation, split.test)))
+    rows = Split(*(usable[part] for part in split))
     return task_data(graphs, torch.from_numpy(table.labels[arrays["rows"]]), rows, names)
 
 
 def task_data(graphs: MoleculeGraphs, labels: torch.Tensor, rows: Split, names: Sequence[str]) -> TaskData:
     """Everything the Trainer needs, from all graphs, their labels `[N, K]`, the parts' rows and the tasks' names."""
     parts = {}
-    for part in ("train", "validation", "test"):
-        chosen = getattr(rows, part)
+    for part, chosen in zip(PARTS, rows, strict=True):
         parts[part] = GraphRows(graphs, chosen, labels[torch.from_numpy(chosen)])
         _warn_of_one_class(part, parts[part].labels, names)
     if empty := [name for name, column in zip(names, parts["train"].labels.T, strict=True) if column.isnan().all()]:
@@ -295,8 +289,7 @@ def _prepare(data_set: str, table: Table, rdkit_version: str, options: MoleculeN
         description=f"{data_set} graphs",
         unit="molecules",
     )
-    root = default_root() if options.cache_dir is None else Path(options.cache_dir)
-    return prepare_arrays(root, preparation, options.num_workers)[0]
+    return prepare_arrays(cache_root(options.cache_dir), preparation, options.num_workers)[0]
 
 
 def _size_of_chunk(chunk: tuple[int, list[str]]) -> int:
@@ -357,10 +350,9 @@ def split_molecules(scaffolds: NDArray[np.bytes_], options: MoleculeNetOptions) 
     if options.split == "scaffold":
         split = scaffold_split(scaffolds, num_train, num_held)
     else:
-        order = np.random.default_rng(options.seed).permutation(len(scaffolds))
-        split = Split(train=order[:num_train], validation=order[num_train:num_held], test=order[num_held:])
-    for part in ("train", "validation", "test"):
-        if not len(getattr(split, part)):
+        split = Split(*draw_rows(len(scaffolds), options.seed, num_train, num_held - num_train, None))
+    for part, rows in zip(PARTS, split, strict=True):
+        if not len(rows):
             raise OptionError(f"data.split: {options.split} leaves the {part} part of {len(scaffolds)} molecules empty")
     return split
 

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from hf_bilb.data.checks import check_at_least, check_tasks
 from hf_bilb.data.molecules.coulomb import coulomb_eigenvalues
-from hf_bilb.data.molecules.qm9_targets import TARGETS, Tasks, check_targets
+from hf_bilb.data.molecules.qm9_targets import TARGET_NAMES, TARGETS, Tasks
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.data.task_data import DataSetSpec, Standardizer, TaskData, check_split, split_rows
-from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.data.splits import check_split, split_rows
+from hf_bilb.data.task_data import DataSetSpec, Standardizer, TaskData
+from hf_bilb.errors import MissingPackageError
 
 if TYPE_CHECKING:
     import datasets
@@ -64,9 +65,8 @@ class Qm9Options:
     tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_targets(self.tasks)
-        if self.seed < 0:
-            raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
+        check_tasks(self.tasks, TARGET_NAMES)
+        check_at_least("seed", self.seed, 0)
         check_split(NUM_MOLECULES, self.num_train, self.num_validation, self.num_test)
 
 
@@ -304,8 +304,7 @@ def task_data(columns: Qm9Columns, options: Qm9Options) -> TaskData:
     tasks = Tasks.choose(options.tasks, columns.targets, split.train)
 
     def part(rows: NDArray[np.int64]) -> VectorRows:
-        features = of_features.standardize(columns.features[rows])
-        return VectorRows({"features": torch.from_numpy(features).float(), "labels": tasks.labels(rows)})
+        return VectorRows({"features": of_features.tensor(columns.features[rows]), "labels": tasks.labels(rows)})
 
     test = part(split.test)
     return TaskData(

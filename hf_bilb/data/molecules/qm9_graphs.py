@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.cache import Arrays, Preparation, default_root, prepare_arrays
+from hf_bilb.data.cache import Arrays, Preparation, cache_root, prepare_arrays
+from hf_bilb.data.checks import check_at_least
 from hf_bilb.data.molecules.features import (
     BOND_TYPES,
     GEOMETRY_ATOM_FEATURES,
@@ -47,8 +48,8 @@ from hf_bilb.data.molecules.features import (
 from hf_bilb.data.molecules.graphs import GraphRows, MoleculeGraphs, collate_graphs
 from hf_bilb.data.molecules.qm9 import Molecules, Qm9Options, package_folder, read_molecules, read_smiles
 from hf_bilb.data.molecules.qm9_targets import Tasks
-from hf_bilb.data.task_data import DataSetSpec, TaskData, split_rows
-from hf_bilb.errors import OptionError
+from hf_bilb.data.splits import split_rows
+from hf_bilb.data.task_data import DataSetSpec, TaskData
 
 CHUNK = 2048  # molecules that are kept when a preparation is interrupted
 # Part of the name of the cache: raise it when what is cached changes.
@@ -69,8 +70,7 @@ class Qm9GraphsOptions(Qm9Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_workers is not None and self.num_workers < 1:
-            raise OptionError(f"num_workers: {self.num_workers} is not valid, expected 1 or more")
+        check_at_least("num_workers", self.num_workers, 1)
 
 
 def load_qm9_graphs(options: Qm9GraphsOptions) -> TaskData:
@@ -115,8 +115,7 @@ def prepare_qm9_graphs(
         description="QM9 graphs",
         unit="molecules",
     )
-    root = default_root() if cache_dir is None else Path(cache_dir)
-    return prepare_arrays(root, preparation, num_workers)
+    return prepare_arrays(cache_root(cache_dir), preparation, num_workers)
 
 
 def _chunks(folder: Path, max_molecules: int | None) -> list[tuple[Molecules, list[str]]]:

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.config.options import unknown_name
 from hf_bilb.data.task_data import DELTA_M_INFO, MetricInfo, Standardizer
-from hf_bilb.losses.contract import check_task_names
 from hf_bilb.metrics.multi_task import DELTA_M, delta_m
 from hf_bilb.metrics.regression import mean_absolute_error
 
@@ -75,14 +73,7 @@ TARGETS = (
     ),
     Target("Cv", "cal/(mol K)", "Heatcapacity_Cv_cal_mol_K", 0.07212),
 )  # fmt: skip
-
-
-def check_targets(tasks: Sequence[str] | None) -> None:
-    """Raise `OptionError` unless `tasks` is None or names targets, each once."""
-    names = [target.name for target in TARGETS]
-    for name in () if tasks is None else check_task_names(tasks, "tasks"):
-        if name not in names:
-            raise unknown_name("tasks", name, names)
+TARGET_NAMES = tuple(target.name for target in TARGETS)
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ class Tasks:
 
     def labels(self, rows: NDArray[np.int64]) -> torch.Tensor:
         """`[N, K]` float32: mean 0 and deviation 1 over the training molecules."""
-        return torch.from_numpy(self.scale.standardize(self.values[rows])).float()
+        return self.scale.tensor(self.values[rows])
 
     def errors(self, predictions: NDArray[np.floating], labels: NDArray[np.floating]) -> dict[str, float]:
         """Standardised `[N, K]` -> mean absolute errors in the papers' units, and Delta_m of them."""

@@ -21,18 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_bilb.data.tables.tables import (
-    BinaryTask,
-    Layout,
-    binary_task_data,
-    check_fraction,
-    check_seed,
-    check_tasks,
-    find_file,
-    read_rows,
-)
-from hf_bilb.data.task_data import DataSetSpec, Split, TaskData
-from hf_bilb.errors import OptionError
+from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
+from hf_bilb.data.splits import Split, hold_out
+from hf_bilb.data.tables.binary import binary_task_data
+from hf_bilb.data.tables.files import BinaryTask, Layout, find_file, read_rows
+from hf_bilb.data.task_data import DataSetSpec, TaskData
 
 LAYOUT = Layout(
     columns=(
@@ -80,7 +73,7 @@ class AdultOptions:
     def __post_init__(self) -> None:
         check_tasks(self.tasks, TASKS)
         check_fraction("validation_fraction", self.validation_fraction)
-        check_seed(self.seed)
+        check_at_least("seed", self.seed, 0)
 
 
 def load_adult(options: AdultOptions) -> TaskData:
@@ -93,11 +86,8 @@ def load_adult(options: AdultOptions) -> TaskData:
     train = read_rows(find_file(options.folder, ("adult.data", "adult_train.csv")), LAYOUT, tasks)
     test = read_rows(find_file(options.folder, ("adult.test", "adult_test.csv")), LAYOUT, tasks)
     num_rows = len(train.labels)
-    held_out = max(1, round(num_rows * options.validation_fraction))
-    if held_out >= num_rows:
-        raise OptionError(f"data.validation_fraction: {num_rows} training rows are too few to split")
-    order = np.random.default_rng(options.seed).permutation(num_rows)
-    split = Split(order[held_out:], order[:held_out], np.arange(num_rows, num_rows + len(test.labels)))
+    trained, held_out = hold_out(num_rows, options.seed, options.validation_fraction)
+    split = Split(trained, held_out, np.arange(num_rows, num_rows + len(test.labels)))
     return binary_task_data(train.followed_by(test), split, LAYOUT, tasks)
 
 

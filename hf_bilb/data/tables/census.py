@@ -20,7 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_bilb.data.tables.tables import BinaryTask, Layout, TableOptions, binary_task_data, read_rows
+from hf_bilb.data.tables.binary import binary_task_data
+from hf_bilb.data.tables.files import BinaryTask, Layout, read_rows
+from hf_bilb.data.tables.options import TableOptions
 from hf_bilb.data.task_data import DataSetSpec, TaskData
 
 LAYOUT = Layout(

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.data.rows import VectorRows, collate_vectors
-from hf_bilb.data.tables.tables import TableOptions
+from hf_bilb.data.tables.options import TableOptions
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, Standardizer, TaskData
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.masked import masked_mse
@@ -62,9 +61,8 @@ def load_sarcos(options: SarcosOptions) -> TaskData:
     of_targets = Standardizer.fit(targets[split.train])
 
     def part(rows: NDArray[np.int64]) -> VectorRows:
-        features = of_features.standardize(table[rows, :NUM_FEATURES])
-        labels = of_targets.standardize(targets[rows])
-        return VectorRows({"features": torch.from_numpy(features).float(), "labels": torch.from_numpy(labels).float()})
+        features, labels = of_features.tensor(table[rows, :NUM_FEATURES]), of_targets.tensor(targets[rows])
+        return VectorRows({"features": features, "labels": labels})
 
     def errors(predictions: NDArray[np.floating], labels: NDArray[np.floating]) -> dict[str, float]:
         values = normalized_mean_squared_error(predictions, labels)  # the same in any units

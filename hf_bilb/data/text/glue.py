@@ -35,17 +35,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import check_one_of, unknown_name
-from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
-from hf_bilb.data.text.pretrained_text import (
-    LABEL_NAMES,
-    PadTokens,
-    TokenRows,
-    count_task_items,
-    load_tokenizer,
-    tokenize,
+from hf_bilb.data.checks import (
+    check_at_least,
+    check_folder,
+    check_fraction,
+    check_tasks,
+    loading_from_hub,
+    missing_column,
 )
+from hf_bilb.data.splits import PARTS, hold_out
+from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
+from hf_bilb.data.text.rows import LABEL_NAMES, PadTokens, TokenRows, count_task_items
+from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer, tokenize
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
@@ -167,33 +169,22 @@ class GlueOptions:
 
     def __post_init__(self) -> None:
         check_one_of("folder (with TSV files) and hub (a name)", folder=self.folder, hub=self.hub)
-        check_task_names(self.tasks, "tasks")
-        for name in self.tasks:
-            if name not in TASKS:
-                raise unknown_name("tasks", name, TASKS)
-        if not 0 < self.validation_fraction < 1:
-            raise OptionError(
-                f"validation_fraction: {self.validation_fraction} is not valid, expected a share between 0 and 1"
-            )
+        check_tasks(self.tasks, TASKS)
+        check_fraction("validation_fraction", self.validation_fraction)
         limits = self.max_train if isinstance(self.max_train, dict) else {"": self.max_train}
         for name, limit in limits.items():
             if name in TASKS and name not in self.tasks:
                 raise OptionError(f"max_train.{name}: the task {name!r} is none of tasks ({', '.join(self.tasks)})")
             if name and name not in self.tasks:
                 raise unknown_name("max_train", name, self.tasks)
-            _check_at_least(f"max_train.{name}" if name else "max_train", limit, 1)
-        _check_at_least("max_length", self.max_length, 8)
-        _check_at_least("max_validation", self.max_validation, 1)
-        _check_at_least("seed", self.seed, 0)
+            check_at_least(f"max_train.{name}" if name else "max_train", limit, 1)
+        check_at_least("max_length", self.max_length, 8)
+        check_at_least("max_validation", self.max_validation, 1)
+        check_at_least("seed", self.seed, 0)
 
     def max_train_of(self, task: str) -> int | None:
         """The limit of one task."""
         return self.max_train.get(task) if isinstance(self.max_train, dict) else self.max_train
-
-
-def _check_at_least(key: str, value: int | None, minimum: int) -> None:
-    if value is not None and value < minimum:
-        raise OptionError(f"{key}: {value} is not valid, expected {minimum} or more")
 
 
 def load_glue(options: GlueOptions) -> TaskData:
@@ -210,21 +201,22 @@ def load_glue(options: GlueOptions) -> TaskData:
                           "google-bert/bert-base-uncased")  # fmt: skip
     rows = {name: read_task(TASKS[name], options) for name in options.tasks}
     tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer")
-    if options.max_length > tokenizer.model_max_length:
-        raise OptionError(
-            f"data.max_length: {options.max_length} is not valid, expected at most {tokenizer.model_max_length}, "
-            f"as the tokenizer {options.tokenizer!r} says"
-        )
-    parts: dict[str, list[TokenRows]] = {"train": [], "validation": [], "test": []}
+    check_max_length(tokenizer, options.max_length, options.tokenizer)
+    parts: dict[str, list[TokenRows]] = {part: [] for part in PARTS}
     for task_id, name in enumerate(options.tasks):
-        train, test = rows[name]
-        trained, held_out = split_training_rows(TASKS[name], len(train), options)
-        chosen = {"train": train.take(trained), "validation": train.take(held_out), "test": test}
-        for part, labelled in chosen.items():
+        for part, labelled in parts_of(TASKS[name], *rows[name], options).items():
             tokens = tokenize(tokenizer, labelled.texts, labelled.labels, task_id, options.max_length)
             parts[part].append(tokens)
     joined = {part: TokenRows.concatenate(tokens) for part, tokens in parts.items()}
     return task_data(joined, [TASKS[name] for name in options.tasks], tokenizer, options.max_length)
+
+
+def parts_of(
+    task: GlueTask, train: LabelledTexts, test: LabelledTexts, options: GlueOptions
+) -> dict[str, LabelledTexts]:
+    """The three parts of a task from what `read_task` gives; raises as `split_training_rows`."""
+    trained, held_out = split_training_rows(task, len(train), options)
+    return {"train": train.take(trained), "validation": train.take(held_out), "test": test}
 
 
 def split_training_rows(
@@ -235,17 +227,16 @@ def split_training_rows(
     Raises:
         OptionError: when too few rows are left for either.
     """
-    num_validation = max(1, round(num_rows * options.validation_fraction))
-    if options.max_validation is not None:
-        num_validation = min(num_validation, options.max_validation)
-    if num_validation >= num_rows:
-        raise OptionError(f"data.validation_fraction: {num_rows} training rows of {task.name} are too few to split")
-    # A generator per task: what is held out of one does not depend on which others there are.
-    generator = np.random.default_rng([options.seed, list(TASKS).index(task.name)])
-    order = generator.permutation(num_rows)
-    limit = options.max_train_of(task.name)
-    last = num_rows if limit is None else min(num_rows, num_validation + limit)
-    return order[num_validation:last], order[:num_validation]
+    train, validation = hold_out(
+        num_rows,
+        # A seed of each task's own: what is held out of one does not depend on which others there are.
+        [options.seed, list(TASKS).index(task.name)],
+        options.validation_fraction,
+        options.max_validation,
+        options.max_train_of(task.name),
+        owner=f" of {task.name}",
+    )
+    return train, validation
 
 
 def task_data(
@@ -340,10 +331,7 @@ def read_task(task: GlueTask, options: GlueOptions) -> tuple[LabelledTexts, Labe
 
 def task_folder(folder: Path, task: GlueTask) -> Path:
     """The task's folder; raises `OptionError` when it, or the whole folder, is not there."""
-    if not folder.is_dir():
-        raise OptionError(
-            f"data.folder: {str(folder)!r} is no folder, expected one with GLUE's {task.folder}/train.tsv and so on"
-        )
+    check_folder(folder, f"GLUE's {task.folder}/train.tsv and so on")
     if not (folder / task.folder).is_dir():
         held = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
         raise OptionError(
@@ -370,7 +358,7 @@ def read_tsv(file: Path, task: GlueTask) -> LabelledTexts:
     columns = task.columns or tuple(next(lines, (1, []))[1])
     for name in (*task.texts, task.label):
         if name not in columns:
-            raise OptionError(f"{file}: has no column {name!r} for task {task.name} (it has {', '.join(columns)})")
+            raise missing_column(str(file), f"{name!r} for task {task.name}", columns)
     positions = [columns.index(name) for name in task.texts]
     label_position = columns.index(task.label)
     texts: tuple[list[str], ...] = tuple([] for _ in positions)
@@ -433,7 +421,7 @@ def read_hub(name: str, split: str, task: GlueTask) -> LabelledTexts:
     rows = _load_split(name, split, task)
     for column in (*task.hub_texts, "label"):
         if column not in rows.column_names:
-            raise OptionError(f"{where}: has no column {column!r} (it has {', '.join(rows.column_names)})")
+            raise missing_column(where, repr(column), rows.column_names)
     table = rows.with_format("numpy", columns=["label"])
     labels = np.asarray(table["label"][:] if len(table) else [])
     try:
@@ -456,7 +444,7 @@ def _are_labels(labels: NDArray[np.float32], task: GlueTask) -> NDArray[np.bool_
 def _load_split(name: str, split: str, task: GlueTask) -> datasets.Dataset:
     import datasets
 
-    try:
+    with loading_from_hub(f"data.hub: {name!r} gives no {task.name}"):
         if not Path(name).is_dir():
             return datasets.load_dataset(name, task.name, split=split)
         # A folder may lack the README that tells `datasets` which folder is which configuration.
@@ -464,10 +452,6 @@ def _load_split(name: str, split: str, task: GlueTask) -> datasets.Dataset:
         if not files:
             raise OptionError(f"data.hub: {name!r} has no {task.name}/{split}-*.parquet")
         return datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    except OptionError:
-        raise
-    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
-        raise OptionError(f"data.hub: {name!r} gives no {task.name}: {' '.join(str(error).split())}") from None
 
 
 SPEC = DataSetSpec(options=GlueOptions, load=load_glue, from_model={"tokenizer": "encoder"})

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
-from hf_bilb.data.text.pretrained_text import ROWS_AT_ONCE, padded_column, where_tokens_are
+from hf_bilb.data.text.rows import PadTokens, SequenceRows
+from hf_bilb.data.text.tokenization import ROWS_AT_ONCE
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.tokens import IGNORED, TOKEN_LABELS
 
@@ -34,14 +34,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class InstructionRows(Dataset[dict[str, Any]]):
-    """A map-style data set of examples in memory: one flat array of tokens, so a row costs its tokens alone.
+class InstructionRows(SequenceRows):
+    """Examples whose tokens have labels.
+
+    A row has `input_ids [T]`, `token_labels [T]` and the scalar `task_ids`; packed also `position_ids [T]`.
 
     Args:
         lengths: `[N]`, tokens per example.
         ignored: `[N]`, how many of its first tokens are no items: the prompt's, and 1 at least, which nothing predicts.
         input_ids: `[sum of lengths]` int32, the examples one after the other.
-        task_ids: `[N]` int64; an attribute, so that a task sampler can read it without loading rows.
+        task_ids: `[N]` int64.
         packed: rows bring `position_ids`, by which `PackExamples` packs them.
 
     Raises:
@@ -58,30 +60,22 @@ class InstructionRows(Dataset[dict[str, Any]]):
     ) -> None:
         if not len(lengths) == len(ignored) == len(task_ids) or len(input_ids) != lengths.sum():
             raise ValueError(f"{len(lengths)} lengths of {lengths.sum()} tokens do not fit {len(input_ids)} input_ids")
-        self.lengths = lengths
+        super().__init__(lengths, {"input_ids": input_ids}, task_ids)
         self.ignored = ignored
-        self.input_ids = input_ids
-        self.task_ids = task_ids
         self.packed = packed
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index`: `input_ids [T]`, `token_labels [T]`, the scalar `task_ids`; packed also `position_ids [T]`."""
-        row = range(len(self))[index]  # negative numbers, and IndexError beyond the end
-        tokens = self.input_ids[self._starts[row] : self._starts[row + 1]]
+    def _row(self, place: int) -> dict[str, Any]:
+        tokens = self._tokens(place)["input_ids"]
         labels = tokens.astype(np.int64)
-        labels[: self.ignored[row]] = IGNORED
+        labels[: self.ignored[place]] = IGNORED
         positions = {"position_ids": np.arange(len(tokens))} if self.packed else {}
-        return {"input_ids": tokens, TOKEN_LABELS: labels, "task_ids": self.task_ids[row], **positions}
+        return {"input_ids": tokens, TOKEN_LABELS: labels, "task_ids": self.task_ids[place], **positions}
 
-    def items(self, task_id: int) -> NDArray[np.int32]:
+    def items(self, task_id: int) -> NDArray[np.integer]:
         """The tokens that are items, of one task, as they follow each other."""
-        within = np.arange(len(self.input_ids)) - np.repeat(self._starts[:-1], self.lengths)
+        within = np.arange(self._starts[-1]) - np.repeat(self._starts[:-1], self.lengths)
         counts = within >= np.repeat(self.ignored, self.lengths)
-        return self.input_ids[counts & np.repeat(self.task_ids == task_id, self.lengths)]
+        return self.columns["input_ids"][counts & np.repeat(self.task_ids == task_id, self.lengths)]
 
 
 @dataclass(frozen=True)
@@ -160,43 +154,17 @@ def _leading_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @dataclass(frozen=True)
-class PadExamples:
-    """Collator: rows of `InstructionRows` to a padded batch, on the right, to the longest of the batch.
-
-    Attributes:
-        pad_token_id: what stands where the attention mask is 0.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch as in the module's docstring."""
-        there = where_tokens_are(rows)
-        return {
-            "input_ids": padded_column(rows, "input_ids", there, self.pad_token_id),
-            "attention_mask": torch.from_numpy(there.astype(np.int64)),
-            TOKEN_LABELS: padded_column(rows, TOKEN_LABELS, there, IGNORED),
-            "task_ids": torch.from_numpy(np.array([row["task_ids"] for row in rows], np.int64)),
-        }
-
-
-@dataclass(frozen=True)
-class PackExamples:
+class PackExamples(PadTokens):
     """Collator: rows of `InstructionRows` that bring `position_ids` to one packed row, others to a padded batch.
 
     Validation and test rows bring none: of a packed row an evaluation under several ranks could not drop the examples
     that only fill the last batch up.
-
-    Attributes:
-        pad_token_id: for padded batches.
     """
-
-    pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch as in the module's docstring."""
         if "position_ids" not in rows[0]:
-            return PadExamples(self.pad_token_id)(rows)
+            return super().__call__(rows)
         columns = {
             name: np.concatenate([row[name] for row in rows]) for name in ("input_ids", "position_ids", TOKEN_LABELS)
         }

@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.config.options import check_one_of, nearest, unknown_name
+from hf_bilb.config.options import check_one_of, nearest
+from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
+from hf_bilb.data.splits import PARTS, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
-from hf_bilb.data.text.glue import DEFAULT_TASKS, TASKS, GlueOptions, read_task, split_training_rows
+from hf_bilb.data.text.glue import DEFAULT_TASKS, TASKS, GlueOptions, parts_of, read_task
 from hf_bilb.data.text.glue_prompts import instruction
-from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, PadExamples, tokenize_instructions
-from hf_bilb.data.text.pretrained_text import load_tokenizer
+from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, tokenize_instructions
+from hf_bilb.data.text.rows import PadTokens
+from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.tokens import TOKEN_LABELS, TokenLosses
 from hf_bilb.metrics.perplexity import Perplexity, perplexity
 
@@ -37,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 LABEL_NAMES = (TOKEN_LABELS, "task_ids")
 _KEYS = ("task", "prompt", "response")
-_PARTS = ("train", "validation", "test")
 _SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 
@@ -77,7 +78,7 @@ class NewTokenizer:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        _check_at_least("vocab_size", self.vocab_size, 300)
+        check_at_least("vocab_size", self.vocab_size, 300)
 
 
 @dataclass(frozen=True)
@@ -121,26 +122,14 @@ class InstructionOptions:
         if (self.jsonl is None) == (self.glue is None):
             given = "neither is set" if self.jsonl is None else "both are set"
             raise OptionError(f"jsonl: one of jsonl (files of instructions) and glue is needed, {given}")
-        if self.tasks is not None:
-            check_task_names(self.tasks, "tasks")
-        for name in self.tasks or () if self.glue is not None else ():
-            if name not in TASKS:
-                raise unknown_name("tasks", name, TASKS)
-        if not 0 < self.validation_fraction < 0.5:
-            raise OptionError(
-                f"validation_fraction: {self.validation_fraction} is not valid, expected a share between 0 and 0.5"
-            )
-        _check_at_least("max_length", self.max_length, 8)
-        _check_at_least("max_validation", self.max_validation, 1)
-        _check_at_least("max_train", self.max_train, 1)
-        _check_at_least("seed", self.seed, 0)
+        check_tasks(self.tasks, None if self.glue is None else TASKS)
+        check_fraction("validation_fraction", self.validation_fraction, below=0.5)
+        check_at_least("max_length", self.max_length, 8)
+        check_at_least("max_validation", self.max_validation, 1)
+        check_at_least("max_train", self.max_train, 1)
+        check_at_least("seed", self.seed, 0)
         if self.chat and isinstance(self.tokenizer, NewTokenizer):
             raise OptionError("chat: a new tokenizer has no chat template, expected false")
-
-
-def _check_at_least(key: str, value: int | None, minimum: int) -> None:
-    if value is not None and value < minimum:
-        raise OptionError(f"{key}: {value} is not valid, expected {minimum} or more")
 
 
 @dataclass(frozen=True)
@@ -179,11 +168,7 @@ def load_instructions(options: InstructionOptions) -> TaskData:
     """
     tasks, parts = _read_glue(options) if options.glue is not None else _read_jsonl(options)
     tokenizer = _tokenizer(options, parts["train"])
-    if options.max_length > tokenizer.model_max_length:
-        raise OptionError(
-            f"data.max_length: {options.max_length} is not valid, expected at most {tokenizer.model_max_length}, "
-            "as the tokenizer says"
-        )
+    check_max_length(tokenizer, options.max_length)
     if options.chat:
         parts = {part: _in_template(tokenizer, examples) for part, examples in parts.items()}
     rows = {part: _tokenized(part, examples, tokenizer, options) for part, examples in parts.items()}
@@ -227,7 +212,7 @@ def _task_data(
         test=rows["test"],
         task_names=tasks,
         label_names=LABEL_NAMES,
-        data_collator=PackExamples(pad) if options.packed else PadExamples(pad),
+        data_collator=PackExamples(pad) if options.packed else PadTokens(pad),
         compute_metrics=Perplexity(),
         metrics=tuple(MetricInfo(f"perplexity_{t}", t, "perplexity", "", higher_is_better=False) for t in tasks),
         trivial_metrics=unigram_perplexity(rows["train"], rows["test"], tasks, len(tokenizer)),
@@ -390,22 +375,24 @@ def _hold_out(
 ) -> dict[str, Instructions]:
     """The three parts; those without a file of their own are taken from the training rows of each task."""
     train = examples["train"]
-    taken: dict[str, list[NDArray[np.int64]]] = {part: [] for part in _PARTS}
+    wanted = [part for part in ("test", "validation") if part not in examples]
+    taken: dict[str, list[NDArray[np.int64]]] = {part: [] for part in ("train", *wanted)}
     for task_id, task in enumerate(tasks):
         own = np.flatnonzero(train.task_ids == task_id)
-        # A generator per task: what is held out of one does not depend on which others there are.
-        order = own[np.random.default_rng([options.seed, *task.encode()]).permutation(len(own))]
-        count = max(1, round(len(own) * options.validation_fraction))
-        count = count if options.max_validation is None else min(count, options.max_validation)
-        for part in ("test", "validation"):
-            if part not in examples:
-                taken[part].append(order[:count])
-                order = order[count:]
-        if not len(order):
-            raise OptionError(f"data.validation_fraction: {len(own)} training rows of {task!r} are too few to split")
-        taken["train"].append(order[: options.max_train])
-    held = {part: train.take(np.concatenate(rows)) for part, rows in taken.items() if rows}
-    return {part: held[part] if part in held else examples[part] for part in _PARTS}
+        pieces = hold_out(
+            len(own),
+            # A seed of each task's own: what is held out of one does not depend on which others there are.
+            [options.seed, *task.encode()],
+            options.validation_fraction,
+            options.max_validation,
+            options.max_train,
+            num_parts=len(wanted),
+            owner=f" of {task!r}",
+        )
+        for rows, piece in zip(taken.values(), pieces, strict=True):
+            rows.append(own[piece])
+    held = {part: train.take(np.concatenate(rows)) for part, rows in taken.items()}
+    return {part: held[part] if part in held else examples[part] for part in PARTS}
 
 
 # --- GLUE ---------------------------------------------------------------------------------------------------------
@@ -423,15 +410,13 @@ def _read_glue(options: InstructionOptions) -> tuple[tuple[str, ...], dict[str, 
         max_train=options.max_train,
         seed=options.seed,
     )
-    parts: dict[str, list[Instructions]] = {part: [] for part in _PARTS}
+    parts: dict[str, list[Instructions]] = {part: [] for part in PARTS}
     for task_id, name in enumerate(tasks):
         try:
             train, test = read_task(TASKS[name], glue)
         except OptionError as error:
             raise OptionError(str(error).replace("data.", "data.glue.", 1)) from None
-        trained, held_out = split_training_rows(TASKS[name], len(train), glue)
-        rows = {"train": train.take(trained), "validation": train.take(held_out), "test": test}
-        for part, labelled in rows.items():
+        for part, labelled in parts_of(TASKS[name], train, test, glue).items():
             columns = zip(*labelled.texts, strict=True)
             asked = [instruction(name, tuple(t), float(y)) for t, y in zip(columns, labelled.labels, strict=True)]
             prompts, responses = [prompt for prompt, _ in asked], [response for _, response in asked]

@@ -13,7 +13,6 @@ import csv
 import io
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.data.cache import available_cores, locked, run_jobs
+from hf_bilb.data.cache import locked, writing, written_aside
 from hf_bilb.data.dense.files import measured, resize_image, resize_nearest
 from hf_bilb.data.dense.nyuv2_labels import NUM_IMAGES, NUM_RAW_CLASSES, classes_13, official_split
 from hf_bilb.data.dense.surface_normals import NYUV2_CAMERA, normals_from_depth
+from hf_bilb.data.jobs import available_cores, run_jobs
 from hf_bilb.errors import MissingPackageError, OptionError
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,8 @@ def prepare_nyuv2(
     return len(train), len(test)
 
 
-@contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OptionError(f"{output}: cannot be written: {error.strerror or error}") from None
+def _writing(output: Path) -> contextlib.AbstractContextManager[None]:
+    return writing(f"{output}: cannot be written")
 
 
 # --- the official file --------------------------------------------------------------------------------------------
@@ -208,9 +204,8 @@ def _write_scenes(file: Path, target: Path, count: int, split: dict[str, NDArray
     writer.writerow(["part", "image", SCENE])
     for part, rows in split.items():
         writer.writerows([part, number, scenes[row]] for number, row in enumerate(rows.tolist()))
-    aside = target.with_suffix(".tmp")
-    aside.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(aside, target)
+    with written_aside(target) as aside:
+        aside.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _jobs(file: Path, output: Path, size: tuple[int, int], split: dict[str, NDArray[np.int64]]) -> Iterator[_Job]:
@@ -267,6 +262,5 @@ def _save(path: Path, values: NDArray[Any]) -> None:
     # Not straight into the file, where numpy does not say why it could not write.
     content = io.BytesIO()
     np.save(content, np.ascontiguousarray(values, dtype=np.float32))
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(content.getbuffer())
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_bytes(content.getbuffer())

@@ -1,0 +1,146 @@
+"""Sequences of tokens: kept flat in memory, and padded to the longest of a batch.
+
+A batch has the columns `input_ids [B, T]`, `token_type_ids [B, T]` (where the tokenizer makes them), `attention_mask
+[B, T]`, `task_ids [B]` (int64) and the labels: `labels [B]` (float32: a class index or a score, NaN where missing), or
+`token_labels [B, T]` (`hf_bilb.data.text.instruction_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_bilb.data.rows import Rows
+from hf_bilb.losses.tokens import IGNORED, TOKEN_LABELS
+
+LABEL_NAMES = ("labels", "task_ids")
+
+
+class SequenceRows(Rows):
+    """Sequences of tokens in memory: one flat array per column, so a row costs its tokens alone.
+
+    Args:
+        lengths: `[N]`, tokens per row.
+        columns: name -> `[sum of lengths]`, the rows one after the other.
+        task_ids: `[N]` int64; an attribute, so that a task sampler can read it without loading rows.
+    """
+
+    def __init__(
+        self, lengths: NDArray[np.int64], columns: Mapping[str, NDArray[np.integer]], task_ids: NDArray[np.int64]
+    ) -> None:
+        self.lengths = lengths
+        self.columns = dict(columns)
+        self.task_ids = task_ids
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def _tokens(self, place: int) -> dict[str, NDArray[np.integer]]:
+        """The columns of a row, `[T]` each: views."""
+        tokens = slice(self._starts[place], self._starts[place + 1])
+        return {name: column[tokens] for name, column in self.columns.items()}
+
+
+class TokenRows(SequenceRows):
+    """Sequences with a label each.
+
+    A row has views `input_ids [T]` (and `token_type_ids [T]`), and the scalars `task_ids` and `labels`.
+
+    Args:
+        lengths: `[N]`, tokens per row.
+        input_ids: `[sum of lengths]` int32, the rows one after the other.
+        token_type_ids: the same in int8, or None for tokenizers that make none.
+        task_ids: `[N]` int64.
+        labels: `[N]` float32, class index or score, NaN where missing.
+
+    Raises:
+        ValueError: when the arrays do not fit together.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        input_ids: NDArray[np.int32],
+        token_type_ids: NDArray[np.int8] | None,
+        task_ids: NDArray[np.int64],
+        labels: NDArray[np.float32],
+    ) -> None:
+        num_tokens = int(lengths.sum())
+        if not len(lengths) == len(task_ids) == len(labels):
+            raise ValueError(f"{len(lengths)} lengths, {len(task_ids)} task_ids, {len(labels)} labels")
+        if len(input_ids) != num_tokens or (token_type_ids is not None and len(token_type_ids) != num_tokens):
+            raise ValueError(f"the lengths add up to {num_tokens}, but there are {len(input_ids)} input_ids")
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        super().__init__(lengths, {"input_ids": input_ids, **types}, task_ids)
+        self.labels = labels
+
+    def _row(self, place: int) -> dict[str, Any]:
+        return {**self._tokens(place), "task_ids": self.task_ids[place], "labels": self.labels[place]}
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """The rows of all `parts`, one part after the other."""
+        tokens = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        return cls(
+            np.concatenate([part.lengths for part in parts]),
+            tokens["input_ids"],
+            tokens.get("token_type_ids"),
+            np.concatenate([part.task_ids for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PadTokens:
+    """Collator: rows of `SequenceRows` to a batch, padded on the right to the longest row of the batch.
+
+    Attributes:
+        pad_token_id: of the tokenizer. The attention mask says what is padding, but some encoders (RoBERTa) count
+            positions by this token.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch as in the module's docstring; columns that the rows lack (labels, token types) are left out."""
+        there = where_tokens_are(rows)
+        batch = {"input_ids": padded_column(rows, "input_ids", there, self.pad_token_id)}
+        if "token_type_ids" in rows[0]:
+            batch["token_type_ids"] = padded_column(rows, "token_type_ids", there, 0)
+        batch["attention_mask"] = torch.from_numpy(there.astype(np.int64))
+        if TOKEN_LABELS in rows[0]:
+            batch[TOKEN_LABELS] = padded_column(rows, TOKEN_LABELS, there, IGNORED)
+        for name, dtype in (("task_ids", np.int64), ("labels", np.float32)):
+            if name in rows[0]:
+                batch[name] = torch.from_numpy(np.array([row[name] for row in rows], dtype))
+        return batch
+
+
+def where_tokens_are(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+    """`[B, T]`: True where a batch of these rows, padded on the right to the longest, has a token."""
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    return np.arange(lengths.max()) < lengths[:, None]
+
+
+def padded_column(rows: Sequence[Mapping[str, Any]], name: str, there: NDArray[np.bool_], filler: int) -> Tensor:
+    """`[B, T]` int64: the rows' column `name` where `there` is True, `filler` elsewhere."""
+    padded = np.full(there.shape, filler, np.int64)
+    padded[there] = np.concatenate([row[name] for row in rows])
+    return torch.from_numpy(padded)
+
+
+def count_task_items(batch: Mapping[str, Any], num_tasks: int) -> Tensor:
+    """How many labelled rows each task has in a batch: `[K]`, on the batch's device, without synchronising with it."""
+    task_ids, labels = batch["task_ids"], batch["labels"]
+    of_task = task_ids[:, None] == torch.arange(num_tasks, device=task_ids.device)
+    return (of_task & ~labels.isnan()[:, None]).sum(dim=0)
