@@ -13,8 +13,11 @@ from io import BytesIO
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Comes first in every child process. The check would pass unnoticed if both sides imported one library.
-FROM_WHERE = "import hf_bilb, pathlib, sys; sys.exit(pathlib.Path(hf_bilb.__file__).parents[1] != pathlib.Path.cwd())"
+#: Fails where the library would come from elsewhere, an editable install say: both sides would run the same code.
+FROM_HERE = (
+    "import importlib.util, pathlib, sys; "
+    "sys.exit(pathlib.Path(importlib.util.find_spec('hf_bilb').origin).parents[1] != pathlib.Path.cwd())"
+)
 
 
 @contextmanager
@@ -37,7 +40,7 @@ def checkout(which: str) -> Iterator[Path]:
 
 
 def _checked(folder: Path) -> Path:
-    if subprocess.run([sys.executable, "-c", FROM_WHERE], cwd=folder, env=environment(folder)).returncode:
+    if subprocess.run([sys.executable, "-c", FROM_HERE], cwd=folder, env=environment(folder)).returncode:
         raise SystemExit(f"a process in {folder} imports another hf_bilb than the one that lies there")
     return folder
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import json
 import os
 import platform
@@ -23,9 +22,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,75 +60,70 @@ class Part:
 
     Attributes:
         title: in the report.
-        command: what follows `python`, given the checkout and the data folder; it writes below `folder`.
-        folder: that folder, within the side's own.
+        folder: where it writes, within the side's own.
+        job: of `same_numbers_runs.py`; `{library}` and `{data}` are put in.
         needs: a folder of ../shared/data without which it is left out.
-        resumes: the checkpoints' step, where the third side goes on from them; `command` then gets `--resume`.
+        resumes: the checkpoints' step from which the third side goes on with `--resume`; None = it does not.
+        ranks: processes that torchrun starts.
     """
 
     title: str
     folder: str
-    command: Callable[[Path, Path], list[str]]
+    job: tuple[str, ...]
     needs: str | None = None
     resumes: int | None = None
+    ranks: int = 1
 
 
-def recipe(path: str, folder: str, steps: int, **own: str) -> Callable[[Path, Path], list[str]]:
-    def command(library: Path, data: Path) -> list[str]:
-        settings = {
-            "trainer.output_dir": folder,
-            "trainer.max_steps": str(steps),
-            "trainer.eval_strategy": "steps",
-            "trainer.eval_steps": str(steps // 2),
-            "trainer.save_strategy": "steps",
-            "trainer.save_steps": str(steps // 2),
-            "trainer.save_total_limit": "5",
-            "trainer.logging_steps": "1",
-            **{key: value.format(data=data) for key, value in own.items()},
-        }
-        return ["-m", "hf_bilb", "train", str(library / "recipes" / path), *(f"{k}={v}" for k, v in settings.items())]
-
-    return command
+def recipe(path: str, folder: str, steps: int, **own: str) -> tuple[str, ...]:
+    """`hf-bilb train`, with two evaluations and checkpoints on the way."""
+    settings = {
+        "trainer.output_dir": folder,
+        "trainer.max_steps": steps,
+        "trainer.eval_strategy": "steps",
+        "trainer.eval_steps": steps // 2,
+        "trainer.save_strategy": "steps",
+        "trainer.save_steps": steps // 2,
+        "trainer.save_total_limit": 5,
+        "trainer.logging_steps": 1,
+        **own,
+    }
+    return ("train", f"{{library}}/recipes/{path}", *(f"{key}={value}" for key, value in settings.items()))
 
 
-def script(what: str, folder: str, *prefix: str) -> Callable[[Path, Path], list[str]]:
-    def command(library: Path, data: Path) -> list[str]:
-        files = [str(next(library.glob("tests/**/test_parity.py")))] if what == "parity" else []
-        return [*prefix, str(RUNS), what, folder, *files]
-
-    return command
-
-
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 GLUE = {"data.folder": "{data}/glue", "data.max_train": "{{sst2: 1000}}", "data.max_validation": "50"}
 NYUV2 = {"data.folder": "{data}/nyuv2", "data.num_validation": "16"}
+FAMO = {"balancer.name": "famo"}
 PARTS = {
     "qm9_bilb": Part(
-        "QM9, MLP, `bilb`, 60 steps", "runs/qm9_bilb", recipe("qm9/mlp_bilb.yaml", "runs/qm9_bilb", 60), None, 30
+        "QM9, MLP, `bilb`, 60 steps",
+        "runs/qm9_bilb",
+        recipe("qm9/mlp_bilb.yaml", "runs/qm9_bilb", 60),
+        resumes=30,
     ),
     "qm9_ls": Part("QM9, MLP, `ls`, 60 steps", "runs/qm9_ls", recipe("qm9/mlp_ls.yaml", "runs/qm9_ls", 60)),
     "qm9_famo": Part(
-        "QM9, MLP, `famo`, 60 steps",
-        "runs/qm9_famo",
-        recipe("qm9/mlp_ls.yaml", "runs/qm9_famo", 60, **{"balancer.name": "famo"}),
+        "QM9, MLP, `famo`, 60 steps", "runs/qm9_famo", recipe("qm9/mlp_ls.yaml", "runs/qm9_famo", 60, **FAMO)
     ),
     "glue_bilb": Part(
         "GLUE, MiniLM, `bilb`, 50 steps",
         "runs/glue_bilb",
         recipe("glue/minilm_bilb.yaml", "runs/glue_bilb", 50, **GLUE),
-        "glue",
+        needs="glue",
     ),
     "nyuv2_bilb": Part(
         "NYUv2, small SegNet, `bilb`, 20 steps",
         "runs/nyuv2_bilb",
         recipe("nyuv2/bilb_small.yaml", "runs/nyuv2_bilb", 20, **NYUV2),
-        "nyuv2",
+        needs="nyuv2",
     ),
-    "methods": Part("every method, and ways of accumulation", "methods", script("methods", "methods"), None, HALF),
-    "ranks": Part("two ranks (gloo)", "ranks", script("ranks", "ranks", *TWO_RANKS), None, HALF),
-    "own_loop": Part("every method, a loop without the Trainer", "own_loop", script("own_loop", "own_loop")),
-    "parity": Part("trajectories of the parity tests", "parity", script("parity", "parity")),
+    "methods": Part("every method, and ways of accumulation", "methods", ("methods", "methods"), resumes=HALF),
+    "ranks": Part("two ranks (gloo)", "ranks", ("ranks", "ranks"), resumes=HALF, ranks=2),
+    "own_loop": Part("every method, a loop without the Trainer", "own_loop", ("own_loop", "own_loop")),
+    "parity": Part("trajectories of the parity tests", "parity", ("parity", "parity", "{library}/{parity}")),
 }
+ARGUMENTS = "arguments.json"
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -144,15 +137,23 @@ class Side:
     folder: Path
     data: Path
 
-    def run(self, part: Part, *more: str) -> None:
+    def run(self, parts: list[Part], *more: str) -> None:
+        """Run the parts, and read what their training_args.bin hold with the library that wrote them."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        parity = next((path.relative_to(self.library) for path in self.library.glob("tests/**/test_parity.py")), "")
+        jobs = {1: [], 2: []}
+        for part in parts:
+            job = [entry.format(library=self.library, data=self.data, parity=parity) for entry in part.job]
+            jobs[part.ranks].append([*job, *more])
+        jobs[1].append(["arguments", ".", ARGUMENTS])
         own = {"HF_DATASETS_CACHE": str(self.folder / "cache")}
-        run_in(self.library, [*part.command(self.library, self.data), *more], self.folder, own)
+        for ranks in (2, 1):  # the arguments are read last
+            prefix = [*TORCHRUN, str(ranks)] if ranks > 1 else []
+            if jobs[ranks]:
+                run_in(self.library, [*prefix, str(RUNS), json.dumps(jobs[ranks])], self.folder, own)
 
-    def arguments(self, part: Part) -> dict[str, Any]:
-        """What each training_args.bin holds, read by the library that wrote it."""
-        printed = run_in(self.library, [str(RUNS), "arguments", part.folder], self.folder)
-        return json.loads(printed.splitlines()[-1])
+    def arguments(self) -> dict[str, Any]:
+        return json.loads((self.folder / ARGUMENTS).read_text())
 
 
 def prepare_resuming(part: Part, before: Side, resumed: Side) -> None:
@@ -181,11 +182,11 @@ class Found:
         return len(self.same_bytes) + len(self.same_contents) + len(self.different)
 
 
-def compare_folders(one: Path, other: Path, arguments: Callable[[], tuple[dict[str, Any], dict[str, Any]]]) -> Found:
-    """Every file below either folder; `arguments()`: what the training_args.bin of each side hold."""
+def compare_folders(part: str, roots: tuple[Path, Path], arguments: tuple[dict[str, Any], dict[str, Any]]) -> Found:
+    """Every file below the folder `part` of either root; `arguments`: what each root's training_args.bin hold."""
     found = Found()
-    for path in sorted({*_files(one), *_files(other)}):
-        first, second = one / path, other / path
+    for path in sorted({*_files(roots[0], part), *_files(roots[1], part)}):
+        first, second = (root / path for root in roots)
         if not first.exists() or not second.exists():
             found.different.append(f"{path}: only {'after' if second.exists() else 'before'}")
         elif first.read_bytes() == second.read_bytes():
@@ -196,7 +197,7 @@ def compare_folders(one: Path, other: Path, arguments: Callable[[], tuple[dict[s
             if first.suffix == ".json":
                 contents = [_without_times(json.loads(file.read_text()), file.name) for file in (first, second)]
             else:
-                contents = [side[path] for side in arguments()]
+                contents = [side[path] for side in arguments]
             where = list(_differences(*contents))
             if where:
                 found.different.append(f"{path}: {', '.join(where[:5])}")
@@ -205,8 +206,8 @@ def compare_folders(one: Path, other: Path, arguments: Callable[[], tuple[dict[s
     return found
 
 
-def _files(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+def _files(root: Path, part: str) -> list[str]:
+    return [str(path.relative_to(root)) for path in (root / part).rglob("*") if path.is_file()]
 
 
 def _without_times(value: Any, file: str) -> Any:
@@ -270,11 +271,6 @@ def _distance(one: np.ndarray, other: np.ndarray) -> float:
 # --- the campaign ----------------------------------------------------------------------------------------------------
 
 
-def _arguments(part: Part, *sides: Side) -> tuple[dict[str, Any], dict[str, Any]]:
-    one, other = (side.arguments(part) for side in sides)
-    return one, other
-
-
 @dataclass
 class Outcome:
     title: str
@@ -283,29 +279,30 @@ class Outcome:
 
 def campaign(names: list[str], libraries: tuple[Path, Path], work: Path, data: Path) -> tuple[list[Outcome], list[str]]:
     """Run and compare the parts; also returns what was left out."""
-    before, after = (
-        Side(library, work / side, data) for side, library in zip(("before", "after"), libraries, strict=True)
-    )
+    parts, left_out = [], []
+    for part in (PARTS[name] for name in names):
+        if part.needs is None or (data / part.needs).is_dir():
+            parts.append(part)
+        else:
+            left_out.append(f"{part.title} (no folder {part.needs} in the data)")
+    before, after = Side(libraries[0], work / "before", data), Side(libraries[1], work / "after", data)
     resumed = Side(libraries[1], work / "resumed", data)
-    outcomes, left_out = [], []
-    for name in names:
-        part = PARTS[name]
-        if part.needs is not None and not (data / part.needs).is_dir():
-            left_out.append(f"{part.title}: no folder {part.needs} in the data")
-            continue
-        others = [("", after)]
-        before.run(part)
-        after.run(part)
-        if part.resumes is not None:
+    before.run(parts)
+    after.run(parts)
+    outcomes = [Outcome(part.title, compare_sides(part, before, after)) for part in parts]
+    resumable = [part for part in parts if part.resumes is not None]
+    if resumable:
+        for part in resumable:
             prepare_resuming(part, before, resumed)
-            resumed.run(part, "--resume")
-            others.append((f", from step {part.resumes} of what the library wrote before", resumed))
-        for more, side in others:
-            arguments = functools.cache(partial(_arguments, part, before, side))
-            found = compare_folders(before.folder / part.folder, side.folder / part.folder, arguments)
-            outcomes.append(Outcome(part.title + more, found))
-            print(row(outcomes[-1]), flush=True)
+        resumed.run(resumable, "--resume")
+    for part in resumable:
+        title = f"{part.title}: after goes on from step {part.resumes} of before"
+        outcomes.append(Outcome(title, compare_sides(part, before, resumed)))
     return outcomes, left_out
+
+
+def compare_sides(part: Part, one: Side, other: Side) -> Found:
+    return compare_folders(part.folder, (one.folder, other.folder), (one.arguments(), other.arguments()))
 
 
 def row(outcome: Outcome) -> str:

@@ -1,19 +1,24 @@
 """What `same_numbers.py` runs in each of two checkouts; by public names of the library alone, so that it runs in both.
 
-python same_numbers_runs.py methods FOLDER       every method, and the ways of accumulation, each in FOLDER/<case>
-python same_numbers_runs.py methods FOLDER --resume
-                                                 the same, each from FOLDER/<case>/checkpoint-<half>
-torchrun ... same_numbers_runs.py ranks FOLDER   a few of them on two ranks; `--resume` likewise
-python same_numbers_runs.py own_loop FOLDER      every method in a loop without the Trainer, numbers of each step
-python same_numbers_runs.py parity FOLDER FILE   the trajectories that the parity tests in FILE compute
-python same_numbers_runs.py arguments FOLDER     what each training_args.bin below FOLDER holds, as JSON
+    python same_numbers_runs.py '[[JOB, ARGUMENT, ...], ...]'
+
+Each job runs in a process of its own, forked after the imports, which take far longer than most of them:
+
+    ["train", RECIPE, "key=value", ...]    `hf-bilb train`
+    ["methods", FOLDER]                    every method, and ways of accumulation, each in FOLDER/<case>; a third entry
+                                           "--resume" goes on from FOLDER/<case>/checkpoint-<half>
+    ["ranks", FOLDER]                      a few of them, under torchrun; "--resume" likewise
+    ["own_loop", FOLDER]                   every method in a loop without the Trainer: the numbers of each step
+    ["parity", FOLDER, FILE]               the trajectories that the parity tests in FILE compute
+    ["arguments", FOLDER, FILE]            what each training_args.bin below FOLDER holds, into FILE as JSON
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,29 +223,56 @@ def arguments_below(folder: Path) -> dict[str, Any]:
     return found
 
 
+def run(what: str, *arguments: str) -> int:
+    """One job, in this process."""
+    if what == "train":
+        from hf_bilb.cli import main
+
+        main(["train", *arguments], standalone_mode=False)
+        return 0
+    folder, *more = arguments
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if what == "arguments":
+        Path(more[0]).write_text(json.dumps(arguments_below(Path(folder)), default=str))
+    elif what == "parity":
+        return parity(Path(folder).resolve(), Path(more[0]))
+    elif what == "own_loop":
+        own_loop(Path(folder))
+    else:
+        cases = RANKS if what == "ranks" else {**{name: {"balancer": name} for name in list_balancers()}, **CASES}
+        for name, own in cases.items():
+            train(Path(folder) / name, own, "--resume" in more)
+    return 0
+
+
+def in_a_process(job: list[str]) -> bool:
+    """Whether the job, in a process forked for it, ended well."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = run(*job)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("what", choices=["methods", "ranks", "own_loop", "parity", "arguments"])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("file", type=Path, nargs="?")
-    parser.add_argument("--resume", action="store_true")
-    asked = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    if asked.what == "arguments":
-        print(json.dumps(arguments_below(asked.folder), default=str))
-        return 0
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    if asked.what == "parity":
-        return parity(asked.folder.resolve(), asked.file)
-    if asked.what == "own_loop":
-        own_loop(asked.folder)
-        return 0
-    cases = RANKS if asked.what == "ranks" else {**{name: {"balancer": name} for name in list_balancers()}, **CASES}
-    for name, own in cases.items():
-        train(asked.folder / name, own, asked.resume)
+    jobs = json.loads(sys.argv[1])
+    if "WORLD_SIZE" in os.environ:
+        return max(run(*job) for job in jobs)
+    for job in jobs:
+        if not in_a_process(job):
+            print(f"failed: {job}", file=sys.stderr)
+            return 1
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
