@@ -28,7 +28,7 @@ from hf_bilb.engine.replay import unchanged
 from hf_bilb.engine.weighting import Weighting, share_of_window, surrogate_loss
 from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
 from hf_bilb.losses.contract import TaskLosses, short_names
-from hf_bilb.trainer import checkpointing
+from hf_bilb.trainer import checkpointing, compat
 from hf_bilb.trainer.accumulation import WindowCounter
 from hf_bilb.trainer.arguments import AS_IT_IS, OWN_FIELDS, as_bilevel_arguments, is_task_loss
 from hf_bilb.trainer.callback import BalancerCallbackHandler
@@ -109,6 +109,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         task_loss_func: TaskLossFunc | None = None,
         task_item_counts: TaskItemCounts | None = None,
     ) -> None:
+        compat.check_versions()
         # Not every Trainer that may stand between ours and `Trainer` takes it (`Seq2SeqTrainer` does not).
         rarely = {} if optimizer_cls_and_kwargs is None else {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs}
         super().__init__(
