@@ -27,8 +27,8 @@ from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
 from hf_bilb.storage import folder_lock
+from hf_bilb.trainer import checkpoint_trainer, checkpointing
 from hf_bilb.trainer.running_log import VECTORS_FILE
-from hf_bilb.trainer.trainer import checkpoint_trainer, checkpointing
 from tests.synthetic import build_data, build_model, flat_parameters
 from tests.trainer.models import FeatureModel, build
 
