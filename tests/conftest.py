@@ -1,10 +1,44 @@
-"""One thread per process: two processes on two cores with OpenMP threads fight, and rounding depends on the number."""
+"""One thread per process: two processes on two cores with OpenMP threads fight, and rounding depends on the number.
+
+Under pytest-xdist (`make test`) the tests of a file stay together on one worker, for the sake of what they share, and
+so do those of a folder that shares a launch of processes; what takes longest begins first.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import PurePosixPath
 
+import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
+
+#: Folders and files of minutes, the longest first; the tests of a folder have a launch in common.
+LONG = (
+    "distributed",
+    "checkpoints/test_kill_and_resume.py",
+    "cli/test_compare.py",
+    "end_to_end/test_every_family.py",
+    "task_sampling",
+    "models/test_text_encoder.py",
+    "data/test_qm9_graphs.py",
+)
+
+
+def group_of(item: pytest.Item) -> str:
+    """What runs together: the folder where it is in `LONG`, else the file."""
+    place = item.path.relative_to(PurePosixPath(__file__).parent).as_posix()
+    folder = place.split("/")[0]
+    return folder if folder in LONG else place
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for `--dist loadgroup`; the order decides what begins first there, and is the same on every worker."""
+    groups = {item: group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else len(LONG))
