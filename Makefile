@@ -12,6 +12,10 @@ VENV ?= .venv
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 PYTEST_ARGS ?= -q --durations=15
+# Where products of parameters are thinned (tests/products.py).
+ALL_CASES := tests/contract tests/engine tests/distributed/test_data_parallel.py
+FAST := tests/contract tests/engine tests/balancers tests/config tests/recipe tests/trainer tests/test_products.py \
+	-m "not slow and not distributed"
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart
 
@@ -74,6 +78,8 @@ bench: $(VENV)/installed-dev
 
 campaign: $(VENV)/installed-dev
 	$(BIN)/python -m pytest campaigns -q --durations=5
+	HF_BILB_ALL_CASES=1 $(BIN)/python -m pytest $(PARALLEL) $(ALL_CASES) -q --durations=5
+	$(BIN)/python campaigns/mutations.py
 
 clean:
 	rm -rf $(VENV) $(QUICKSTART) .pytest_cache .mypy_cache .ruff_cache build dist hf_bilb.egg-info

@@ -5,9 +5,10 @@
     python campaigns/mutations.py --table full.json thinned.json
 
 `--tests REV` takes the tests as they are at a commit (and the rest from the working tree), `WORKTREE` (the default) as
-they lie here; with `HF_BILB_ALL_CASES=1` these are the whole products of `tests/products.py`. Each mutation of `mutation_list.py` is applied in a temporary copy of the tree, and the
-tests that could notice run there in a forked process until the first that fails. With `--known`, a test that failed
-under another set of tests is tried first: one that fails is enough. `-k WORD` takes the mutations whose names hold it.
+they lie here; with `HF_BILB_ALL_CASES=1` these are the whole products of `tests/products.py`. Each mutation of
+`mutation_list.py` is applied in a temporary copy of the tree, and the tests that could notice run there in a forked
+process until the first that fails. With `--known`, a test that failed under another set of tests is tried first: one
+that fails is enough. `-k WORD` takes the mutations whose names hold it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def run_tests(folder: Path, tests: Sequence[str], log: Path) -> dict[str, Any]:
                     self.failed = f"{report.nodeid} (collection)"
 
         first = First()
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(folder)]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder)]
         code = pytest.main([*options, *tests], plugins=[first])
         sending.send({"code": int(code), "failed": first.failed})
         os._exit(0)

@@ -7,7 +7,7 @@ so do those of a folder that shares a launch of processes; what takes longest be
 from __future__ import annotations
 
 import os
-from pathlib import PurePosixPath
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,19 +26,40 @@ LONG = (
     "data/test_qm9_graphs.py",
 )
 
+#: Files that are `slow`, which `make test-fast` leaves out; single tests are marked where they stand.
+SLOW = tuple(
+    f"trainer/test_{name}.py"
+    for name in (
+        "diagnostics", "double_loop", "evaluation_metrics", "history_methods", "looks", "marigold", "seq2seq",
+        "streams", "task_sampler", "wrapped_models",
+    )
+)  # fmt: skip
+
+
+def place_of(item: pytest.Item) -> str:
+    """The file, below this folder."""
+    return Path(os.path.relpath(item.path, Path(__file__).parent)).as_posix()
+
 
 def group_of(item: pytest.Item) -> str:
     """What runs together: the folder where it is in `LONG`, else the file."""
-    place = item.path.relative_to(PurePosixPath(__file__).parent).as_posix()
-    folder = place.split("/")[0]
-    return folder if folder in LONG else place
+    folder = place_of(item).split("/")[0]
+    return folder if folder in LONG else place_of(item)
+
+
+def is_slow(item: pytest.Item) -> bool:
+    """Of the methods' cases those with another normalization, which is none of the method's business."""
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return place_of(item) in SLOW or str(getattr(case, "label", "")).startswith("normalization_")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `--dist loadgroup`; the order decides what begins first there, and is the same on every worker."""
+    """Marks; and the order, which decides what `--dist loadgroup` begins with, and is the same on all workers."""
     groups = {item: group_of(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
+        if is_slow(item):
+            item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else len(LONG))

@@ -40,6 +40,7 @@ from tests.distributed.training import (
     world_size,
 )
 from tests.distributed.windows import window_scenarios
+from tests.products import ALL_CASES
 from tests.synthetic import TASK_NAMES, SyntheticData, SyntheticModel, SyntheticOutput, build_data, build_model
 
 BALANCERS: dict[str, dict[str, Any]] = {
@@ -58,13 +59,11 @@ SABOTAGE = [
     "local_objective/bilb",
     "no_factor_ranks/ls",
 ]
-#: Every method with both ways of absence and in both precisions, if not in all four combinations.
 EQUALITY = [
-    *(f"{balancer}/skip/float64" for balancer in BALANCERS),
-    *(f"{balancer}/skip/float32" for balancer in ("ls", "si", "uw", "bilb")),
-    *(f"{balancer}/hold/float64" for balancer in ("ls", "uw", "bilb-celeba", "bilb-qm9")),
-    *(f"{balancer}/hold/float32" for balancer in ("si", "bilb")),
-]
+    f"{balancer}/{absent}/{precision}"
+    for balancer in BALANCERS
+    for absent, precision in (("skip", "float64"), ("hold", "float64"), ("skip", "float32"))
+] + ["bilb/hold/float32"]
 #: Coefficients 1 / l, up to 5000 in this data: a large step would amplify rounding errors.
 STEEP = {"si", "bilb-qm9"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -196,9 +195,15 @@ HEADS: dict[str, type[SeparateHeads]] = {
 RESTS = [(False, 4), (True, 4), (True, 2)]
 #: Every kind in every way, with and without find_unused_parameters (which reentrant checkpointing does not go with).
 MISSING_HEADS = [
-    *(("heads", kind, kind in ("constant", "dropped")) for kind in HEADS),
-    *(("heads_over_micro_batch", kind, kind == "unused") for kind in HEADS),
-    *(("heads_over_window", kind, kind == "constant") for kind in HEADS),
+    (over, kind, find_unused)
+    for over, with_unused in (
+        ("heads", ("constant", "dropped")),
+        ("heads_over_micro_batch", ("unused",)),
+        ("heads_over_window", ("constant",)),
+    )
+    for kind in HEADS
+    for find_unused in (False, True)
+    if (kind != "checkpointed" or not find_unused) and (ALL_CASES or find_unused == (kind in with_unused))
 ]
 
 

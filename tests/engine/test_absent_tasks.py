@@ -54,6 +54,7 @@ def test_auto_is_hold_for_lone_tasks_and_skip_for_others(case: Case, rule: str) 
 
 
 @every_case
+@pytest.mark.slow
 def test_auto_in_a_mixed_stream_takes_each_batch_for_what_it_is(case: Case) -> None:
     automatic = build(case, "auto")
     for row, counts in zip(random_losses(K, len(MIXED)), MIXED, strict=True):

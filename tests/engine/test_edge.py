@@ -60,6 +60,7 @@ def logits_for(size: int, seed: int) -> list[float]:
 
 
 @kinds_and_tasks
+@pytest.mark.slow
 def test_below_the_edge_no_coefficient_is_negative(active: str, tau: str, pairs: str, denominator: str) -> None:
     mask = torch.tensor(ACTIVE[active], dtype=torch.bool)
     for seed in range(4):
@@ -111,6 +112,7 @@ def test_the_formulas_of_the_notes() -> None:
 
 @pytest.mark.parametrize("normalization", ["none", "initial", "rescaled", "log", "power"])
 @pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.slow
 def test_no_normalization_moves_the_edge(pairs: str, normalization: str) -> None:
     # They are increasing functions of each loss, so they keep the signs.
     signs = {}

@@ -65,6 +65,7 @@ MEASURES = [(torch.float32, 1e30), (torch.float32, 3e38), (torch.float64, 1e30),
 @pytest.mark.parametrize(
     ("case", "measure"), in_turn([case for case in CASES if case.label in LABELS], MEASURES, each=2), ids=str
 )
+@pytest.mark.slow
 def test_one_loss_beyond_all_measure(case: Case, measure: tuple[torch.dtype, float]) -> None:
     dtype, loss = measure
     _, usual, _, said = run(case, dtype, None)
