@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # The tests of a file, or of a folder that shares a launch, stay on one worker (tests/conftest.py).
 WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?= -q --durations=15
 # Where products of parameters are thinned (tests/products.py).
 ALL_CASES := tests/contract tests/engine tests/distributed/test_data_parallel.py
