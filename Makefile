@@ -1,13 +1,21 @@
 # Everything that is done with this project, each with one command on a machine that has Python and make:
 #   make quickstart   train on QM9 with plain summing and with BiLB, compare the two (minutes, on a CPU)
-#   make test         the tests
+#   make test         the tests, in two processes
+#   make test-fast    the part for daily work: losses, engine, methods, recipes, the Trainer's basics (90 seconds)
 #   make lint         ruff and mypy
 #   make bench        what balancing costs per step
 #   make campaign     long fault and backend campaigns (campaigns/README.md)
 #   make clean        remove .venv, caches and the quickstart's runs
 PYTHON ?= python3
 VENV ?= .venv
+# The tests of a file, or of a folder that shares a launch, stay on one worker (tests/conftest.py).
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?= -q --durations=15
+# Where products of parameters are thinned (tests/products.py).
+ALL_CASES := tests/contract tests/engine tests/distributed/test_data_parallel.py
+FAST := tests/contract tests/engine tests/balancers tests/config tests/recipe tests/trainer tests/test_products.py \
+	-m "not slow and not distributed"
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart
 
@@ -17,10 +25,10 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 	--num_cpu_threads_per_process 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench campaign clean
+.PHONY: help quickstart test test-fast lint format bench campaign clean
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,7 +52,10 @@ quickstart: $(VENV)/installed-qm9
 	$(BIN)/hf-bilb report $(QUICKSTART)/qm9_ls_small $(QUICKSTART)/qm9_bilb_small --output $(QUICKSTART)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(PARALLEL) $(FAST) $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -67,6 +78,8 @@ bench: $(VENV)/installed-dev
 
 campaign: $(VENV)/installed-dev
 	$(BIN)/python -m pytest campaigns -q --durations=5
+	HF_BILB_ALL_CASES=1 $(BIN)/python -m pytest $(PARALLEL) $(ALL_CASES) -q --durations=5
+	$(BIN)/python campaigns/mutations.py
 
 clean:
 	rm -rf $(VENV) $(QUICKSTART) .pytest_cache .mypy_cache .ruff_cache build dist hf_bilb.egg-info

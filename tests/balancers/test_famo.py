@@ -53,6 +53,7 @@ def update(balancer: LossBalancer, losses: Tensor, after: Tensor | None = None, 
 
 
 @pytest.mark.parametrize(("reevaluate", "steps"), [("same_batch", 20), ("next_batch", 1001)])
+@pytest.mark.slow
 def test_the_toy_problem_is_the_official_one(reevaluate: str, steps: int) -> None:
     # Nothing is drawn there: the next step's losses are those after this one, and both must go the same way. From the
     # starts above the chaotic valleys, and the symmetric one, rounding errors grow.

@@ -47,6 +47,7 @@ def test_the_groups_are_the_best_of_all_cuts(num_groups: int, seed: int) -> None
         torch.testing.assert_close(mean, values[means == mean].mean())
 
 
+@pytest.mark.slow
 def test_forty_values_are_grouped_no_worse_than_by_the_best_of_many_starts() -> None:
     from sklearn.cluster import KMeans
 

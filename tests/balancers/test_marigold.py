@@ -108,6 +108,7 @@ def estimates(model: ProblemR, optimizer: torch.optim.Optimizer, directions: Ten
 
 @pytest.mark.parametrize("estimator", ["one_point", "one_point_baseline", "two_point"])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.slow
 def test_the_mean_of_the_estimator_is_the_gradient_of_the_smoothed_objective(kind: str, estimator: str) -> None:
     model = problem(2)
     optimizer = optimizer_for(model, kind)
@@ -121,6 +122,7 @@ def test_the_mean_of_the_estimator_is_the_gradient_of_the_smoothed_objective(kin
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.slow
 def test_the_mean_over_random_directions_comes_near_it(kind: str) -> None:
     # Three tasks, the method's own draws; the two-point form has the least spread.
     model = problem(3)
@@ -431,6 +433,7 @@ def test_two_seeds_draw_other_directions_and_one_draws_the_same() -> None:
     assert not torch.allclose(drawn[0][0], drawn[0][1])
 
 
+@pytest.mark.slow
 def test_directions_are_uniform_on_the_sphere_of_the_trained_tasks() -> None:
     balancer = build_balancer("marigold", task_names=["a", "b", "c", "d"], dtype=FLOAT, trainable_tasks=["a", "c"])
     drawn = []

@@ -27,6 +27,7 @@ def draws(balancer: LossBalancer, steps: int) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_softmax_of_independent_normal_numbers() -> None:
     weights = draws(rlw(4), 4000)
     torch.testing.assert_close(weights.sum(1), torch.ones(4000, dtype=torch.float64))

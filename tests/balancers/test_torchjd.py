@@ -22,6 +22,7 @@ from tests.contract.cases import advance, random_losses
 
 @pytest.mark.parametrize("num_tasks", TASKS)
 @pytest.mark.parametrize("pair", PAIRS, ids=[pair.name for pair in PAIRS])
+@pytest.mark.slow
 def test_trajectory(pair: Pair, num_tasks: int) -> None:
     deviations = compare_with_torchjd(pair, num_tasks)
     assert {"losses", "total", "coefficients", "params"} <= deviations.keys()

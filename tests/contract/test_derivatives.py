@@ -10,6 +10,7 @@ from hf_bilb.balancers import LossBalancer
 from hf_bilb.engine.objective import differentiate
 from tests.contract.cases import CASES, Case, Tilted, advance, features_for, random_losses
 from tests.contract.frozen import Frozen, central_differences
+from tests.products import in_turn
 
 K = 6
 TOLERANCE = 2e-7
@@ -35,8 +36,7 @@ def mean_features(balancer: LossBalancer) -> Tensor | None:
     return None if features is None else features.mean(dim=0)
 
 
-@pytest.mark.parametrize("absent", [None, 2], ids=["all", "one_absent"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "absent"), in_turn(CASES, [None, 2]), ids=str)
 def test_coefficients(case: Case, absent: int | None) -> None:
     balancer, point, active = moved(case, absent)
     features = mean_features(balancer)
@@ -59,8 +59,7 @@ def test_coefficients(case: Case, absent: int | None) -> None:
         assert expected[absent] == 0
 
 
-@pytest.mark.parametrize("absent", [None, 2], ids=["all", "one_absent"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "absent"), in_turn(CASES, [2, None]), ids=str)
 def test_gradient_of_own_parameters(case: Case, absent: int | None) -> None:
     balancer, point, active = moved(case, absent)
     parameters = dict(balancer.objective.named_parameters())

@@ -27,6 +27,7 @@ from tests.contract.cases import (
     features_for,
     random_losses,
 )
+from tests.products import in_turn
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -49,10 +50,13 @@ def test_every_registered_balancer_is_here() -> None:
     assert len({str(case) for case in CASES}) == len(CASES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("num_tasks", [1, 2, 40, 1000])
-@every_case
-def test_finite(case: Case, num_tasks: int, dtype: torch.dtype) -> None:
+#: In this order every case gets a small and a large number of tasks.
+SIZES = [(size, dtype) for dtype in (torch.float32, torch.float64) for size in (1, 1000, 2, 40)]
+
+
+@pytest.mark.parametrize(("case", "size"), in_turn(CASES, SIZES, each=2), ids=str)
+def test_finite(case: Case, size: tuple[int, torch.dtype]) -> None:
+    num_tasks, dtype = size
     balancer = build(case, num_tasks, dtype)
     assert balancer.coefficients is None
     for row in random_losses(num_tasks, 4, dtype=dtype):
@@ -119,8 +123,7 @@ def run(balancer: LossBalancer, parameters: Tensor, steps: range) -> Iterator[di
         yield record
 
 
-@pytest.mark.parametrize("absent_tasks", ["skip", "hold"])
-@every_case
+@pytest.mark.parametrize(("case", "absent_tasks"), in_turn(CASES, ["skip", "hold"]), ids=str)
 def test_resume_from_a_file_is_bit_identical(case: Case, absent_tasks: str, tmp_path: Path) -> None:
     num_tasks, cut, end = 5, 6, 12
     balancer = build(case, num_tasks, absent_tasks=absent_tasks)
@@ -227,8 +230,7 @@ def test_hold_leaves_out_a_task_until_it_is_first_seen(case: Case) -> None:
     assert_finite(held)
 
 
-@pytest.mark.parametrize("absent_tasks", ["skip", "hold", "auto"])
-@every_case
+@pytest.mark.parametrize(("case", "absent_tasks"), in_turn(CASES, ["skip", "hold", "auto"]), ids=str)
 def test_a_step_without_any_task(case: Case, absent_tasks: str) -> None:
     balancer = build(case, 3, absent_tasks=absent_tasks)
     rows = random_losses(3, 4)
@@ -319,8 +321,7 @@ def whole_step(balancer: LossBalancer, row: Tensor, form: str) -> None:
     log.commit()
 
 
-@pytest.mark.parametrize("form", ["tensor", "dict"])
-@every_case
+@pytest.mark.parametrize(("case", "form"), in_turn(CASES, ["tensor", "dict"]), ids=str)
 def test_a_step_reads_nothing_from_the_device(case: Case, form: str) -> None:
     balancer = build(case, 4, absent_tasks="hold")
     row = random_losses(4, 1)[0].requires_grad_()
@@ -335,8 +336,7 @@ def test_the_probe_for_syncs_works() -> None:
             synchronising()
 
 
-@pytest.mark.parametrize("form", ["tensor", "dict"])
-@every_case
+@pytest.mark.parametrize(("case", "form"), in_turn(CASES, ["dict", "tensor"]), ids=str)
 def test_a_step_runs_on_a_device_without_values(case: Case, form: str) -> None:
     # On the meta device every attempt to look at a value raises, `tolist()` and copies to the host included.
     balancer = case.build(4, torch.float32, device="meta", absent_tasks="hold")

@@ -18,6 +18,28 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 900
 
 
+#: Beginnings of the names of the scenarios that the tests of a file look at: a part of them launches no more than that.
+SCENARIOS = {
+    "test_absent_tasks.py": ("sparse",),
+    "test_data_parallel.py": (
+        "equality/", "standalone/", "sabotage/", "heads", "rest/", "poisoned/", "steep/", "looked_at", "evaluated/",
+        "evaluated_stream/",
+    ),
+    "test_double_loop.py": (
+        "double_", "beside/", "alone/", "group/", "poisoned_window", "reevaluated/", "diagnosed/", "phases", "resumed",
+    ),
+    "test_factors.py": ("factor/", "accumulated/"),
+    "test_feature_routers.py": ("router",),
+    "test_item_counts.py": ("uncounted/", "coded", "evaluated_uncounted/"),
+    "test_methods.py": ("method/",),
+    "test_restored.py": ("restored/",),
+    "test_sharded.py": ("sharded",),
+    "test_streams.py": ("streams/", "stream_"),
+    "test_task_metrics.py": ("mixture",),
+    "test_windows.py": ("window",),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Runs:
     """Results by name of the scenario: of one process, and of the two ranks."""
@@ -67,5 +89,7 @@ def launch(folder: Path, module: str, arguments: Sequence[str] = (), timeout: fl
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return launch(tmp_path_factory.mktemp("distributed"), "tests.distributed.worker")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    asking = {item.path.name for item in request.session.items if "runs" in getattr(item, "fixturenames", ())}
+    wanted = () if asking >= SCENARIOS.keys() else [start for name in sorted(asking) for start in SCENARIOS[name]]
+    return launch(tmp_path_factory.mktemp("distributed"), "tests.distributed.worker", wanted)

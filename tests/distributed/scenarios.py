@@ -40,6 +40,7 @@ from tests.distributed.training import (
     world_size,
 )
 from tests.distributed.windows import window_scenarios
+from tests.products import ALL_CASES
 from tests.synthetic import TASK_NAMES, SyntheticData, SyntheticModel, SyntheticOutput, build_data, build_model
 
 BALANCERS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,11 @@ SABOTAGE = [
     "local_objective/bilb",
     "no_factor_ranks/ls",
 ]
+EQUALITY = [
+    f"{balancer}/{absent}/{precision}"
+    for balancer in BALANCERS
+    for absent, precision in (("skip", "float64"), ("hold", "float64"), ("skip", "float32"))
+] + ["bilb/hold/float32"]
 #: Coefficients 1 / l, up to 5000 in this data: a large step would amplify rounding errors.
 STEEP = {"si", "bilb-qm9"}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -187,8 +193,18 @@ HEADS: dict[str, type[SeparateHeads]] = {
 }
 #: Several losses in one backward pass or not, and of how many heads; of two, two losses leave no rest.
 RESTS = [(False, 4), (True, 4), (True, 2)]
-#: Reentrant checkpointing does not go with find_unused_parameters, whatever is trained.
-FIND_UNUSED = {kind: (False,) if kind == "checkpointed" else (False, True) for kind in HEADS}
+#: Every kind in every way, with and without find_unused_parameters (which reentrant checkpointing does not go with).
+MISSING_HEADS = [
+    (over, kind, find_unused)
+    for over, with_unused in (
+        ("heads", ("constant", "dropped")),
+        ("heads_over_micro_batch", ("unused",)),
+        ("heads_over_window", ("constant",)),
+    )
+    for kind in HEADS
+    for find_unused in (False, True)
+    if (kind != "checkpointed" or not find_unused) and (ALL_CASES or find_unused == (kind in with_unused))
+]
 
 
 def data_for_dicts() -> SyntheticData:
@@ -404,15 +420,15 @@ def all_scenarios() -> dict[str, Scenario]:
     found: dict[str, Scenario] = {}
     for balancer in BALANCERS:
         found[f"standalone/{balancer}"] = partial(standalone, balancer)
-        for absent, precision in (("skip", "float64"), ("hold", "float64"), ("skip", "float32")):
-            found[f"equality/{balancer}/{absent}/{precision}"] = partial(equality, balancer, absent, DTYPES[precision])
-    found["equality/bilb/hold/float32"] = partial(equality, "bilb", "hold", torch.float32)
-    for kind in HEADS:
-        for find_unused in FIND_UNUSED[kind]:
-            found[f"heads/{kind}/{find_unused}"] = partial(missing_heads, kind, find_unused)
-            for over in ("micro_batch", "window"):
-                name = f"heads_over_{over}/{kind}/{find_unused}"
-                found[name] = partial(missing_heads_in_windows, kind, find_unused, over)
+    for name in EQUALITY:
+        balancer, absent, precision = name.split("/")
+        found[f"equality/{name}"] = partial(equality, balancer, absent, DTYPES[precision])
+    for over, kind, find_unused in MISSING_HEADS:
+        name = f"{over}/{kind}/{find_unused}"
+        if over == "heads":
+            found[name] = partial(missing_heads, kind, find_unused)
+        else:
+            found[name] = partial(missing_heads_in_windows, kind, find_unused, over.removeprefix("heads_over_"))
     for several, heads in RESTS:
         found[f"rest/{several}/{heads}"] = partial(rest_reached, several, heads)
     for kwargs_forward in (False, True):

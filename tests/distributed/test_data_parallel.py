@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.distributed import scenarios
 from tests.distributed.checks import (
     LOG_TOLERANCE,
     MARGIN,
@@ -19,22 +20,13 @@ from tests.distributed.checks import (
     assert_same_logs,
 )
 from tests.distributed.conftest import Runs
-from tests.distributed.scenarios import BALANCERS, FIND_UNUSED, HEADS, RESTS, SABOTAGE
+from tests.distributed.scenarios import BALANCERS, RESTS, SABOTAGE
 from tests.synthetic import TASK_NAMES, relative_difference
 
 pytestmark = pytest.mark.distributed
 
-EQUALITY = [
-    f"equality/{balancer}/{absent}/{precision}"
-    for balancer in BALANCERS
-    for absent, precision in (("skip", "float64"), ("hold", "float64"), ("skip", "float32"))
-] + ["equality/bilb/hold/float32"]
-MISSING_HEADS = [
-    f"{scenario}/{kind}/{find_unused}"
-    for scenario in ("heads", "heads_over_micro_batch", "heads_over_window")
-    for kind in HEADS
-    for find_unused in FIND_UNUSED[kind]
-]
+EQUALITY = [f"equality/{name}" for name in scenarios.EQUALITY]
+MISSING_HEADS = [f"{over}/{kind}/{find_unused}" for over, kind, find_unused in scenarios.MISSING_HEADS]
 
 
 @pytest.mark.parametrize("name", EQUALITY)

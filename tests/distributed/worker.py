@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed.worker F
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from tests.distributed.training import rank, world_size
 def main(folder: str, expected_world_size: int, scenarios: Callable[[], Mapping[str, Scenario]]) -> None:
     """Run the `scenarios`, which are asked for once the number of ranks is known."""
     torch.set_num_threads(1)
+    gc.freeze()  # Trainer collects garbage whenever it begins: not what the imports have left, every time
     if expected_world_size > 1:
         dist.init_process_group("gloo")
     # Launchers that silently start one process exist (`accelerate launch --cpu`).

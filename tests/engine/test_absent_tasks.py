@@ -12,6 +12,7 @@ from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.losses.contract import TaskLosses
 from tests.contract.cases import CASES, Case, Tilted, advance, features_for, random_losses
+from tests.products import in_turn
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 K = 4
@@ -42,9 +43,9 @@ def assert_same(one: LossBalancer, other: LossBalancer) -> None:
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
-@pytest.mark.parametrize(("batches", "rule"), [(ALONE, "hold"), (TOGETHER, "skip")], ids=["alone", "together"])
-@every_case
-def test_auto_is_hold_for_lone_tasks_and_skip_for_others(case: Case, batches: list[Tensor], rule: str) -> None:
+@pytest.mark.parametrize(("case", "rule"), in_turn(CASES, ["hold", "skip"]), ids=str)
+def test_auto_is_hold_for_lone_tasks_and_skip_for_others(case: Case, rule: str) -> None:
+    batches = {"hold": ALONE, "skip": TOGETHER}[rule]
     automatic, fixed = build(case, "auto"), build(case, rule)
     for row, counts in zip(random_losses(K, len(batches)), batches, strict=True):
         row = torch.where(counts > 0, row, torch.nan)
@@ -53,6 +54,7 @@ def test_auto_is_hold_for_lone_tasks_and_skip_for_others(case: Case, batches: li
 
 
 @every_case
+@pytest.mark.slow
 def test_auto_in_a_mixed_stream_takes_each_batch_for_what_it_is(case: Case) -> None:
     automatic = build(case, "auto")
     for row, counts in zip(random_losses(K, len(MIXED)), MIXED, strict=True):

@@ -90,6 +90,7 @@ def test_a_thousand_tasks() -> None:
 
 @pytest.mark.parametrize("pairs", ["adjacent", "all"])
 @pytest.mark.parametrize("active", ACTIVE.values(), ids=ACTIVE)
+@pytest.mark.slow
 def test_largest_slopes_are_reached_and_never_passed(active: list[int], pairs: str) -> None:
     mask = torch.tensor(active, dtype=torch.bool)
     bounds = largest_slopes(mask, pairs, torch.float64)

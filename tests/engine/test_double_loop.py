@@ -60,6 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], list[list[Part]], str]] =
 
 
 @pytest.mark.parametrize(("options", "network", "batches", "absent_tasks"), CASES.values(), ids=CASES)
+@pytest.mark.slow
 def test_a_run_is_that_of_the_algorithm(
     options: dict[str, Any], network: dict[str, Any], batches: list[list[Part]], absent_tasks: str
 ) -> None:

@@ -14,6 +14,7 @@ from hf_bilb.balancers import LossBalancer
 from hf_bilb.engine.objective import differentiate
 from hf_bilb.errors import NonFiniteLossError
 from tests.contract.cases import advance, random_losses
+from tests.products import in_pairs
 
 TAUS, PAIRS, DENOMINATORS = ("weights", "one"), ("adjacent", "all"), ("none", "sum", "detached_sum")
 ACTIVE = {
@@ -29,7 +30,9 @@ kinds = pytest.mark.parametrize(
     list(itertools.product(TAUS, PAIRS, DENOMINATORS)),
     ids=lambda value: str(value),
 )
-tasks = pytest.mark.parametrize("active", ACTIVE.values(), ids=ACTIVE)
+kinds_and_tasks = pytest.mark.parametrize(
+    ("active", "tau", "pairs", "denominator"), in_pairs(ACTIVE, TAUS, PAIRS, DENOMINATORS)
+)
 
 
 def build(tau: str, pairs: str, denominator: str, logits: list[float], weight: Any, **more: Any) -> LossBalancer:
@@ -56,25 +59,24 @@ def logits_for(size: int, seed: int) -> list[float]:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).mul(1.5).tolist()
 
 
-@kinds
-@tasks
-def test_below_the_edge_no_coefficient_is_negative(active: list[int], tau: str, pairs: str, denominator: str) -> None:
-    mask = torch.tensor(active, dtype=torch.bool)
+@kinds_and_tasks
+@pytest.mark.slow
+def test_below_the_edge_no_coefficient_is_negative(active: str, tau: str, pairs: str, denominator: str) -> None:
+    mask = torch.tensor(ACTIVE[active], dtype=torch.bool)
     for seed in range(4):
-        balancer = build(tau, pairs, denominator, logits_for(len(active), seed), {"edge_fraction": 1 - 1e-9})
+        balancer = build(tau, pairs, denominator, logits_for(len(mask), seed), {"edge_fraction": 1 - 1e-9})
         worst = [coefficients(balancer, losses, mask).min() for losses in configurations(balancer, mask)]
-        rows = random_losses(len(active), 50, seed=seed)
+        rows = random_losses(len(mask), 50, seed=seed)
         searched = [coefficients(balancer, row, mask).min() for row in rows]
         assert min(worst + searched) > 0
 
 
-@kinds
-@tasks
-def test_just_beyond_the_edge_one_is(active: list[int], tau: str, pairs: str, denominator: str) -> None:
-    mask = torch.tensor(active, dtype=torch.bool)
+@kinds_and_tasks
+def test_just_beyond_the_edge_one_is(active: str, tau: str, pairs: str, denominator: str) -> None:
+    mask = torch.tensor(ACTIVE[active], dtype=torch.bool)
     for seed in range(4):
-        balancer = build(tau, pairs, denominator, logits_for(len(active), seed), {"edge_fraction": 1 + 1e-9})
-        assert min(coefficients(balancer, losses, mask).min() for losses in configurations(balancer, mask)) < 0
+        balancer = build(tau, pairs, denominator, logits_for(len(mask), seed), {"edge_fraction": 1 + 1e-9})
+        assert any(coefficients(balancer, losses, mask).min() < 0 for losses in configurations(balancer, mask))
 
 
 @kinds
@@ -110,6 +112,7 @@ def test_the_formulas_of_the_notes() -> None:
 
 @pytest.mark.parametrize("normalization", ["none", "initial", "rescaled", "log", "power"])
 @pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.slow
 def test_no_normalization_moves_the_edge(pairs: str, normalization: str) -> None:
     # They are increasing functions of each loss, so they keep the signs.
     signs = {}

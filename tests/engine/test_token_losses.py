@@ -163,6 +163,7 @@ def examples() -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.slow
 def test_one_task_trains_as_with_the_plain_trainer(tmp_path: Path, accumulation: int) -> None:
     config = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip

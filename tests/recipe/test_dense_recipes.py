@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.slow
 def test_two_steps(path: Path, folder: Path, tmp_path: Path) -> None:
     data = path.parent.name
     changes = [

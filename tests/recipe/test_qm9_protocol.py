@@ -105,6 +105,7 @@ def plain_adam(rates: list[float], data: Any) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_the_rate_falls_when_delta_m_stands_still_and_the_best_model_is_left(tmp_path: Path) -> None:
     data, deltas = build_data(BATCH, dtype=FLOAT), iter(DELTAS)  # one update an epoch
     of_evaluation = {"eval_dataset": data, "compute_metrics": lambda _: {"delta_m": next(deltas)}}

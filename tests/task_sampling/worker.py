@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc_per_node 2 -m tests.task_sampling.worker
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def all_scenarios() -> dict[str, Callable[[], dict[str, Any]]]:
 
 def main(folder: str, expected_world_size: int, *prefixes: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as in `tests.distributed.worker`
     if expected_world_size > 1:
         dist.init_process_group("gloo")
     # Launchers that silently start one process exist (`accelerate launch --cpu`).

@@ -47,6 +47,7 @@ class Seen(BilevelMTLTrainer):
         self.found.append((self.balancer.name, options, self.balancer.absent_tasks, self.balancer._rules.has_priors))
 
 
+@pytest.mark.slow
 def test_a_search_over_balancers_trains_each_of_them(tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -160,6 +160,7 @@ def test_predict_without_labels(tmp_path: Path) -> None:
     assert output.label_ids is None and not any("loss" in key for key in output.metrics)
 
 
+@pytest.mark.slow
 def test_several_evaluation_sets_and_the_best_checkpoint_by_a_task(tmp_path: Path) -> None:
     sets = {"near": held_out(), "far": held_out(10)}
     trainer = trainer_for(tmp_path)

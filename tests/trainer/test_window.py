@@ -104,6 +104,7 @@ def assert_same_training(found: Run, expected: Run, references: bool = True) -> 
 
 
 @pytest.mark.parametrize("name", BALANCERS)
+@pytest.mark.slow
 def test_as_one_batch(name: str, tmp_path: Path) -> None:
     # 70 rows: the last update has six, as 6, as 4 + 2, or as one micro-batch of 6 in a window of two.
     balancer = BALANCERS[name]
@@ -200,6 +201,7 @@ def one_task_batches(updates: int = 4, size: int = 4) -> SyntheticData:
 @pytest.mark.parametrize(
     ("name", "absent_tasks"), [("bilb", "auto"), ("bilb", "skip"), ("bilb", "hold"), ("qm9", "auto"), ("uw", "auto")]
 )
+@pytest.mark.slow
 def test_micro_batches_of_one_task_each(name: str, absent_tasks: str, tmp_path: Path) -> None:
     data = one_task_batches()
     settings: dict[str, Any] = {"balancer": BALANCERS[name], "absent_tasks": absent_tasks}

@@ -1,0 +1,883 @@
+"""Small changes of behaviour, each of which the tests should notice.
+
+A mutation names a text that stands exactly once below `hf_bilb/`, wherever the file lies, and what is put in its place;
+so it survives moves of files. Where the text is gone, the campaign says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change.
+
+    Attributes:
+        name: what is broken, in words.
+        old, new: the text that stands once in the package, and what replaces it.
+        tests: folders and files below `tests/` that could notice, the cheapest first.
+    """
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+ENGINE = ("contract/test_derivatives.py", "engine/test_standalone.py", "contract/test_every_balancer.py", "engine")
+TRAINER = tuple(
+    f"trainer/test_{name}.py"
+    for name in (
+        "losses",
+        "logs",
+        "evaluation",
+        "nonfinite",
+        "learning_rate",
+        "phases",
+        "looks",
+        "window",
+        "diagnostics",
+    )
+)
+RANKS = ("distributed/test_absent_tasks.py", "distributed/test_data_parallel.py")
+
+
+def method(name: str) -> tuple[str, ...]:
+    """The tests of one method."""
+    return (f"balancers/test_{name}.py", "balancers/test_parity.py", "contract")
+
+
+BILB = ("engine", "contract", "balancers/test_parity.py")
+
+MUTATIONS: tuple[Mutation, ...] = (
+    # --- differentiation ---
+    Mutation(
+        "progress compares the losses with themselves",
+        "        normalised(step.after, step.compared),",
+        "        normalised(step.before, step.compared),",
+        ("balancers/test_famo.py", *ENGINE),
+    ),
+    Mutation(
+        "a method's own gradient has the wrong sign",
+        "filled = [torch.zeros_like(x) if g is None else g for",
+        "filled = [torch.zeros_like(x) if g is None else -g for",
+        ("contract/test_derivatives.py",),
+    ),
+    # --- a rank's share, and what is reported ---
+    Mutation(
+        "a share over a count of zero",
+        "local = batch.num_items / decision.num_items.clamp(min=1) if share is None else share.local",
+        "local = batch.num_items / decision.num_items if share is None else share.local",
+        ("engine/test_standalone.py", "engine/test_absent_tasks.py"),
+    ),
+    Mutation(
+        "the factor of the ranks is missing",
+        "coefficients = decision.coefficients if ranks == 1 else ranks * decision.coefficients",
+        "coefficients = decision.coefficients",
+        RANKS,
+    ),
+    Mutation(
+        "the factor of the ranks is missing for router features",
+        "rows = ranks if share is None else ranks * share.rows",
+        "rows = 1 if share is None else share.rows",
+        ("distributed/test_feature_routers.py",),
+    ),
+    Mutation(
+        "the value of the loss is not F",
+        "return total + (reported - total.detach())",
+        "return total",
+        ("engine/test_standalone.py", "trainer/test_losses.py"),
+    ),
+    Mutation(
+        "a NaN loss without items reaches the graph",
+        "connected = torch.where(batch.num_items > 0, batch.losses, 0.0)",
+        "connected = batch.losses",
+        ("engine/test_standalone.py", "engine/test_absent_tasks.py"),
+    ),
+    Mutation(
+        "the last known loss of an absent task is overwritten",
+        "torch.where(present, losses, self.last_losses, out=self.last_losses)",
+        "self.last_losses.copy_(losses)",
+        ("engine/test_standalone.py", "engine/test_absent_tasks.py"),
+    ),
+    Mutation(
+        "a micro-batch's part of F ignores its tasks",
+        "return decision.value * share.fraction + torch.dot(decision.coefficients * decision.losses, of_tasks)",
+        "return decision.value * share.fraction",
+        ("trainer/test_window.py", *TRAINER, "distributed/test_windows.py"),
+    ),
+    Mutation(
+        "the auxiliary loss counts once for every micro-batch",
+        "total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts",
+        "total = total + batch.auxiliary_loss.reshape(()).to(total.dtype)",
+        ("trainer/test_window.py", *TRAINER),
+    ),
+    # --- coefficients ---
+    Mutation(
+        "the floor is a share of the sum, not of the mean",
+        "floor = self.floor * applied.abs().sum() / count.clamp(min=1)",
+        "floor = self.floor * applied.abs().sum()",
+        ("engine/test_coefficients.py", "engine"),
+    ),
+    Mutation(
+        "priors are reported twice",
+        "((self.task_priors - 1) * applied",
+        "(self.task_priors * applied",
+        ("engine/test_coefficients.py", "engine"),
+    ),
+    Mutation(
+        "the scale counts present tasks, not those that F runs over",
+        'target = 1.0 if self.scale == "sum_to_one" else active.sum()',
+        'target = 1.0 if self.scale == "sum_to_one" else present.sum()',
+        ("engine/test_coefficients.py", "engine"),
+    ),
+    Mutation(
+        "the scale sums with signs",
+        "            total = applied.abs().sum()\n",
+        "            total = applied.sum()\n",
+        ("engine/test_coefficients.py", "engine"),
+    ),
+    # --- normalization ---
+    Mutation(
+        "a running mean is off by one",
+        "1 / (self.observations + 1)",
+        "1 / (self.observations + 2)",
+        ("engine/test_normalization.py", "engine"),
+    ),
+    Mutation(
+        "references are formed one step too long",
+        "return ~self.seen if frozen else self.observations < self.window",
+        "return ~self.seen if frozen else self.observations <= self.window",
+        ("engine/test_normalization.py", "engine"),
+    ),
+    Mutation(
+        "references are formed while frozen",
+        "return ~self.seen if frozen else self.observations < self.window",
+        "return self.observations < self.window",
+        ("engine/test_phases.py", "trainer/test_phases.py"),
+    ),
+    Mutation(
+        "rescaled by the largest reference",
+        "smallest = torch.where(self.seen, reference, torch.inf).min()",
+        "smallest = torch.where(self.seen, reference, -torch.inf).max()",
+        ("engine/test_normalization.py", "engine"),
+    ),
+    Mutation(
+        "log without a reference",
+        "return torch.log(losses / reference)",
+        "return torch.log(losses)",
+        ("engine/test_normalization.py", "engine"),
+    ),
+    Mutation(
+        "power without its factor",
+        "above = ratio.clamp(min=SOLVED).pow(self.power) / self.power",
+        "above = ratio.clamp(min=SOLVED).pow(self.power)",
+        ("engine/test_normalization.py", "engine"),
+    ),
+    Mutation(
+        "an epoch takes no new references",
+        "            self.observations.zero_()",
+        "            pass",
+        ("engine/test_normalization.py", "engine"),
+    ),
+    Mutation(
+        "a loss of zero is let into a logarithm",
+        "return present & (losses <= 0)",
+        "return present & (losses < 0)",
+        ("engine/test_normalization.py",),
+    ),
+    # --- the decision ---
+    Mutation(
+        "a lone task is never compared with held ones",
+        "return torch.where(whole.present.sum() == 1, held, whole.present)",
+        "return whole.present",
+        ("engine/test_absent_tasks.py", "engine"),
+    ),
+    Mutation(
+        "a loss of the warm-up counts as a reference",
+        'held = self._memory.seen if self.normalization.kind == "none" else self.normalization.seen',
+        "held = self._memory.seen",
+        ("engine/test_absent_tasks.py::test_a_loss_of_the_warm_up_is_not_compared_before_it_has_a_reference",),
+    ),
+    Mutation(
+        "a coefficient that overflows is valid",
+        "valid=valid & is_finite(coefficients.sum()),",
+        "valid=valid,",
+        (
+            "engine/test_standalone.py",
+            "trainer/test_nonfinite.py",
+            "engine/test_large_losses.py",
+            "contract/test_every_balancer.py",
+        ),
+    ),
+    Mutation(
+        "a refused batch leaves its losses behind",
+        "observed = whole.present & valid",
+        "observed = whole.present",
+        ("engine/test_standalone.py", "trainer/test_nonfinite.py", "contract/test_every_balancer.py"),
+    ),
+    Mutation(
+        "held tasks have coefficients",
+        "coefficients = torch.where(whole.present, of_all, self._rules.zero)",
+        "coefficients = of_all",
+        ("engine/test_absent_tasks.py::test_hold_compares_with_the_last_losses_by_hand",),
+    ),
+    Mutation(
+        "a frozen method learns",
+        '        if self.phase == "balancing":\n            self._optimizer.accumulate(',
+        '        if self.phase != "warmup":\n            self._optimizer.accumulate(',
+        ("engine/test_phases.py", "engine"),
+    ),
+    Mutation(
+        "an infinite sum is finite",
+        "return (total - total) == 0",
+        "return total == total",
+        ("engine/test_standalone.py", "contract/test_every_balancer.py"),
+    ),
+    Mutation(
+        "the auxiliary loss is not looked at",
+        "valid = is_finite(losses.sum() + auxiliary)",
+        "valid = is_finite(losses.sum())",
+        ("trainer/test_nonfinite.py", "trainer/test_losses.py"),
+    ),
+    # --- a step of the balancer ---
+    Mutation(
+        "every call of on_epoch_begin begins an epoch",
+        "        if epoch != self._epoch:\n",
+        "        if True:\n",
+        ("engine/test_phases.py", "trainer/test_phases.py", "engine", "contract/test_every_balancer.py"),
+    ),
+    Mutation(
+        "a dropped step keeps its gradient",
+        "            self.rollback(self._before_trials)\n        self._optimizer.discard()\n",
+        "            self.rollback(self._before_trials)\n",
+        (
+            "engine/test_standalone.py",
+            "trainer/test_nonfinite.py",
+            "trainer/test_grad_scaler.py",
+            "engine",
+            "contract/test_every_balancer.py",
+        ),
+    ),
+    Mutation(
+        "a refused batch leaves a record",
+        "            if before is not None:\n                self.rollback(before)\n",
+        "",
+        (
+            "engine/test_standalone.py",
+            "balancers/test_go4align.py",
+            "balancers/test_dwa.py",
+            "balancers/test_famo.py",
+            "engine",
+            "contract/test_every_balancer.py",
+        ),
+    ),
+    Mutation(
+        "a step without a batch ends an update",
+        'if self._history is not None and self._open and self.phase != "warmup":',
+        'if self._history is not None and self.phase != "warmup":',
+        ("balancers/test_rlw.py", "engine/test_standalone.py", "contract/test_every_balancer.py", "balancers"),
+    ),
+    Mutation(
+        "a look at a loss leaves its coefficients",
+        "self._last, self._whole, self._ran_over = last, whole, ran_over",
+        "pass",
+        ("trainer/test_looks.py", "engine", *TRAINER),
+    ),
+    Mutation(
+        "z does not start anew",
+        "            self._lower_level.started = False\n",
+        "            pass\n",
+        ("engine/test_double_loop.py", "trainer/test_double_loop.py"),
+    ),
+    Mutation(
+        "another run's last losses are compared with",
+        'name.startswith(("guards.", "progress."))',
+        'name.startswith("guards.")',
+        ("engine/test_phases.py", "trainer/test_phases.py", "engine"),
+    ),
+    Mutation(
+        "the epoch is not restored",
+        '        self._epoch = int(snapshot["epoch"])\n',
+        "",
+        ("contract/test_every_balancer.py::test_resume_from_a_file_is_bit_identical", "engine/test_phases.py"),
+    ),
+    # --- reduction ---
+    Mutation(
+        "the mean of means instead of the items' mean",
+        "sums = _sum([loss * count for loss, count in zip(local, items, strict=True)])",
+        "sums = _sum(local)",
+        ("engine/test_standalone.py", "trainer/test_window.py", *RANKS),
+    ),
+    Mutation(
+        "the auxiliary loss is a sum over micro-batches",
+        "auxiliary = auxiliary.reshape(()) / (ranks * len(micro_batches))",
+        "auxiliary = auxiliary.reshape(()) / ranks",
+        ("trainer/test_window.py", *TRAINER),
+    ),
+    Mutation(
+        "features are summed, not averaged",
+        "mean, num_rows = (features[0] / features[1].clamp(min=1), features[1])",
+        "mean, num_rows = (features[0], features[1])",
+        ("engine/test_feature_router.py",),
+    ),
+    Mutation(
+        "features of several ranks are summed, not averaged",
+        "mean, num_rows = (rest[:-1] / rest[-1].clamp(min=1), rest[-1])",
+        "mean, num_rows = (rest[:-1], rest[-1])",
+        ("trainer/test_window.py", "distributed/test_feature_routers.py"),
+    ),
+    Mutation(
+        "a reduction writes into its argument",
+        "    total = values.detach().clone()\n    dist.all_reduce",
+        "    total = values.detach()\n    dist.all_reduce",
+        RANKS,
+    ),
+    Mutation(
+        "every reached parameter counts as not reached",
+        "    reached.add(number)",
+        "    pass",
+        RANKS,
+    ),
+    # --- the balancer's optimizer ---
+    Mutation(
+        "micro-batches are averaged without their items",
+        "mean + ratio.to(mean.dtype) * (new - mean)",
+        "mean + 0.5 * (new - mean)",
+        ("trainer/test_window.py", *TRAINER, "engine"),
+    ),
+    Mutation(
+        "the double loop adds what it should take off",
+        "self._mean = [mean - factor * gradient for",
+        "self._mean = [mean + factor * gradient for",
+        ("engine/test_double_loop.py",),
+    ),
+    Mutation(
+        "a gradient that is not finite is taken",
+        "parameter.grad = torch.where(usable, gradient, self._zero)",
+        "parameter.grad = gradient",
+        ("engine/test_large_losses.py", "engine"),
+    ),
+    Mutation(
+        "follow_model does not follow",
+        'group["lr"] = self._model_optimizer.param_groups[0]["lr"]',
+        "pass",
+        ("trainer/test_learning_rate.py", "balancers/test_parity.py", "engine"),
+    ),
+    Mutation(
+        "moments are not restored",
+        "        self._load(moments)\n        self.discard()",
+        "        self.discard()",
+        ("contract/test_every_balancer.py::test_resume_from_a_file_is_bit_identical",),
+    ),
+    Mutation(
+        "weight decay is lost",
+        "self._optimizer = cls(self._parameters, lr=rate, weight_decay=weight_decay)",
+        "self._optimizer = cls(self._parameters, lr=rate)",
+        ("balancers/test_famo.py", "balancers/test_parity.py"),
+    ),
+    # --- guards ---
+    Mutation(
+        "every lambda is beyond its edge",
+        "edge_ratio > 1 + 1e-6",
+        "edge_ratio > 0",
+        ("engine/test_guards.py", "engine/test_edge.py"),
+    ),
+    Mutation(
+        "a refused step is counted",
+        "self.counts.add_(flags & valid)",
+        "self.counts.add_(flags)",
+        ("engine/test_guards.py", "engine", "contract"),
+    ),
+    Mutation(
+        "one step is enough for domination",
+        "if steps >= MIN_STEPS and share",
+        "if share",
+        ("engine/test_guards.py", "engine"),
+    ),
+    # --- replay ---
+    Mutation(
+        "buffers are not put back",
+        "                buffer.copy_(value)\n                # A forward pass",
+        "                # A forward pass",
+        ("trainer/test_window.py", "engine/test_double_loop.py"),
+    ),
+    Mutation(
+        "the wrapper believes that buffers were sent",
+        "wrapper.require_forward_param_sync = due",
+        "pass",
+        ("distributed/test_double_loop.py", "distributed/test_windows.py"),
+    ),
+    Mutation(
+        "a replayed pass takes new random numbers",
+        "    with torch.random.fork_rng(devices):\n        yield",
+        "    yield",
+        ("engine/test_double_loop.py", "balancers/test_marigold.py", "trainer/test_double_loop.py"),
+    ),
+    Mutation(
+        "the last micro-batch's gradient is taken for all",
+        "total[i] = old if new is None else new if old is None else old + new",
+        "total[i] = old if new is None else new",
+        ("engine/test_double_loop.py", "trainer/test_double_loop.py"),
+    ),
+    Mutation(
+        "Python's random numbers are not put back",
+        "        random.setstate(self.python)\n        if self.numpy is not",
+        "        if self.numpy is not",
+        ("trainer/test_window.py",),
+    ),
+    Mutation(
+        "a trial step on several ranks is too large",
+        "one / (ranks * loss_scale)",
+        "one / loss_scale",
+        ("distributed/test_methods.py",),
+    ),
+    Mutation(
+        "a trial step leaves the optimizer's state",
+        "                _bring_back(self._optimizer.state[key], self._state[key])",
+        "                pass",
+        ("balancers/test_marigold.py", "trainer/test_marigold.py"),
+    ),
+    Mutation(
+        "a trial step leaves what it allocated",
+        "                del self._optimizer.state[key]",
+        "                pass",
+        ("balancers/test_marigold.py", "trainer/test_marigold.py"),
+    ),
+    # --- the double loop ---
+    Mutation(
+        "z climbs",
+        "alpha=-inner_learning_rate",
+        "alpha=inner_learning_rate",
+        ("engine/test_double_loop.py",),
+    ),
+    Mutation(
+        "g is taken of sums of losses, not of means",
+        "per_task = derivatives.coefficients / whole.num_items.clamp(min=1)",
+        "per_task = derivatives.coefficients",
+        ("engine/test_double_loop.py",),
+    ),
+    Mutation(
+        "z is x, not a copy of it",
+        "            self.z = [x.detach().clone() for x in self._x]\n            self.started",
+        "            self.z = [x.detach() for x in self._x]\n            self.started",
+        ("engine/test_double_loop.py", "trainer/test_double_loop.py"),
+    ),
+    Mutation(
+        "z follows one rank's gradient",
+        "found = summed_over_ranks(found, self._x, group)",
+        "found = list(found)",
+        ("distributed/test_double_loop.py",),
+    ),
+    # --- methods that follow the losses ---
+    Mutation(
+        "a task is compared with a step in which it was absent",
+        "compared = active & progress.active",
+        "compared = active",
+        ("balancers/test_famo.py", "engine/test_absent_tasks.py", "contract/test_every_balancer.py"),
+    ),
+    Mutation(
+        "the zero gradient of F is averaged in",
+        "self._optimizer.discard()  # dF/dtheta, which is zero",
+        "pass",
+        ("balancers/test_famo.py", "balancers/test_parity.py"),
+    ),
+    Mutation(
+        "the last update is compared with every micro-batch",
+        "            progress.due = False\n",
+        "",
+        ("balancers/test_famo.py", "trainer/test_famo.py", "trainer/test_window.py", "distributed/test_methods.py"),
+    ),
+    # --- losses ---
+    Mutation(
+        "a mean over all rows, missing ones included",
+        "return sums / num_items.clamp(min=1).to(values.dtype), num_items",
+        "return sums / len(mask), num_items",
+        ("engine/test_masked_losses.py",),
+    ),
+    Mutation(
+        "a NaN label reaches the graph",
+        "return mask, torch.where(mask, labels, 0).to(predictions.dtype)",
+        "return mask, labels.to(predictions.dtype)",
+        ("engine/test_masked_losses.py",),
+    ),
+    Mutation(
+        "-100 is a label",
+        "return present & ~labels.isnan()",
+        "return ~labels.isnan()",
+        ("engine/test_masked_losses.py", "trainer/test_item_counts.py"),
+    ),
+    Mutation(
+        "cross-entropy over all labels",
+        "return total / num_items.clamp(min=1).to(logits.dtype), num_items",
+        "return total / labels.numel(), num_items",
+        ("engine/test_masked_losses.py",),
+    ),
+    Mutation(
+        "a task without a loss has items",
+        "counts = counts * torch.tensor([name in losses for name in names], device=vector.device)",
+        "pass",
+        ("engine/test_task_losses.py", "engine"),
+    ),
+    Mutation(
+        "counts that are not given are one",
+        "counts = torch.full((len(names),), default_items, dtype",
+        "counts = torch.full((len(names),), 1.0, dtype",
+        ("engine/test_task_losses.py", "trainer/test_losses.py"),
+    ),
+    Mutation(
+        "labels are not shifted",
+        "return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)",
+        "return labels",
+        ("engine/test_token_losses.py",),
+    ),
+    Mutation(
+        "tokens of every task are counted together",
+        "groups * num_blocks + blocks",
+        "blocks",
+        ("engine/test_token_losses.py",),
+    ),
+    Mutation(
+        "the cosine is not taken from one",
+        "return _mean(1 - (predictions * labels).sum(dim=1), mask)",
+        "return _mean(-(predictions * labels).sum(dim=1), mask)",
+        ("engine/test_dense_losses.py",),
+    ),
+    Mutation(
+        "short vectors have a direction",
+        "return vectors / torch.where(lengths > _SHORTEST, lengths, 1)",
+        "return vectors / lengths.clamp(min=_SHORTEST)",
+        ("engine/test_dense_losses.py",),
+    ),
+    # --- bilb ---
+    Mutation(
+        "router_gradient: upper descends g",
+        "            return sigma.detach()\n",
+        "            return sigma\n",
+        ("contract/test_derivatives.py::test_upper_lets_the_router_descend_the_discrepancy_alone",),
+    ),
+    Mutation(
+        "the denominator is not detached",
+        'total = (weights if kind == "sum" else weights.detach()).sum()',
+        "total = weights.sum()",
+        ("engine/test_bilb_options.py", *BILB),
+    ),
+    Mutation(
+        "weights of absent tasks are in the denominator",
+        "weights = torch.where(active, sigma, 0.0)",
+        "weights = sigma",
+        (
+            "contract/test_every_balancer.py::test_skip_is_the_balancer_of_the_present_tasks",
+            "engine/test_absent_tasks.py",
+        ),
+    ),
+    Mutation(
+        "the edge forgets the factor of g",
+        "        edge = self.penalty_weight * edge\n",
+        "",
+        ("engine/test_edge.py", "engine/test_double_loop.py", *BILB),
+    ),
+    Mutation(
+        "f of the weights where it is of the losses",
+        'values = sigma * losses if self.options.tau == "weights" else losses',
+        "values = sigma * losses",
+        ("engine/test_bilb_options.py", *BILB),
+    ),
+    Mutation(
+        "the clamp is lost",
+        "return weights if self.clamp is None else weights.clamp(*self.clamp)",
+        "return weights",
+        ("engine/test_router.py", *BILB),
+    ),
+    Mutation(
+        "features reach the model though detached",
+        "return self.router(features.detach() if features is not None and self.options.detach_features else features)",
+        "return self.router(features)",
+        ("contract/test_derivatives.py", *BILB),
+    ),
+    Mutation(
+        "half of all pairs",
+        "return 2 / count.clamp(min=1).to(dtype)",
+        "return 1 / count.clamp(min=1).to(dtype)",
+        ("engine/test_discrepancy.py", "engine"),
+    ),
+    Mutation(
+        "neighbours do not bridge a gap",
+        "last_active = torch.where(active, positions, -1).cummax(dim=0).values",
+        "last_active = torch.where(active, positions, -1)",
+        ("engine/test_discrepancy.py", "contract"),
+    ),
+    Mutation(
+        "the first task has two neighbours",
+        "(place > 1).to(dtype)",
+        "(place >= 1).to(dtype)",
+        ("engine/test_edge.py", "engine"),
+    ),
+    Mutation(
+        "ties have a slope",
+        "torch.searchsorted(ordered, fixed) + torch.searchsorted(ordered, fixed, right=True) - count",
+        "2 * torch.searchsorted(ordered, fixed) + 1 - count",
+        ("engine/test_discrepancy.py", "engine"),
+    ),
+    # --- the other methods ---
+    Mutation(
+        "famo: progress has the wrong sign",
+        "fallen = self._distances(step.before, there).log() - self._distances(step.after, there).log()",
+        "fallen = self._distances(step.after, there).log() - self._distances(step.before, there).log()",
+        method("famo"),
+    ),
+    Mutation(
+        "famo: the scale is not detached",
+        "scale = masked_sum(weights / distances, active).detach()",
+        "scale = masked_sum(weights / distances, active)",
+        method("famo"),
+    ),
+    Mutation(
+        "famo: min_losses are added",
+        "losses - self.min_losses + EPSILON",
+        "losses + self.min_losses + EPSILON",
+        method("famo"),
+    ),
+    Mutation(
+        "uw: the penalty has the wrong sign",
+        "value = 0.5 * masked_sum(precision * losses + self.log_variance, active)",
+        "value = 0.5 * masked_sum(precision * losses - self.log_variance, active)",
+        ("balancers/test_parity.py", "contract"),
+    ),
+    Mutation(
+        "uw: twice the weight",
+        "return ObjectiveValue(value, weights=0.5 * precision)",
+        "return ObjectiveValue(value, weights=precision)",
+        ("balancers/test_parity.py", "contract", "engine"),
+    ),
+    Mutation(
+        "imtl_l: the penalty has the wrong sign",
+        "masked_sum(scale * losses - self.log_scale, active)",
+        "masked_sum(scale * losses + self.log_scale, active)",
+        method("imtl_l"),
+    ),
+    Mutation(
+        "gls: the root counts absent tasks",
+        "torch.exp(total / count.clamp(min=1))",
+        "torch.exp(total / len(active))",
+        method("gls"),
+    ),
+    Mutation(
+        "dwa: weights count absent tasks",
+        "weights = active.sum() * masked_softmax(",
+        "weights = len(active) * masked_softmax(",
+        method("dwa"),
+    ),
+    Mutation(
+        "dwa: weights begin one loss early",
+        "self.observations > self._window + 1)",
+        "self.observations >= self._window + 1)",
+        method("dwa"),
+    ),
+    Mutation(
+        "dwa: the older mean over the newer one",
+        "return _ratios(last, before, self.epochs >= 2)",
+        "return _ratios(before, last, self.epochs >= 2)",
+        method("dwa"),
+    ),
+    Mutation(
+        "stch: a late task's nadir is taken one epoch early",
+        "late = (self.passed > self._warmup_epochs) & (self.items == 0)",
+        "late = (self.passed >= self._warmup_epochs) & (self.items == 0)",
+        method("stch"),
+    ),
+    Mutation(
+        "stch: no ideal point",
+        "preference * (losses - self.ideal_point) / self._mu",
+        "preference * losses / self._mu",
+        method("stch"),
+    ),
+    Mutation(
+        "stch: the schedule begins one epoch early",
+        "return torch.where(self.passed > self._warmup_epochs, smooth, warm_up)",
+        "return torch.where(self.passed >= self._warmup_epochs, smooth, warm_up)",
+        method("stch"),
+    ),
+    Mutation(
+        "go4align: past losses raise a weight",
+        "torch.where(active, -self._step_size * self.loss_sums, lowest)",
+        "torch.where(active, self._step_size * self.loss_sums, lowest)",
+        method("go4align"),
+    ),
+    Mutation(
+        "go4align: a group ends one value late",
+        "end = (first - 1).clamp(min=0)",
+        "end = first.clamp(min=0)",
+        method("go4align"),
+    ),
+    Mutation(
+        "marigold: the estimate lacks the number of tasks",
+        "slope = number / options.perturbation * at * self.direction",
+        "slope = 1 / options.perturbation * at * self.direction",
+        method("marigold"),
+    ),
+    Mutation(
+        "marigold: rho descends",
+        "return masked_sum(weights * self._slope(step, decrement), step.active) - worst",
+        "return masked_sum(weights * self._slope(step, decrement), step.active) + worst",
+        method("marigold"),
+    ),
+    Mutation(
+        "marigold: two points make twice the slope",
+        "at = (at - upper(step.opposite, known)) / 2",
+        "at = at - upper(step.opposite, known)",
+        method("marigold"),
+    ),
+    Mutation(
+        "marigold: a frozen method perturbs",
+        'perturbed = self.training and self.options.mode != "exact"',
+        'perturbed = self.options.mode != "exact"',
+        ("balancers/test_marigold.py", "engine/test_phases.py", "balancers", "contract"),
+    ),
+    Mutation(
+        "random numbers are not restored",
+        "self._updates = int(state)",
+        "pass",
+        ("balancers/test_rlw.py", "contract/test_every_balancer.py::test_resume_from_a_file_is_bit_identical"),
+    ),
+    # --- the Trainer ---
+    Mutation(
+        "the warm-up is one step too long",
+        "if step < self.args.balancer_warmup_steps:",
+        "if step <= self.args.balancer_warmup_steps:",
+        ("trainer/test_phases.py",),
+    ),
+    Mutation(
+        "frozen one step late",
+        'return "balancing" if last is None or step < last else "frozen"',
+        'return "balancing" if last is None or step <= last else "frozen"',
+        ("trainer/test_phases.py",),
+    ),
+    Mutation(
+        "a resumed run begins with a fresh balancer",
+        "        if not self._restored:\n            self.balancer.restart",
+        "        if True:\n            self.balancer.restart",
+        ("trainer/test_phases.py", *TRAINER),
+    ),
+    Mutation(
+        "the pass that counts has other dropout masks",
+        "        self._micro_batches.begin(self._micro_batch)\n",
+        "",
+        ("trainer/test_window.py",),
+    ),
+    Mutation(
+        "a dropped step leaves the balancer's state",
+        "        self._balancer.rollback(self._state)\n",
+        "",
+        ("trainer/test_nonfinite.py", *TRAINER),
+    ),
+    Mutation(
+        "a dropped step leaves the buffers",
+        "                buffer.copy_(self._buffers[name])",
+        "                pass",
+        ("trainer/test_nonfinite.py", *TRAINER),
+    ),
+    Mutation(
+        "micro-batches count alike whatever their items",
+        "fraction = everywhere.sum() / self.everywhere.sum().clamp(min=1)",
+        "fraction = everywhere.new_ones(()) / len(self.local)",
+        ("trainer/test_window.py", *TRAINER, "distributed/test_windows.py"),
+    ),
+    Mutation(
+        "a rank takes all ranks' share",
+        "return WindowShare(self.local[micro_batch] / totals,",
+        "return WindowShare(self.everywhere[micro_batch] / totals,",
+        ("distributed/test_windows.py", "distributed/test_data_parallel.py"),
+    ),
+    Mutation(
+        "logged losses are not weighted by their items",
+        "torch.cat([decision.losses * items, items,",
+        "torch.cat([decision.losses, items,",
+        ("trainer/test_logs.py", *TRAINER),
+    ),
+    Mutation(
+        "a dropped step is logged",
+        "        self._pending.zero_()\n        self.dropped[task]",
+        "        self.dropped[task]",
+        ("trainer/test_nonfinite.py", *TRAINER),
+    ),
+    Mutation(
+        "repeated examples count in the evaluation",
+        "own = max(0, min(batch_size, remainder - rank * batch_size))",
+        "own = min(batch_size, remainder)",
+        ("trainer/test_evaluation.py", "distributed/test_data_parallel.py"),
+    ),
+    Mutation(
+        "evaluation losses are means of batch means",
+        "here, batch.losses.detach().to(self._sums.dtype) * batch.num_items, torch",
+        "here, batch.losses.detach().to(self._sums.dtype), torch",
+        ("trainer/test_evaluation.py",),
+    ),
+    Mutation(
+        "the router steps though the optimizer did not",
+        "if self.accelerator.optimizer_step_was_skipped:",
+        "if False:",
+        ("trainer/test_grad_scaler.py", *TRAINER),
+    ),
+    Mutation(
+        "a look counts in the evaluation",
+        "            self._to_be_evaluated = False  # a second call for the same batch is a look\n",
+        "",
+        ("trainer/test_looks.py", "trainer/test_evaluation.py", *TRAINER),
+    ),
+    Mutation(
+        "the second pass of a step is learned from",
+        "        if self._calls != 1:\n",
+        "        if False:\n",
+        ("trainer/test_looks.py", *TRAINER),
+    ),
+    Mutation(
+        "the batch's evaluation loss counts absent tasks",
+        "return losses.sum() / present.sum().clamp(min=1)",
+        "return losses.mean()",
+        ("trainer/test_evaluation.py", *TRAINER),
+    ),
+    Mutation(
+        "the learning rate falls every update",
+        "update // (options.epochs * updates_per_epoch)",
+        "update // updates_per_epoch",
+        ("trainer/test_learning_rate.py", *TRAINER),
+    ),
+    Mutation(
+        "labels of many entries count along the batch alone",
+        "valid.sum(dim=[dim for dim in range(valid.ndim) if dim != 1])",
+        "valid.flatten(2).any(dim=2).sum(dim=0) if valid.ndim > 2 else valid.sum(dim=0)",
+        ("trainer/test_item_counts.py", *TRAINER),
+    ),
+    Mutation(
+        "the balancer is not told the epoch",
+        "        self._trainer.balancer.on_epoch_begin(epoch)\n",
+        "",
+        ("trainer/test_history_methods.py", *TRAINER),
+    ),
+    Mutation(
+        "the running log is not restored",
+        "checkpointing.load_balancer(checkpoint, self.balancer, self._running_log)",
+        "checkpointing.load_balancer(checkpoint, self.balancer)",
+        ("checkpoints/test_changed.py", *TRAINER, "checkpoints/test_kill_and_resume.py"),
+    ),
+    Mutation(
+        "a trial step is not clipped",
+        "                before_step=clip,\n",
+        "",
+        ("trainer/test_marigold.py", *TRAINER),
+    ),
+    Mutation(
+        "a trial step takes fp16's scale for the gradient",
+        "loss_scale=1.0 if scaler is None else scaler.get_scale(),",
+        "loss_scale=1.0,",
+        ("trainer/test_grad_scaler.py", *TRAINER),
+    ),
+    Mutation(
+        "a gradient that is not finite is stepped with",
+        "if not all(map(math.isfinite, norm)):",
+        "if False:",
+        ("trainer/test_nonfinite_gradient.py", *TRAINER),
+    ),
+)
