@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_bilb.metrics.multi_task import RELATIONS
+from hf_bilb.metrics.delta_m import RELATIONS
 from hf_bilb.reporting.tables import Comparison, Row, error_ratio
 
 if TYPE_CHECKING:

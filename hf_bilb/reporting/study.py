@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_bilb.errors import OptionError
-from hf_bilb.metrics.multi_task import RELATIONS, delta_m, grouped_delta_m, mean_rank
+from hf_bilb.metrics.delta_m import RELATIONS, delta_m, grouped_delta_m, mean_rank
 from hf_bilb.reporting.results import MetricResult, RunResults
 from hf_bilb.reporting.tables import compare, error_ratio, geometric_mean
 

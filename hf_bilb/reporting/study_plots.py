@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 
-from hf_bilb.metrics.multi_task import delta_m
+from hf_bilb.metrics.delta_m import delta_m
 from hf_bilb.reporting.plots import COLOURS, GREY, History, plain_numbers, style_axes
 from hf_bilb.reporting.study import MetricLine, Study
 from hf_bilb.reporting.tables import error_ratio

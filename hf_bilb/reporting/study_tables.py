@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_bilb.metrics.multi_task import DELTA_M
+from hf_bilb.metrics.delta_m import DELTA_M
 from hf_bilb.reporting.results import MetricResult
 from hf_bilb.reporting.study import Difference, Figure, Method, MetricLine, Study
 from hf_bilb.reporting.tables import markdown_row, number

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_bilb.errors import OptionError
-from hf_bilb.metrics.multi_task import DELTA_M, RELATIONS
+from hf_bilb.metrics.delta_m import DELTA_M, RELATIONS
 from hf_bilb.reporting.results import MetricResult, RunResults
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hf_bilb.config.options import unknown_name
 from hf_bilb.data.task_data import DELTA_M_INFO, MetricInfo, Standardizer
 from hf_bilb.losses.contract import check_task_names
-from hf_bilb.metrics.multi_task import DELTA_M, delta_m
+from hf_bilb.metrics.delta_m import DELTA_M, delta_m
 from hf_bilb.metrics.regression import mean_absolute_error
 
 if TYPE_CHECKING:
