@@ -22,9 +22,9 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from hf_bilb.config.options import shown
-from hf_bilb.config.user_code import own_code
+from hf_bilb.config.user_code import import_sources, own_code
 from hf_bilb.errors import HfBilbError, NonFiniteLossError, one_line
-from hf_bilb.experiments.recipe import dump_recipe, import_sources, read_recipe
+from hf_bilb.experiments.recipe import dump_recipe, read_recipe
 from hf_bilb.storage.folders import check_output_folder, make_output_folder
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_bilb.config.options import shown
+from hf_bilb.config.yaml import load_yaml, read_yaml
 from hf_bilb.errors import OptionError
-from hf_bilb.experiments.recipe import Recipe, differences, load_yaml, read_recipe, read_yaml
+from hf_bilb.experiments.recipe import Recipe, differences, read_recipe
 from hf_bilb.reporting.results import FILE_NAME, as_json, read_results
 from hf_bilb.storage import folder_lock
 from hf_bilb.trainer import checkpointing

@@ -24,10 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from hf_bilb.config.options import nearest, parse_options
 from hf_bilb.config.user_code import own_code
+from hf_bilb.config.yaml import read_yaml
 from hf_bilb.data import DATA_SETS, MetricInfo, TaskData
 from hf_bilb.errors import HfBilbError, OptionError
 from hf_bilb.experiments.gallery import gallery_rows
-from hf_bilb.experiments.recipe import Recipe, differences, dump_recipe, read_yaml
+from hf_bilb.experiments.recipe import Recipe, differences, dump_recipe
 from hf_bilb.experiments.timing import StepClock
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns

@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from hf_bilb.cli import main
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.data import DATA_SETS
 from hf_bilb.errors import FolderInUseError
 from hf_bilb.experiments import run
-from hf_bilb.experiments.recipe import load_yaml, read_recipe
+from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import read_results
 from hf_bilb.storage import folder_lock
 from tests.cli.made_up import MADE_UP, RECIPE, TASKS

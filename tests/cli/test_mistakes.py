@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from hf_bilb.cli import main
 from hf_bilb.config.options import check_value, shown
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.data import DATA_SETS, DataSetSpec
 from hf_bilb.data.molecules.molecule_net import GraphRows, task_data
 from hf_bilb.data.rows import VectorRows
@@ -26,7 +27,6 @@ from hf_bilb.data.task_data import split_rows
 from hf_bilb.data.text.glue import GlueOptions
 from hf_bilb.errors import HfBilbError, OptionError, StorageError, one_line
 from hf_bilb.experiments import plan
-from hf_bilb.experiments.recipe import load_yaml
 from hf_bilb.reporting.results import as_json, read_results
 from tests.cli.made_up import MADE_UP, RECIPE, MadeUpOptions, load_made_up
 
