@@ -125,7 +125,7 @@ def train(method: str, data: Path, run: Path, seed: int, overrides: Sequence[str
     ]
     recipe = read_recipe(RECIPES / f"scenes_{method}.yaml", [*SETTINGS, *own, *overrides])
     if not (run / FILE_NAME).is_file():
-        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.train import run_recipe  # only now: takes ten seconds
 
         run_recipe(recipe, resume=any(run.glob("checkpoint-*")))
     return read_results(run)

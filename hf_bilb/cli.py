@@ -165,7 +165,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
     """
     with _one_line_errors():
         checked = read_recipe(recipe, overrides)
-        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.train import run_recipe  # only now: takes ten seconds
 
         run_recipe(checked, resume=resume)
 
@@ -247,9 +247,11 @@ def compare(
     In the folder: comparison.md, .csv, .tex, .json, tasks.png, progress.png, and a run for each cell.
     """
     with _one_line_errors():
-        from hf_bilb.experiments.compare import Interrupted, plan, run_comparison  # only now: matplotlib, torch
+        from hf_bilb.experiments.child_process import Interrupted
+        from hf_bilb.experiments.compare import run_comparison  # only now: matplotlib, torch
+        from hf_bilb.experiments.plan import plan_comparison
 
-        comparison = plan(
+        planned = plan_comparison(
             recipe,
             overrides,
             balancers=balancers,
@@ -261,13 +263,13 @@ def compare(
             split_by_seed=split_by_seed,
         )
         try:
-            study, failed = run_comparison(comparison)
+            study, failed = run_comparison(planned)
         except Interrupted as stopped:
             click.echo(f"hf-bilb: {stopped}", err=True)
             raise click.exceptions.Exit(128 + stopped.signal_number) from None
     if failed or study is None:
-        names = ", ".join(cell.title for cell in failed)
-        click.echo(f"hf-bilb: error: {len(failed)} of {len(comparison.cells)} cells failed: {names}", err=True)
+        names = ", ".join(run.title for run in failed)
+        click.echo(f"hf-bilb: error: {len(failed)} of {len(planned.runs)} cells failed: {names}", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -285,7 +287,7 @@ def balancers(name: str | None, form: str, sources: tuple[str, ...]) -> None:
     """Print the table of all balancers: paper, cost, state, options; or one of them, NAME, in full."""
     with _one_line_errors():
         import_sources(sources, "--import")
-        from hf_bilb.experiments.balancer_descriptions import catalogue, describe  # only now: torch
+        from hf_bilb.experiments.describe import catalogue, describe  # only now: torch
         from hf_bilb.reporting.balancer_table import (
             render_one_json,
             render_one_markdown,

@@ -505,7 +505,7 @@ def test_an_argument_that_is_missing_or_unknown_is_one_line(arguments):
 
 def test_a_cell_has_the_value_that_was_asked_for_beyond_16_bits(folder):
     asked = plan.parse_balancers("ls", {"name": "ls"})
-    (cell,) = plan.plan_cells("small.yaml", [], Path("\U0001f600"), asked, [0])
+    (cell,) = plan.plan_runs("small.yaml", [], Path("\U0001f600"), asked, [0])
     assert cell.folder == Path("\U0001f600/ls/seed-0")
 
 
