@@ -34,7 +34,7 @@ from hf_bilb.data.dense.nyuv2_labels import CLASSES_13
 from hf_bilb.errors import OptionError, one_line
 from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import FILE_NAME, RunResults, read_results
-from hf_bilb.reporting.tables import compare, render_text
+from hf_bilb.reporting.side_by_side import compare_runs, runs_text
 
 RECIPES = Path("recipes/nyuv2")
 METHODS = ("ls", "bilb")
@@ -147,7 +147,7 @@ def main(overrides: tuple[str, ...], data: Path, seed: int, output: Path) -> Non
         runs = [train(method, folder / "data", folder / method, seed, overrides) for method in METHODS]
     except OptionError as error:
         raise click.ClickException(one_line(error)) from None
-    text = render_text(compare(runs, list(METHODS)))
+    text = runs_text(compare_runs(runs, list(METHODS)))
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     click.echo(
         f"\n{text}\nimages, truth and predictions: {', '.join(str(folder / m / 'gallery.png') for m in METHODS)}"

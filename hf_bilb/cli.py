@@ -28,7 +28,7 @@ from hf_bilb.experiments.recipe import dump_recipe, read_recipe
 from hf_bilb.storage.folders import check_output_folder, make_output_folder
 
 if TYPE_CHECKING:
-    from hf_bilb.reporting.tables import Comparison
+    from hf_bilb.reporting.comparison import Comparison
 
 
 def _speaks() -> bool:
@@ -186,28 +186,28 @@ def report(run_dirs: tuple[str, ...], output: str | None) -> None:
     """Print the results of finished runs side by side, related to the first one."""
     with _one_line_errors():
         from hf_bilb.reporting.results import labels, read_results
-        from hf_bilb.reporting.tables import compare as compare_runs
-        from hf_bilb.reporting.tables import render_text
+        from hf_bilb.reporting.side_by_side import compare_runs, runs_text
 
         if output is not None:
             check_output_folder(output, "--output")
         runs = [read_results(run_dir) for run_dir in run_dirs]
-        table = compare_runs(runs, labels(runs, run_dirs))
-        click.echo(render_text(table), nl=False)
+        comparison = compare_runs(runs, labels(runs, run_dirs))
+        click.echo(runs_text(comparison), nl=False)
         if output is not None:
-            click.echo(f"wrote {', '.join(map(str, _write_comparison(table, Path(output))))}")
+            click.echo(f"wrote {', '.join(map(str, _write_comparison(comparison, Path(output))))}")
 
 
-def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
-    from hf_bilb.reporting.plots import comparison_figure, save_figure
-    from hf_bilb.reporting.results import write_text
-    from hf_bilb.reporting.tables import render_csv, render_markdown
+def _write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    from hf_bilb.reporting.comparison_plots import runs_figure
+    from hf_bilb.reporting.files import save_figure
+    from hf_bilb.reporting.side_by_side import runs_csv, runs_markdown
+    from hf_bilb.storage.writing import write_text
 
     make_output_folder(folder, "--output")
     markdown, csv, png = (folder / f"comparison.{suffix}" for suffix in ("md", "csv", "png"))
-    write_text(markdown, render_markdown(table))
-    write_text(csv, render_csv(table))
-    return [markdown, csv, save_figure(comparison_figure(table), png)]
+    write_text(markdown, runs_markdown(comparison))
+    write_text(csv, runs_csv(comparison))
+    return [markdown, csv, save_figure(runs_figure(comparison), png)]
 
 
 @main.command()
@@ -263,11 +263,11 @@ def compare(
             split_by_seed=split_by_seed,
         )
         try:
-            study, failed = run_comparison(planned)
+            comparison, failed = run_comparison(planned)
         except Interrupted as stopped:
             click.echo(f"hf-bilb: {stopped}", err=True)
             raise click.exceptions.Exit(128 + stopped.signal_number) from None
-    if failed or study is None:
+    if failed or comparison is None:
         names = ", ".join(run.title for run in failed)
         click.echo(f"hf-bilb: error: {len(failed)} of {len(planned.runs)} cells failed: {names}", err=True)
         raise click.exceptions.Exit(1)

@@ -28,7 +28,7 @@ BELOW = {
     "models": {"config", "storage", "losses"},
     "data": {"config", "losses", "metrics"},
     "trainer": {"_version", "config", "storage", "losses", "engine", "balancers", "metrics"},
-    "reporting": {"config", "metrics"},
+    "reporting": {"config", "storage", "metrics"},
     "experiments": {
         "config", "storage", "losses", "engine", "balancers", "metrics", "models", "data", "trainer", "reporting",
     },

@@ -16,27 +16,28 @@ from hf_bilb.errors import FolderInUseError, OptionError, one_line
 from hf_bilb.experiments.child_process import interruptible, run_process, say_failed
 from hf_bilb.experiments.plan import LOG_FILE, SINGLE_TASK, ComparisonPlan, PlannedRun, State, state_of
 from hf_bilb.experiments.recipe import dump_recipe
-from hf_bilb.reporting.results import RunResults, read_results, write_text
-from hf_bilb.reporting.study import Runs, Study, make_study
-from hf_bilb.reporting.study_notes import study_notes
-from hf_bilb.reporting.study_tables import (
-    render_study_csv,
-    render_study_json,
-    render_study_latex,
-    render_study_markdown,
-    render_study_text,
+from hf_bilb.reporting.comparison import Comparison, Runs, compare_methods
+from hf_bilb.reporting.comparison_notes import comparison_notes
+from hf_bilb.reporting.comparison_tables import (
+    comparison_csv,
+    comparison_json,
+    comparison_latex,
+    comparison_markdown,
+    comparison_text,
 )
+from hf_bilb.reporting.results import RunResults, read_results
 from hf_bilb.storage import folder_lock
 from hf_bilb.storage.folders import make_output_folder
+from hf_bilb.storage.writing import write_text
 
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def run_comparison(plan: ComparisonPlan) -> tuple[Study | None, list[PlannedRun]]:
+def run_comparison(plan: ComparisonPlan) -> tuple[Comparison | None, list[PlannedRun]]:
     """Train every run that is not finished, write the tables and plots into the folder and print the table.
 
     Returns:
-        the study of what is finished (None without any finished run) and the runs that failed.
+        the comparison of what is finished (None without any finished run) and the runs that failed.
 
     Raises:
         OptionError, CheckpointError, StorageError: a run's folder holds something else; before the first run starts.
@@ -128,17 +129,17 @@ def collect(plan: ComparisonPlan) -> tuple[dict[str, Runs], dict[str, Runs]]:
     return dict(methods), dict(single)
 
 
-def _report(plan: ComparisonPlan) -> Study | None:
+def _report(plan: ComparisonPlan) -> Comparison | None:
     methods, single = collect(plan)
     if not any(methods.values()):
         return None
-    study = make_study(methods, single, plan.reference)
-    notes = study_notes(study, methods, plan.seeds, plan.split_by_seed)
-    study = dataclasses.replace(study, notes=(*notes, *study.notes))
-    written = write_study(study, plan.output, _histories(plan, methods))
-    click.echo(f"\n{render_study_text(study)}")
+    comparison = compare_methods(methods, single, plan.reference)
+    notes = comparison_notes(comparison, methods, plan.seeds, plan.split_by_seed)
+    comparison = dataclasses.replace(comparison, notes=(*notes, *comparison.notes))
+    written = write_comparison(comparison, plan.output, _histories(plan, methods))
+    click.echo(f"\n{comparison_text(comparison)}")
     click.echo(f"wrote {', '.join(map(str, written))}")
-    return study
+    return comparison
 
 
 def _histories(plan: ComparisonPlan, methods: Mapping[str, Runs]) -> dict[str, list[list[dict[str, Any]]]]:
@@ -154,24 +155,24 @@ def _histories(plan: ComparisonPlan, methods: Mapping[str, Runs]) -> dict[str, l
     return histories
 
 
-def write_study(
-    study: Study, folder: Path, histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+def write_comparison(
+    comparison: Comparison, folder: Path, histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 ) -> list[Path]:
     """Write `comparison.md`, `.csv`, `.tex`, `.json` and the plots; returns their paths."""
-    from hf_bilb.reporting.plots import save_figure
-    from hf_bilb.reporting.study_plots import progress_figure, tasks_figure
+    from hf_bilb.reporting.comparison_plots import progress_figure, tasks_figure
+    from hf_bilb.reporting.files import save_figure
 
-    renderings = {
-        "md": render_study_markdown,
-        "csv": render_study_csv,
-        "tex": render_study_latex,
-        "json": render_study_json,
+    texts = {
+        "md": comparison_markdown,
+        "csv": comparison_csv,
+        "tex": comparison_latex,
+        "json": comparison_json,
     }
     written = []
-    for suffix, render in renderings.items():
+    for suffix, render in texts.items():
         written.append(folder / f"comparison.{suffix}")
-        write_text(written[-1], render(study))
-    figures = {"tasks": tasks_figure(study), "progress": progress_figure(study, histories)}
+        write_text(written[-1], render(comparison))
+    figures = {"tasks": tasks_figure(comparison), "progress": progress_figure(comparison, histories)}
     for name, figure in figures.items():
         if figure is not None:
             written.append(save_figure(figure, folder / f"{name}.png"))

@@ -16,10 +16,11 @@ from hf_bilb.errors import OptionError
 from hf_bilb.experiments.recipe import Recipe, differences, dump_recipe
 from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run
-from hf_bilb.reporting.results import FILE_NAME, RunResults, write_results, write_text
-from hf_bilb.reporting.tables import compare, render_markdown, render_text
+from hf_bilb.reporting.results import FILE_NAME, RunResults, write_results
+from hf_bilb.reporting.side_by_side import compare_runs, runs_markdown, runs_text
 from hf_bilb.storage import folder_lock
 from hf_bilb.storage.folders import check_output_folder, make_output_folder
+from hf_bilb.storage.writing import write_text
 from hf_bilb.trainer.trainer import checkpointing
 
 logger = logging.getLogger(__name__)
@@ -69,12 +70,12 @@ def write_run(recipe: Recipe, results: RunResults, history: list[dict[str, Any]]
     """Write results, table and plots, and print the table."""
     folder = Path(recipe.output_dir)
     write_results(results, folder)
-    table = compare([results], [results.balancer])
-    write_text(folder / "table.md", render_markdown(table))
+    table = compare_runs([results], [results.balancer])
+    write_text(folder / "table.md", runs_markdown(table))
     if recipe.evaluation.plots:
         plot_run(history, tasks, folder, title=f"{recipe.name} ({results.balancer})")
     what = "results" if any(metric.higher_is_better for metric in results.metrics) else "errors"
-    click.echo(f"\n{results.split} {what} of {recipe.name} ({results.balancer}):\n\n{render_text(table)}")
+    click.echo(f"\n{results.split} {what} of {recipe.name} ({results.balancer}):\n\n{runs_text(table)}")
     click.echo(f"{results.training['steps']} steps in {results.training['seconds']:.0f} s; all files are in {folder}")
 
 

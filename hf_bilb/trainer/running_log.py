@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.engine.weighting import Decision, WindowShare
+from hf_bilb.storage.writing import write_text
 
 #: Above this many tasks the log holds a summary, and the full vectors go to a file.
 MAX_TASKS_IN_LOG = 32
@@ -183,6 +184,4 @@ def truncate_vectors(folder: str, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
