@@ -62,7 +62,7 @@ def train(method: Method, seed: int, run: Path, overrides: Sequence[str]) -> Run
     settings = [*method.settings, f"trainer.seed={seed}", f"trainer.output_dir={run}", *overrides]
     recipe = read_recipe(RECIPES / method.recipe, settings)
     if not (run / FILE_NAME).is_file():
-        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.train import run_recipe  # only now: takes ten seconds
 
         click.echo(f"{method.title}, seed {seed}")
         run_recipe(recipe, resume=any(run.glob("checkpoint-*")))

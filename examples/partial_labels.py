@@ -34,7 +34,7 @@ from hf_bilb.data.dense.nyuv2_labels import CLASSES_13
 from hf_bilb.errors import OptionError, one_line
 from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import FILE_NAME, RunResults, read_results
-from hf_bilb.reporting.tables import compare, render_text
+from hf_bilb.reporting.side_by_side import compare_runs, runs_text
 
 RECIPES = Path("recipes/nyuv2")
 METHODS = ("ls", "bilb")
@@ -125,7 +125,7 @@ def train(method: str, data: Path, run: Path, seed: int, overrides: Sequence[str
     ]
     recipe = read_recipe(RECIPES / f"scenes_{method}.yaml", [*SETTINGS, *own, *overrides])
     if not (run / FILE_NAME).is_file():
-        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.train import run_recipe  # only now: takes ten seconds
 
         run_recipe(recipe, resume=any(run.glob("checkpoint-*")))
     return read_results(run)
@@ -147,7 +147,7 @@ def main(overrides: tuple[str, ...], data: Path, seed: int, output: Path) -> Non
         runs = [train(method, folder / "data", folder / method, seed, overrides) for method in METHODS]
     except OptionError as error:
         raise click.ClickException(one_line(error)) from None
-    text = render_text(compare(runs, list(METHODS)))
+    text = runs_text(compare_runs(runs, list(METHODS)))
     (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
     click.echo(
         f"\n{text}\nimages, truth and predictions: {', '.join(str(folder / m / 'gallery.png') for m in METHODS)}"

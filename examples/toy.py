@@ -40,7 +40,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb import build_balancer
-from hf_bilb.reporting.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILLION, save_figure
+from hf_bilb.reporting.files import save_figure
+from hf_bilb.reporting.plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILLION
 
 STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 LEARNING_RATE = 1e-3

@@ -22,13 +22,13 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from hf_bilb.config.options import shown
-from hf_bilb.config.user_code import own_code
+from hf_bilb.config.user_code import import_sources, own_code
 from hf_bilb.errors import HfBilbError, NonFiniteLossError, one_line
-from hf_bilb.experiments.recipe import dump_recipe, import_sources, read_recipe
+from hf_bilb.experiments.recipe import dump_recipe, read_recipe
 from hf_bilb.storage.folders import check_output_folder, make_output_folder
 
 if TYPE_CHECKING:
-    from hf_bilb.reporting.tables import Comparison
+    from hf_bilb.reporting.comparison import Comparison
 
 
 def _speaks() -> bool:
@@ -165,7 +165,7 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
     """
     with _one_line_errors():
         checked = read_recipe(recipe, overrides)
-        from hf_bilb.experiments.run import run_recipe  # only now: takes ten seconds
+        from hf_bilb.experiments.train import run_recipe  # only now: takes ten seconds
 
         run_recipe(checked, resume=resume)
 
@@ -186,28 +186,28 @@ def report(run_dirs: tuple[str, ...], output: str | None) -> None:
     """Print the results of finished runs side by side, related to the first one."""
     with _one_line_errors():
         from hf_bilb.reporting.results import labels, read_results
-        from hf_bilb.reporting.tables import compare as compare_runs
-        from hf_bilb.reporting.tables import render_text
+        from hf_bilb.reporting.side_by_side import compare_runs, runs_text
 
         if output is not None:
             check_output_folder(output, "--output")
         runs = [read_results(run_dir) for run_dir in run_dirs]
-        table = compare_runs(runs, labels(runs, run_dirs))
-        click.echo(render_text(table), nl=False)
+        comparison = compare_runs(runs, labels(runs, run_dirs))
+        click.echo(runs_text(comparison), nl=False)
         if output is not None:
-            click.echo(f"wrote {', '.join(map(str, _write_comparison(table, Path(output))))}")
+            click.echo(f"wrote {', '.join(map(str, _write_comparison(comparison, Path(output))))}")
 
 
-def _write_comparison(table: Comparison, folder: Path) -> list[Path]:
-    from hf_bilb.reporting.plots import comparison_figure, save_figure
-    from hf_bilb.reporting.results import write_text
-    from hf_bilb.reporting.tables import render_csv, render_markdown
+def _write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    from hf_bilb.reporting.comparison_plots import runs_figure
+    from hf_bilb.reporting.files import save_figure
+    from hf_bilb.reporting.side_by_side import runs_csv, runs_markdown
+    from hf_bilb.storage.writing import write_text
 
     make_output_folder(folder, "--output")
     markdown, csv, png = (folder / f"comparison.{suffix}" for suffix in ("md", "csv", "png"))
-    write_text(markdown, render_markdown(table))
-    write_text(csv, render_csv(table))
-    return [markdown, csv, save_figure(comparison_figure(table), png)]
+    write_text(markdown, runs_markdown(comparison))
+    write_text(csv, runs_csv(comparison))
+    return [markdown, csv, save_figure(runs_figure(comparison), png)]
 
 
 @main.command()
@@ -247,9 +247,11 @@ def compare(
     In the folder: comparison.md, .csv, .tex, .json, tasks.png, progress.png, and a run for each cell.
     """
     with _one_line_errors():
-        from hf_bilb.experiments.compare import Interrupted, plan, run_comparison  # only now: matplotlib, torch
+        from hf_bilb.experiments.child_process import Interrupted
+        from hf_bilb.experiments.compare import run_comparison  # only now: matplotlib, torch
+        from hf_bilb.experiments.plan import plan_comparison
 
-        comparison = plan(
+        planned = plan_comparison(
             recipe,
             overrides,
             balancers=balancers,
@@ -261,13 +263,13 @@ def compare(
             split_by_seed=split_by_seed,
         )
         try:
-            study, failed = run_comparison(comparison)
+            comparison, failed = run_comparison(planned)
         except Interrupted as stopped:
             click.echo(f"hf-bilb: {stopped}", err=True)
             raise click.exceptions.Exit(128 + stopped.signal_number) from None
-    if failed or study is None:
-        names = ", ".join(cell.title for cell in failed)
-        click.echo(f"hf-bilb: error: {len(failed)} of {len(comparison.cells)} cells failed: {names}", err=True)
+    if failed or comparison is None:
+        names = ", ".join(run.title for run in failed)
+        click.echo(f"hf-bilb: error: {len(failed)} of {len(planned.runs)} cells failed: {names}", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -285,7 +287,7 @@ def balancers(name: str | None, form: str, sources: tuple[str, ...]) -> None:
     """Print the table of all balancers: paper, cost, state, options; or one of them, NAME, in full."""
     with _one_line_errors():
         import_sources(sources, "--import")
-        from hf_bilb.experiments.balancer_descriptions import catalogue, describe  # only now: torch
+        from hf_bilb.experiments.describe import catalogue, describe  # only now: torch
         from hf_bilb.reporting.balancer_table import (
             render_one_json,
             render_one_markdown,

@@ -53,8 +53,9 @@ def assert_holds(found, given, path):
 
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_arrives_in_the_recipe_and_in_the_training_arguments(block, tmp_path):
-    from hf_bilb.experiments.recipe import load_yaml, parse_recipe
-    from hf_bilb.experiments.run import training_arguments
+    from hf_bilb.config.yaml import load_yaml
+    from hf_bilb.experiments.build import training_arguments
+    from hf_bilb.experiments.recipe import parse_recipe
 
     printed = load_yaml(block, "page")
     trainer = {**printed.get("trainer", {}), "output_dir": str(tmp_path), "use_cpu": True}

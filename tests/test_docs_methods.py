@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from hf_bilb import build_balancer, list_balancers
 from hf_bilb.cli import main
-from hf_bilb.experiments.recipe import load_yaml, parse_recipe
+from hf_bilb.config.yaml import load_yaml
+from hf_bilb.experiments.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"

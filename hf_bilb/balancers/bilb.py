@@ -33,6 +33,7 @@ from torch import Tensor
 from hf_bilb.balancers.discrepancy import Pairs, discrepancy, edge_of_weight
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import Activation, FeatureRouter, ParameterRouter, Router, UniformLogits
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.objective import BilevelObjective, Levels, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, LearningRate
 from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
@@ -43,11 +44,10 @@ from hf_bilb.errors import OptionError
 class EdgeFraction:
     """`discrepancy_weight: {edge_fraction: a}`: lambda = a * edge, beyond which a coefficient can turn negative."""
 
-    edge_fraction: float
+    edge_fraction: float = bounded(at_least=0)
 
     def __post_init__(self) -> None:
-        if self.edge_fraction < 0:
-            raise OptionError(f"edge_fraction: {self.edge_fraction} is not valid, expected a number >= 0")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +60,12 @@ class DoubleLoop:
         penalty_weight: p, what g is multiplied with.
     """
 
-    inner_steps: int
-    inner_learning_rate: float
-    penalty_weight: float = 1.0
+    inner_steps: int = bounded(at_least=0)
+    inner_learning_rate: float = bounded(above=0)
+    penalty_weight: float = bounded(1.0, above=0)
 
     def __post_init__(self) -> None:
-        if self.inner_steps < 0:
-            raise OptionError(f"inner_steps: {self.inner_steps} is not valid, expected an integer >= 0")
-        for key, value in (
-            ("inner_learning_rate", self.inner_learning_rate),
-            ("penalty_weight", self.penalty_weight),
-        ):
-            if not value > 0:
-                raise OptionError(f"{key}: {value} is not valid, expected a number > 0")
+        check_bounds(self)
 
 
 _OFFICIAL = {"router": "parameter", "tau": "weights", "weight_denominator": "detached_sum", "pairs": "adjacent"}
@@ -150,7 +143,7 @@ class BilbOptions(BalancerOptions):
     learning_rate: LearningRate = 1e-3
     preset: Literal["cityscapes", "nyuv2", "celeba", "qm9"] | None = None
     router: Literal["parameter", "features"] = "parameter"
-    num_features: int | None = None
+    num_features: int | None = bounded(None, at_least=1)
     activation: Activation = "sigmoid"
     initial_logits: float | list[float] | UniformLogits | None = 1.0
     clamp: tuple[float, float] | None = None
@@ -158,7 +151,7 @@ class BilbOptions(BalancerOptions):
     weight_denominator: Literal["none", "sum", "detached_sum"] = "detached_sum"
     discrepancy_weight: float | EdgeFraction = EdgeFraction(0.4)
     pairs: Pairs = "all"
-    smoothing: float = 0.0
+    smoothing: float = bounded(0.0, at_least=0)
     detach_features: bool = False
     router_gradient: Literal["both", "upper"] = "both"
     lower_level: Literal["single_loop"] | DoubleLoop = "single_loop"
@@ -167,14 +160,11 @@ class BilbOptions(BalancerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.smoothing < 0:
-            raise OptionError(f"smoothing: {self.smoothing} is not valid, expected a number >= 0")
+        check_bounds(self)
         if not isinstance(self.discrepancy_weight, EdgeFraction) and self.discrepancy_weight < 0:
             raise OptionError(f"discrepancy_weight: {self.discrepancy_weight} is not valid, expected a number >= 0")
         if self.clamp is not None and not 0 <= self.clamp[0] < self.clamp[1]:
             raise OptionError(f"clamp: {list(self.clamp)} is not valid, expected [low, high] with 0 <= low < high")
-        if self.num_features is not None and self.num_features < 1:
-            raise OptionError(f"num_features: {self.num_features} is not valid, expected an integer >= 1")
         if self.router == "parameter" and (self.num_features is not None or self.detach_features):
             key = "detach_features" if self.detach_features else "num_features"
             raise OptionError(f"{key}: has no effect with router: parameter, expected router: features")

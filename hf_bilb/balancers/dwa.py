@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
@@ -45,13 +46,12 @@ class DwaOptions(BalancerOptions):
         window: `epoch`, which needs `balancer.on_epoch_begin(epoch)`, or the number n of losses in each mean.
     """
 
-    temperature: float = 2.0
+    temperature: float = bounded(2.0, above=0)
     window: Literal["epoch"] | int = 25
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise OptionError(f"temperature: {self.temperature} is not valid, expected a number > 0")
+        check_bounds(self)
         if self.window != "epoch" and self.window < 1:
             raise OptionError(f'window: {self.window} is not valid, expected "epoch" or an integer >= 1')
         if self.normalization == "log":

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import initial_values
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.objective import ObjectiveValue, ProgressObjective, StepProgress
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
@@ -47,15 +48,14 @@ class FamoOptions(BalancerOptions):
     """
 
     learning_rate: LearningRate = 0.025
-    weight_decay: float = 1e-3
+    weight_decay: float = bounded(1e-3, at_least=0)
     min_losses: float | list[float] = 0.0
     reevaluate: Literal["same_batch", "next_batch"] = "same_batch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive_normalization("famo")
-        if self.weight_decay < 0:
-            raise OptionError(f"weight_decay: {self.weight_decay} is not valid, expected a number >= 0")
+        check_bounds(self)
         bounds = self.min_losses if isinstance(self.min_losses, list) else [self.min_losses]
         if self.normalization != "none" and any(bounds):
             raise OptionError(

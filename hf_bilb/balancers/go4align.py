@@ -28,9 +28,9 @@ from torch import Tensor
 
 from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import register_balancer
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
-from hf_bilb.errors import OptionError
 
 #: Lloyd's algorithm: the square of the centres' shifts together below which it rests, and the most rounds it takes.
 _REST, _ROUNDS = 1e-4, 50
@@ -48,18 +48,15 @@ class Go4AlignOptions(BalancerOptions):
         seed: of the random centres.
     """
 
-    num_groups: int = 1
-    step_size: float = 1e-4
+    num_groups: int = bounded(1, at_least=1)
+    step_size: float = bounded(1e-4, at_least=0)
     assignment: Literal["kmeans", "lloyd"] = "kmeans"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive_normalization("go4align")
-        if self.num_groups < 1:
-            raise OptionError(f"num_groups: {self.num_groups} is not valid, expected an integer >= 1")
-        if self.step_size < 0:
-            raise OptionError(f"step_size: {self.step_size} is not valid, expected a number >= 0")
+        check_bounds(self)
 
 
 @register_balancer("go4align", options=Go4AlignOptions, paper="Shen et al., NeurIPS 2024 (arXiv 2404.06486)")

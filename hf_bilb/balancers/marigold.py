@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import initial_values
-from hf_bilb.config.options import nearest
+from hf_bilb.config.options import bounded, check_bounds, nearest
 from hf_bilb.config.user_code import check_reference, load_reference
 from hf_bilb.engine.objective import HistoryObjective, LookAheadObjective, ObjectiveValue, Scalar, StepProgress
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
@@ -93,8 +93,8 @@ class MarigoldOptions(BalancerOptions):
 
     learning_rate: LearningRate = 1e-4
     mode: Mode = "commit"
-    perturbation: float = 1e-3
-    beta: float = 0.03
+    perturbation: float = bounded(1e-3, above=0)
+    beta: float = bounded(0.03, above=0)
     initial: float | list[float] = 1.0
     estimator: Literal["one_point", "one_point_baseline", "two_point"] = "one_point"
     upper_level: Literal["worst_decrement"] | UpperTasks | str | UpperFunction = "worst_decrement"
@@ -106,9 +106,7 @@ class MarigoldOptions(BalancerOptions):
         super().__post_init__()
         if self.parametrization == "softmax_over_loss":
             self.require_positive_normalization("marigold", "divides by the losses, but for parametrization: softmax")
-        for key, value in (("perturbation", self.perturbation), ("beta", self.beta)):
-            if not value > 0:
-                raise OptionError(f"{key}: {value} is not valid, expected a number > 0")
+        check_bounds(self)
         if self.estimator == "two_point" and self.mode != "exact":
             raise OptionError(
                 f"estimator: 'two_point' is not valid with mode: {self.mode!r}, whose only step is the model's; "

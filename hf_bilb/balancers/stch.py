@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.balancers.router import initial_values
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
 from hf_bilb.errors import OptionError
@@ -45,21 +46,18 @@ class StchOptions(BalancerOptions):
         ideal_point: z, a number or one per task, below the losses after normalization. Only of the paper's form.
     """
 
-    mu: float = 1.0
-    warmup_epochs: int | None = None
+    mu: float = bounded(1.0, above=0)
+    warmup_epochs: int | None = bounded(None, at_least=0, expected="an integer >= 0 or null")
     preference: list[float] | None = None
     ideal_point: float | list[float] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.mu > 0:
-            raise OptionError(f"mu: {self.mu} is not valid, expected a number > 0")
+        check_bounds(self)
         if self.preference is not None and not all(value > 0 for value in self.preference):
             raise OptionError(f"preference: {self.preference} is not valid, expected numbers > 0")
         if self.warmup_epochs is None:
             return
-        if self.warmup_epochs < 0:
-            raise OptionError(f"warmup_epochs: {self.warmup_epochs} is not valid, expected an integer >= 0 or null")
         self.require_positive_normalization("stch with warmup_epochs")
         bounds = self.ideal_point if isinstance(self.ideal_point, list) else [self.ideal_point]
         for name, given in (("preference", self.preference is not None), ("ideal_point", any(bounds))):

@@ -100,9 +100,79 @@ def parse_options(cls: type[T], values: Mapping[str, Any], path: str) -> T:
             raise OptionError(f"{path}.{name}: is required, expected {describe_type(hints[name])}")
     checked = {key: check_value(value, hints[key], f"{path}.{key}") for key, value in values.items()}
     try:
-        return cls(**checked)
+        options = cls(**checked)
+        check_bounds(options)
     except OptionError as error:
         raise OptionError(f"{path}.{error}") from None
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------- ranges
+
+_BOUNDS = "bounds"  # in the metadata of a field
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bounds:
+    above: float | None
+    at_least: float | None
+    below: float | None
+    at_most: float | None
+    expected: str | None
+
+    def hold(self, value: float) -> bool:
+        """NaN is above and below nothing."""
+        return not (
+            (self.above is not None and not value > self.above)
+            or (self.at_least is not None and value < self.at_least)
+            or (self.below is not None and not value < self.below)
+            or (self.at_most is not None and not value <= self.at_most)
+        )
+
+    def in_words(self, annotation: Any) -> str:
+        """What is expected: `an integer >= 1`."""
+        if self.expected is not None:
+            return self.expected
+        kind = "an integer" if int in (annotation, *typing.get_args(annotation)) else "a number"
+        signs = {">": self.above, ">=": self.at_least, "<": self.below, "<=": self.at_most}
+        return f"{kind} {' and '.join(f'{sign} {bound:g}' for sign, bound in signs.items() if bound is not None)}"
+
+
+def bounded(
+    default: Any = dataclasses.MISSING,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    expected: str | None = None,
+) -> Any:
+    """A field of an options class, a number or null, that declares its range: `mu: float = bounded(1.0, above=0)`.
+
+    The range is checked by `parse_options`, and wherever else the class is built if its `__post_init__` calls
+    `check_bounds(self)`.
+
+    Args:
+        default: of the field, which is required without one.
+        above, at_least, below, at_most: the range.
+        expected: what the message says instead of `a number > 0`, which is made from type and range.
+    """
+    return dataclasses.field(default=default, metadata={_BOUNDS: _Bounds(above, at_least, below, at_most, expected)})
+
+
+def check_bounds(options: Any) -> None:
+    """Raise `OptionError` for the first field of a dataclass that is not in the range that it declares; null is, where
+    it is the default."""
+    for field in dataclasses.fields(options):
+        bounds, value = field.metadata.get(_BOUNDS), getattr(options, field.name)
+        if bounds is None or (value is None and field.default is None):
+            continue
+        if not bounds.hold(value):
+            expected = bounds.in_words(typing.get_type_hints(type(options))[field.name])
+            raise OptionError(f"{field.name}: {value} is not valid, expected {expected}")
+
+
+# ---------------------------------------------------------------------------------------------------- types
 
 
 def check_value(value: Any, annotation: Any, path: str) -> Any:

@@ -47,6 +47,21 @@ def load_reference(reference: str, path: str) -> Callable[..., Any]:
     return found
 
 
+def import_sources(given: Any, path: str) -> tuple[str, ...]:
+    """Import each of a list of files and modules, for the option `path`; returns their names.
+
+    Raises:
+        OptionError: something else than a list of names (null is an empty one), or one that cannot be imported.
+    """
+    sources = [] if given is None else given
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, str) and source for source in sources):
+        expected = "a list of files (path/to/file.py) or modules (package.module)"
+        raise OptionError(f"{path}: {shown(given)} is not valid, expected {expected}")
+    for i, source in enumerate(sources):
+        import_source(source, f"{path}[{i}]")
+    return tuple(sources)
+
+
 def import_source(source: str, path: str) -> ModuleType:
     """The module that `source`, `path/to/file.py` or `package.module`, is imported as; a file once in a process.
 

@@ -1,25 +1,30 @@
-"""The cells of a comparison: which runs it consists of, each checked before any starts, and how far each one is."""
+"""The plan of a comparison: which runs it consists of, each checked before any starts, and how far each one is."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_bilb.config.options import shown
+from hf_bilb.config.options import nearest, shown
+from hf_bilb.config.yaml import load_yaml, read_yaml
 from hf_bilb.errors import OptionError
-from hf_bilb.experiments.recipe import Recipe, differences, load_yaml, read_recipe, read_yaml
+from hf_bilb.experiments.folder import RECIPE_FILE
+from hf_bilb.experiments.recipe import Recipe, differences, read_recipe
 from hf_bilb.reporting.results import FILE_NAME, as_json, read_results
 from hf_bilb.storage import folder_lock
+from hf_bilb.storage.folders import check_output_folder
 from hf_bilb.trainer import checkpointing
 from hf_bilb.trainer.running_log import VECTORS_FILE
 
-SINGLE_TASK = "stl"  # label of the cells that train one task
+SINGLE_TASK = "stl"  # label of the runs that train one task
 LOG_FILE = "train.log"
-RECIPE_FILE = "recipe.yaml"
 #: What a run leaves before its first checkpoint; nothing is lost when it is started over.
 _WITHOUT_VALUE = re.compile(
     rf"{re.escape(LOG_FILE)}|{re.escape(RECIPE_FILE)}|{re.escape(VECTORS_FILE)}|{checkpointing.STAGING}|{folder_lock.LOCK_FILE}|runs|\..*"
@@ -30,14 +35,14 @@ State = Literal["finished", "resume", "fresh"]
 
 @dataclasses.dataclass(frozen=True)
 class Balancer:
-    """A method asked for: the `balancer` section of its cells, and a label that is unique and fit for a folder."""
+    """A method asked for: the `balancer` section of its runs, and a label that is unique and fit for a folder."""
 
     label: str
     section: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class PlannedRun:
     """One run. `label`: of the balancer, or `SINGLE_TASK` with the task it trains alone; `overrides`: on the recipe."""
 
     label: str
@@ -55,6 +60,92 @@ class Cell:
     def folder(self) -> Path:
         """The run's folder."""
         return self.recipe.output_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonPlan:
+    """What is to be compared, checked.
+
+    Attributes:
+        recipe: the recipe that all runs share.
+        runs: in the order in which they are trained.
+        labels: of the methods, in the order of the tables.
+        seeds: of each method.
+        reference: label of the method that the others are related to.
+        output: its folder.
+        command: what a run's arguments are appended to.
+        split_by_seed: each seed splits the data in its own way.
+    """
+
+    recipe: Recipe
+    runs: tuple[PlannedRun, ...]
+    labels: tuple[str, ...]
+    seeds: tuple[int, ...]
+    reference: str
+    output: Path
+    command: tuple[str, ...]
+    split_by_seed: bool = False
+
+
+def plan_comparison(
+    recipe: str | Path,
+    overrides: Sequence[str],
+    *,
+    balancers: str,
+    seeds: str,
+    single_tasks: bool = False,
+    output: str | None = None,
+    launcher: str | None = None,
+    reference: str | None = None,
+    split_by_seed: bool = False,
+) -> ComparisonPlan:
+    """Check everything that is asked for, every run included; nothing is written or started.
+
+    Args:
+        recipe, overrides: what all runs share.
+        balancers, seeds: lists with commas, see `parse_balancers` and `parse_seeds`.
+        single_tasks: train each task alone, too; loads the data once when the recipe does not name its tasks.
+        output: default `trainer.output_dir` with `_compare` behind it.
+        launcher: command before `-m hf_bilb train`, such as `accelerate launch --num_processes 2`; default this Python.
+        reference: label that the others are related to; default `ls` where it is there, else the first.
+        split_by_seed: the seed also splits the data.
+
+    Raises:
+        OptionError: at the first thing that is wrong.
+    """
+    shared = read_recipe(recipe, overrides)
+    asked = parse_balancers(balancers, shared.balancer)
+    labels = tuple(balancer.label for balancer in asked)
+    numbers = parse_seeds(seeds)
+    if reference is not None and reference not in labels:
+        raise OptionError(f"--base: {shown(reference)} is none of {', '.join(labels)}{nearest(reference, labels)}")
+    folder = _folder(output, shared)
+    command = _command(launcher)
+    plan_runs(recipe, overrides, folder, asked, numbers[:1], split_by_seed=split_by_seed)  # before data are loaded
+    tasks = task_names(shared) if single_tasks else ()
+    runs = plan_runs(recipe, overrides, folder, asked, numbers, tasks, split_by_seed)
+    base = reference or ("ls" if "ls" in labels else labels[0])
+    return ComparisonPlan(shared, tuple(runs), labels, numbers, base, folder, command, split_by_seed)
+
+
+def _folder(output: str | None, shared: Recipe) -> Path:
+    if output is None and not shared.output_dir.name:
+        raise OptionError(
+            f"--output: is required, since trainer.output_dir {shown(str(shared.output_dir))} has no name"
+        )
+    folder = Path(output) if output is not None else shared.output_dir.with_name(f"{shared.output_dir.name}_compare")
+    check_output_folder(folder, "--output")
+    return folder
+
+
+def _command(launcher: str | None) -> tuple[str, ...]:
+    try:
+        words = [sys.executable] if launcher is None else shlex.split(launcher)
+    except ValueError as error:
+        raise OptionError(f"--launcher: {shown(launcher)} is no command: {error}") from None
+    if not words or shutil.which(words[0]) is None:
+        raise OptionError(f"--launcher: {shown(launcher)} begins with no command that is found")
+    return (*words, "-m", "hf_bilb", "train")
 
 
 # ---------------------------------------------------------------------------------------------------- what is asked for
@@ -81,7 +172,7 @@ def parse_balancers(text: str, own: Mapping[str, Any]) -> tuple[Balancer, ...]:
         own: the recipe's balancer section; a balancer of the same name without options of its own keeps its options.
 
     Raises:
-        OptionError: for another form, or the same balancer twice. Names and options are checked with the cells.
+        OptionError: for another form, or the same balancer twice. Names and options are checked with the runs.
     """
     balancers = []
     for word in _split(text):
@@ -129,10 +220,10 @@ def _label(name: str, options: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.,=+-]+", "_", f"{name}-{said}" if said else name)
 
 
-# ---------------------------------------------------------------------------------------------------- the cells
+# ---------------------------------------------------------------------------------------------------- the runs
 
 
-def plan_cells(
+def plan_runs(
     recipe: str | Path,
     overrides: Sequence[str],
     output: Path,
@@ -140,8 +231,8 @@ def plan_cells(
     seeds: Sequence[int],
     single_tasks: Sequence[str] = (),
     split_by_seed: bool = False,
-) -> list[Cell]:
-    """Every cell with its checked recipe; seed by seed, so that a comparison of one seed is there early.
+) -> list[PlannedRun]:
+    """Every run with its checked recipe; seed by seed, so that a comparison of one seed is there early.
 
     Args:
         recipe, overrides: as for `read_recipe`.
@@ -151,31 +242,28 @@ def plan_cells(
         split_by_seed: the seed also splits the data (`data.seed`).
 
     Raises:
-        OptionError: at the first setting of any cell that is not valid.
+        OptionError: at the first setting of any run that is not valid.
     """
-    cells = []
-    for seed in seeds:
+    runs = []
+
+    def add(label: str, task: str, seed: int, folder: Path, *own: str) -> None:
         of_seed = [f"trainer.seed={seed}", *([f"data.seed={seed}"] if split_by_seed else [])]
+        of_folder = f"trainer.output_dir={_yaml(str(folder / f'seed-{seed}'))}"
+        changes = (*own, *of_seed, of_folder)
+        runs.append(PlannedRun(label, task, seed, changes, read_recipe(recipe, (*overrides, *changes))))
+
+    for seed in seeds:
         for balancer in balancers:
-            own = [f"balancer={_yaml(balancer.section)}"]
-            cells.append(_cell(recipe, overrides, (*own, *of_seed), output / balancer.label, balancer.label, "", seed))
+            add(balancer.label, "", seed, output / balancer.label, f"balancer={_yaml(balancer.section)}")
         for task in single_tasks:
-            own = ['balancer={"name": "ls"}', f"data.tasks={_yaml([task])}"]
             folder = output / SINGLE_TASK / re.sub(r"[^\w.,=+-]+", "_", task)
-            cells.append(_cell(recipe, overrides, (*own, *of_seed), folder, SINGLE_TASK, task, seed))
-    return cells
+            add(SINGLE_TASK, task, seed, folder, 'balancer={"name": "ls"}', f"data.tasks={_yaml([task])}")
+    return runs
 
 
 def _yaml(value: Any) -> str:
     # As it stands: JSON writes a character beyond 16 bits as two halves, which are no YAML.
     return json.dumps(value, ensure_ascii=False)
-
-
-def _cell(
-    recipe: str | Path, given: Sequence[str], own: Sequence[str], folder: Path, label: str, task: str, seed: int
-) -> Cell:
-    overrides = (*own, f"trainer.output_dir={_yaml(str(folder / f'seed-{seed}'))}")
-    return Cell(label, task, seed, overrides, read_recipe(recipe, (*given, *overrides)))
 
 
 def task_names(recipe: Recipe) -> tuple[str, ...]:
@@ -185,7 +273,7 @@ def task_names(recipe: Recipe) -> tuple[str, ...]:
         OptionError: the data set has no option `tasks`, so that no task can be trained alone.
     """
     from hf_bilb.data import DATA_SETS
-    from hf_bilb.experiments.run import resolve_data_options
+    from hf_bilb.experiments.build import resolve_data_options
 
     if "tasks" not in recipe.data:
         raise OptionError(
@@ -199,21 +287,21 @@ def task_names(recipe: Recipe) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------- how far they are
 
 
-def state_of(cell: Cell) -> State:
-    """Whether the cell's run is finished, can go on from a checkpoint, or begins.
+def state_of(run: PlannedRun) -> State:
+    """Whether the run is finished, can go on from a checkpoint, or begins.
 
     Raises:
         OptionError: its folder holds a run with other settings, or files that a fresh run would write over.
         CheckpointError: it holds checkpoints, and none of them is complete.
     """
-    folder = cell.folder
+    folder = run.folder
     if (folder / FILE_NAME).is_file():
-        _check_settings(cell, read_results(folder).settings)
+        _check_settings(run, read_results(folder).settings)
         return "finished"
     path = folder / RECIPE_FILE
     if path.is_file():
         settings = read_yaml(path)
-        _check_settings(cell, settings if isinstance(settings, Mapping) else {})
+        _check_settings(run, settings if isinstance(settings, Mapping) else {})
     if any(folder.glob("checkpoint-*")) or any(folder.glob(f"{checkpointing.STAGING}/checkpoint-*")):
         try:
             with folder_lock.hold(folder):
@@ -231,13 +319,13 @@ def state_of(cell: Cell) -> State:
     return "fresh"
 
 
-def _check_settings(cell: Cell, found: Mapping[str, Any]) -> None:
-    planned = as_json(cell.recipe.to_dict())
+def _check_settings(run: PlannedRun, found: Mapping[str, Any]) -> None:
+    planned = as_json(run.recipe.to_dict())
     # The same folder can be called by another name: it has been moved, or the current folder is another one.
     before = {**found, "trainer": {**found.get("trainer", {}), "output_dir": planned["trainer"]["output_dir"]}}
     odd = differences(as_json(before), planned)
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise OptionError(
-            f"{cell.folder}: holds a run with another setting, {odd[0]}{more}: another --output begins a new comparison"
+            f"{run.folder}: holds a run with another setting, {odd[0]}{more}: another --output begins a new comparison"
         )

@@ -4,6 +4,6 @@ hf_bilb.metrics.load("matthews_correlation").compute(predictions=..., references
 TaskMetrics({"cola": MatthewsCorrelation(), ...}, task_names)                             # a `compute_metrics`
 """
 
-from hf_bilb.metrics.hub_loading import EVALUATE_MODULES, load, module_path
+from hf_bilb.metrics.hub.loading import EVALUATE_MODULES, load, module_path
 
 __all__ = ["EVALUATE_MODULES", "load", "module_path"]

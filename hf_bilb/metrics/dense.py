@@ -22,10 +22,10 @@ from hf_bilb.config.options import unknown_name
 from hf_bilb.errors import MetricError, OptionError, TaskLossError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.dense import IMAGE_LABELS, check_dense_task, labels_by_task
+from hf_bilb.metrics.delta_m import DELTA_M, DELTA_M_BY_TASK, delta_m, grouped_delta_m
 from hf_bilb.metrics.dense_accumulators import DenseAccumulator, Depth, ImageClasses, Normals, Segmentation
 from hf_bilb.metrics.info import DELTA_M_INFO, MetricInfo
-from hf_bilb.metrics.multi_task import DELTA_M, DELTA_M_BY_TASK, delta_m, grouped_delta_m
-from hf_bilb.metrics.streaming import StreamingMetrics, as_tensor, check_base, of_task
+from hf_bilb.metrics.trainer_metrics import StreamingMetrics, as_tensor, check_base, of_task
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_bilb.metrics.multi_task import DELTA_M
+from hf_bilb.metrics.delta_m import DELTA_M
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.masked import valid_labels
-from hf_bilb.metrics.multi_task import DELTA_M, delta_m
+from hf_bilb.metrics.delta_m import DELTA_M, delta_m
 from hf_bilb.metrics.roc_auc import roc_auc
-from hf_bilb.metrics.streaming import StreamingMetrics, as_tensor
+from hf_bilb.metrics.trainer_metrics import StreamingMetrics, as_tensor
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction

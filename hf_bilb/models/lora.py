@@ -10,9 +10,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_bilb.config.options import nearest
+from hf_bilb.config.options import bounded, check_bounds, nearest
 from hf_bilb.errors import OptionError
-from hf_bilb.models.base import check_dropout, check_size
+from hf_bilb.models.base import check_dropout
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,13 @@ class LoraOptions:
             architecture (query and value of the attention, mostly).
     """
 
-    r: int = 8
-    alpha: float = 16.0
+    r: int = bounded(8, at_least=1, expected="1 or more")
+    alpha: float = bounded(16.0, above=0)
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_size("r", self.r)
-        if not self.alpha > 0:
-            raise OptionError(f"alpha: {self.alpha} is not valid, expected a number > 0")
+        check_bounds(self)
         check_dropout(self.dropout)
         if self.target_modules == ():
             raise OptionError("target_modules: is empty, expected names of layers, or null for peft's choice")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_bilb.reporting.tables import markdown_row
+from hf_bilb.reporting.grid import plain_grid
 
 _HEADER = ("name", "paper", "cost", "extra memory", "state", "options")
 _WIDTHS = (9, 33, 28, 14, 28)  # of the columns in a terminal; options stand below them, with the whole width
@@ -113,23 +113,20 @@ def render_table_text(catalogue: Catalogue, width: int = _NARROWEST) -> str:
 
 def render_table_markdown(catalogue: Catalogue) -> str:
     """The same as two Markdown tables."""
-    lines = [markdown_row(_HEADER), markdown_row(["---"] * len(_HEADER))]
-    for entry in catalogue.balancers:
-        costs = [f"{cost.passes} with `{cost.when}`" if cost.when else cost.passes for cost in entry.costs]
-        cells = [
-            [f"`{entry.name}`"],
-            [entry.paper],
-            costs,
-            _once([cost.memory for cost in entry.costs]),
-            entry.state_lines,
-            [f"`{option}`" for option in entry.options] or ["none of its own"],
-        ]
-        lines.append(markdown_row(["<br>".join(cell) for cell in cells]))
-    lines += ["", *(f"* {line}" for line in LEGEND)]
-    lines += [f"* State that every balancer has: {', '.join(catalogue.common_state)}.", ""]
-    lines += ["Options that every balancer has:", "", markdown_row(["option", "default", "accepts", "meaning"])]
-    lines += [markdown_row(["---"] * 4), *(_option_row(option) for option in catalogue.common_options)]
-    return "\n".join(lines) + "\n"
+    table = plain_grid(_HEADER, [_markdown_cells(entry) for entry in catalogue.balancers]).to_markdown()
+    notes = [*LEGEND, f"State that every balancer has: {', '.join(catalogue.common_state)}."]
+    options = _options_markdown(catalogue.common_options)
+    return "\n".join([table, *(f"* {note}" for note in notes), "", "Options that every balancer has:", "", options])
+
+
+def _markdown_cells(entry: BalancerEntry) -> list[str]:
+    """A method's line of the table, in the order of the headings."""
+    costs = [f"{cost.passes} with `{cost.when}`" if cost.when else cost.passes for cost in entry.costs]
+    memories = _once([cost.memory for cost in entry.costs])
+    options = [f"`{option}`" for option in entry.options] or ["none of its own"]
+    return [
+        "<br>".join(cell) for cell in ([f"`{entry.name}`"], [entry.paper], costs, memories, entry.state_lines, options)
+    ]
 
 
 def render_table_json(catalogue: Catalogue) -> str:
@@ -162,30 +159,23 @@ def render_one_text(entry: BalancerEntry, catalogue: Catalogue, width: int = 120
 
 def render_one_markdown(entry: BalancerEntry, catalogue: Catalogue) -> str:
     """The same as Markdown."""
-    costs = [
-        markdown_row([cost.passes, cost.memory, f"`{cost.when}`" if cost.when else "always"]) for cost in entry.costs
+    costs = [[cost.passes, cost.memory, f"`{cost.when}`" if cost.when else "always"] for cost in entry.costs]
+    presets = [[f"`{name}`", f"`{_inline(preset)}`"] for name, preset in entry.presets.items()]
+    source = f"{entry.source[0].upper()}{entry.source[1:]}"
+    parts = [
+        f"# {entry.name}\n",
+        f"{entry.paper}. {source}.\n",
+        f"```text\n{entry.equation}\n```\n",
+        f"{entry.summary}\n",
+        plain_grid(["cost", "extra memory", "when"], costs).to_markdown(),
+        f"State: {', '.join(entry.state_lines)}.\n",
+        *([_options_markdown(entry.options)] if entry.options else []),
+        *([plain_grid(["preset", "options"], presets).to_markdown()] if presets else []),
+        "Options that every balancer has:\n",
+        _options_markdown(_others(entry, catalogue)),
+        "".join(f"* {line}\n" for line in LEGEND),
     ]
-    head, rule = markdown_row(["option", "default", "accepts", "meaning"]), markdown_row(["---"] * 4)
-    lines = [
-        f"# {entry.name}",
-        "",
-        f"{entry.paper}. {entry.source[0].upper()}{entry.source[1:]}.",
-        "",
-        "```text",
-        entry.equation,
-        "```",
-        "",
-    ]
-    lines += [entry.summary, "", markdown_row(["cost", "extra memory", "when"]), markdown_row(["---"] * 3), *costs, ""]
-    lines += [f"State: {', '.join(entry.state_lines)}.", ""]
-    if entry.options:
-        lines += [head, rule, *map(_option_row, entry.options), ""]
-    if entry.presets:
-        rows = [markdown_row([f"`{name}`", f"`{_inline(preset)}`"]) for name, preset in entry.presets.items()]
-        lines += [markdown_row(["preset", "options"]), markdown_row(["---"] * 2), *rows, ""]
-    lines += ["Options that every balancer has:", "", head, rule, *map(_option_row, _others(entry, catalogue)), ""]
-    lines += [f"* {line}" for line in LEGEND]
-    return "\n".join(lines) + "\n"
+    return "\n".join(parts)
 
 
 def render_one_json(entry: BalancerEntry, catalogue: Catalogue) -> str:
@@ -247,5 +237,6 @@ def _option_lines(options: Sequence[OptionEntry], width: int) -> list[str]:
     return lines
 
 
-def _option_row(option: OptionEntry) -> str:
-    return markdown_row([f"`{option.name}`", f"`{option.default}`", option.accepts, option.meaning])
+def _options_markdown(options: Sequence[OptionEntry]) -> str:
+    rows = [[f"`{option.name}`", f"`{option.default}`", option.accepts, option.meaning] for option in options]
+    return plain_grid(["option", "default", "accepts", "meaning"], rows).to_markdown()

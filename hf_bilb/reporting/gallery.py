@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from hf_bilb.errors import OptionError
-from hf_bilb.reporting.plots import save_figure
+from hf_bilb.reporting.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

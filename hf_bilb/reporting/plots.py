@@ -1,4 +1,4 @@
-"""Plots of a run: losses and weights over the steps; and of several runs: their errors side by side.
+"""Plots of a run: losses and weights over the steps.
 
 Every `*_figure` function takes plain data and returns a matplotlib `Figure`; nothing touches pyplot's global state, so
 they work in any process, with or without a display. Colours are Okabe and Ito's, which colour-blind readers tell apart.
@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_bilb.metrics.multi_task import RELATIONS
-from hf_bilb.reporting.tables import Comparison, Row, error_ratio
+from hf_bilb.reporting.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,13 +68,6 @@ def _series(
             value = value_of(entry, k)
             values[row, k] = np.nan if value is None else value
     return Series(tuple(tasks), np.array([entry["step"] for entry in entries], dtype=np.float64), values)
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG."""
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, facecolor="white")
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -277,38 +268,7 @@ def _distribution_figure(panels: Sequence[tuple[str, Series]], title: str, label
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------- comparison
-
-
-def comparison_figure(table: Comparison) -> Figure:
-    """Each run's error relative to the trivial predictor's, a row a metric; left is better, 1 is that predictor.
-
-    Errors as in `error_ratio`; Delta_m, metrics that are not counted, and one of which the trivial predictor has no
-    error are left out.
-    """
-    counted = [row for row in table.rows if row.counted and row.key not in RELATIONS]
-    rows = [row for row in counted if _shares(row, (row.trivial,)) == [1.0]]
-    figure = Figure(figsize=(7.6, 0.36 * len(rows) + 1.9), layout="constrained")
-    axis = figure.subplots()
-    heights = np.arange(len(rows))[::-1]
-    for i, name in enumerate(table.names):
-        shares = [_shares(row, row.values)[i] for row in rows]
-        marker = "osD^vP*"[i % 7]
-        axis.plot(shares, heights, marker, color=COLOURS[i % len(COLOURS)], markersize=7, label=name, zorder=3)
-    for height, row in zip(heights, rows, strict=True):
-        shares = [share for share in _shares(row, row.values) if math.isfinite(share)]
-        if len(shares) > 1:
-            axis.plot([min(shares), max(shares)], [height, height], color="#BBBBBB", linewidth=1.5, zorder=2)
-    axis.axvline(1, color=GREY, linewidth=1, linestyle="--", label=table.trivial)
-    axis.set_xscale("log")
-    plain_numbers(axis.xaxis)
-    metrics = {row.metric for row in rows}
-    axis.set_yticks(heights, [row.title if len(metrics) == 1 else f"{row.title} {row.metric}" for row in rows])
-    what = metrics.pop() if len(metrics) == 1 and not any(row.higher_is_better for row in rows) else "error"
-    axis.set_xlabel(f"{table.split} {what} relative to the {table.trivial} (left is better)")
-    style_axes(axis)
-    figure.legend(loc="outside upper center", ncols=min(len(table.names) + 1, 5), frameon=False)
-    return figure
+# ---------------------------------------------------------------------------------------------------- axes
 
 
 def plain_numbers(axis: Axis) -> None:
@@ -321,12 +281,6 @@ def _sparse_label(value: float, _position: float) -> str:
     """Labels 2 and 5 of each decade of a logarithmic axis."""
     leading = value / 10 ** math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:g}" if round(leading, 6) in (2, 5) else ""
-
-
-def _shares(row: Row, values: Sequence[float | None]) -> list[float]:
-    """The errors of `values` relative to the trivial predictor's; NaN where undefined."""
-    ratios = [error_ratio(value, row.trivial, row.higher_is_better, row.ideal) for value in values]
-    return [math.nan if ratio is None else ratio for ratio in ratios]
 
 
 def _positive(*arrays: NDArray[np.float64]) -> bool:

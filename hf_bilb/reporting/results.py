@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from hf_bilb.config.options import parse_options, shown
 from hf_bilb.errors import OptionError
+from hf_bilb.storage.writing import write_text
 
 FILE_NAME = "results.json"
 FORMAT = 1
@@ -108,19 +108,6 @@ def as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all: aside, flushed to the disk, renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_results(results: RunResults, run_dir: Path) -> Path:

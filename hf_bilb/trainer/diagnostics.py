@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.double_loop import LowerLevelReport
-from hf_bilb.errors import NonFiniteLossError, OptionError
+from hf_bilb.errors import NonFiniteLossError
 
 if TYPE_CHECKING:
     from hf_bilb.trainer.trainer import BilevelMTLTrainer
@@ -39,16 +40,12 @@ class DiagnosticsOptions:
         inner_learning_rate: their step size beta; as large as plain gradient descent on the model allows.
     """
 
-    every_n_steps: int = 100
-    inner_steps: int = 10
-    inner_learning_rate: float = 1e-3
+    every_n_steps: int = bounded(100, at_least=1)
+    inner_steps: int = bounded(10, at_least=1)
+    inner_learning_rate: float = bounded(1e-3, above=0)
 
     def __post_init__(self) -> None:
-        for key in ("every_n_steps", "inner_steps"):
-            if getattr(self, key) < 1:
-                raise OptionError(f"{key}: {getattr(self, key)} is not valid, expected an integer >= 1")
-        if not self.inner_learning_rate > 0:
-            raise OptionError(f"inner_learning_rate: {self.inner_learning_rate} is not valid, expected a number > 0")
+        check_bounds(self)
 
 
 class RouterWatch:

@@ -18,7 +18,7 @@ from hf_bilb.engine.replay import RandomState, unchanged
 from hf_bilb.errors import MissingColumnError, OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses, as_task_losses
 from hf_bilb.metrics.perplexity import LossMetrics
-from hf_bilb.metrics.streaming import StreamingMetrics
+from hf_bilb.metrics.trainer_metrics import StreamingMetrics
 from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
 from hf_bilb.trainer.checks import (
     check_losses,

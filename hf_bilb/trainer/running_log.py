@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.engine.weighting import Weighting, WindowShare
+from hf_bilb.storage.writing import write_text
 from hf_bilb.trainer.step import Part
 
 #: Above this many tasks the log holds a summary, and the full vectors go to a file.
@@ -185,6 +186,4 @@ def truncate_vectors(folder: str, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))

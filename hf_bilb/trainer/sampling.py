@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, Sampler, Subset
 
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.errors import OptionError
 
 Strategy = Literal["proportional", "temperature", "uniform", "round_robin"]
@@ -65,8 +66,8 @@ class TaskSamplingOptions:
     temperature: float | None = None
     batches: Literal["single_task", "mixed"] = "single_task"
     ranks: Literal["same", "different"] | None = None
-    batches_per_epoch: int | None = None
-    seed: int | None = None
+    batches_per_epoch: int | None = bounded(None, at_least=1, expected="1 or more")
+    seed: int | None = bounded(None, at_least=0, expected="0 or more")
 
     def __post_init__(self) -> None:
         if self.strategy == "temperature" and self.temperature is None:
@@ -79,15 +80,12 @@ class TaskSamplingOptions:
             raise OptionError(f"temperature: {self.temperature:g} is not valid, expected a number above 0")
         if self.batches == "mixed" and self.ranks is not None:
             raise OptionError(f'ranks: "{self.ranks}" says nothing for mixed batches, whose examples have a task each')
-        if self.batches_per_epoch is not None and self.batches_per_epoch < 1:
-            raise OptionError(f"batches_per_epoch: {self.batches_per_epoch} is not valid, expected 1 or more")
+        check_bounds(self)
         if self.batches_per_epoch is not None and self.strategy == "proportional":
             raise OptionError(
                 f"batches_per_epoch: {self.batches_per_epoch} is not valid with strategy "
                 '"proportional", which shows every example once; use "temperature" with temperature 1'
             )
-        if self.seed is not None and self.seed < 0:
-            raise OptionError(f"seed: {self.seed} is not valid, expected 0 or more")
 
 
 class TaskSampler(Sampler[int]):

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.errors import OptionError
 
 
@@ -19,14 +20,11 @@ class StepLROptions:
     LDC-MTL's runs: `{epochs: 3, factor: 0.3}` on CelebA, `{epochs: 100, factor: 0.5}` on NYUv2 and Cityscapes.
     """
 
-    epochs: int
-    factor: float
+    epochs: int = bounded(at_least=1, expected="1 or more")
+    factor: float = bounded(above=0, at_most=1, expected="0 < factor <= 1")
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise OptionError(f"epochs: {self.epochs} is not valid, expected 1 or more")
-        if not 0 < self.factor <= 1:
-            raise OptionError(f"factor: {self.factor} is not valid, expected 0 < factor <= 1")
+        check_bounds(self)
 
 
 def step_schedule(optimizer: Optimizer, options: StepLROptions, updates_per_epoch: int) -> LambdaLR:

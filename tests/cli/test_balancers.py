@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from hf_bilb import build_balancer, list_balancers
 from hf_bilb.balancers import get_balancer_spec, resolve_options
 from hf_bilb.cli import main
-from hf_bilb.experiments.balancer_descriptions import _in_terms_of_k
-from hf_bilb.experiments.recipe import load_yaml
+from hf_bilb.config.yaml import load_yaml
+from hf_bilb.experiments.describe import _in_terms_of_k
 from tests.registration import registration_undone
 
 ROOT = Path(__file__).parents[2]

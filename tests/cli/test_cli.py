@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from hf_bilb.cli import main
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.data import DATA_SETS
 from hf_bilb.errors import FolderInUseError
-from hf_bilb.experiments import run
-from hf_bilb.experiments.recipe import load_yaml, read_recipe
+from hf_bilb.experiments import build, train
+from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import read_results
 from hf_bilb.storage import folder_lock
 from tests.cli.made_up import MADE_UP, RECIPE, TASKS
@@ -214,8 +215,8 @@ def test_a_folder_that_another_run_is_writing_into_is_left_as_it_is(folder, argu
 
 def test_a_folder_is_held_before_anything_is_loaded_and_until_the_results_are_written(folder, monkeypatch):
     seen = []
-    for name in ("_write_recipe", "build_model", "_write_folder"):
-        original = getattr(run, name)
+    for module, name in ((train, "write_recipe"), (build, "build_model"), (train, "write_run")):
+        original = getattr(module, name)
 
         def look(*given, name=name, original=original):
             with pytest.raises(FolderInUseError), folder_lock.hold(folder / "run"):
@@ -223,9 +224,9 @@ def test_a_folder_is_held_before_anything_is_loaded_and_until_the_results_are_wr
             seen.append(name)
             return original(*given)
 
-        monkeypatch.setattr(run, name, look)
+        monkeypatch.setattr(module, name, look)
     assert hf_bilb("train", "small.yaml", "trainer.num_train_epochs=1").exit_code == 0
-    assert seen == ["_write_recipe", "build_model", "_write_folder"]
+    assert seen == ["write_recipe", "build_model", "write_run"]
     assert not (folder / "run" / folder_lock.LOCK_FILE).exists()
 
 
@@ -233,7 +234,7 @@ def test_a_full_disk_outside_of_checkpoints_is_one_line(folder, monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(run, "_write_folder", full)
+    monkeypatch.setattr(train, "write_run", full)
     result = hf_bilb("train", "small.yaml", "trainer.num_train_epochs=1")
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("hf-bilb: error: ")]
     assert re.search(

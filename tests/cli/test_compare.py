@@ -22,13 +22,13 @@ from click.testing import CliRunner
 from hf_bilb.cli import main
 from hf_bilb.data import DATA_SETS, DataSetSpec
 from hf_bilb.errors import OptionError
-from hf_bilb.experiments import compare
-from hf_bilb.experiments.plan import parse_balancers, parse_seeds, state_of
+from hf_bilb.experiments import child_process, compare
+from hf_bilb.experiments.plan import ComparisonPlan, parse_balancers, parse_seeds, plan_comparison, state_of
 from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import read_results, write_results
 from hf_bilb.trainer import checkpointing
 from tests.cli.made_up import RECIPE, TASKS, MadeUpOptions, load_made_up
-from tests.reporting.made_up_study import cell as results_of_cell
+from tests.reporting.made_up_comparison import cell as results_of_cell
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,9 +79,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def prepare(comparison: compare.Comparison, error: float = 40.0) -> compare.Comparison:
+def prepare(plan: ComparisonPlan, error: float = 40.0) -> ComparisonPlan:
     """Write down what the stand-in leaves in each cell's folder; ls's errors are `error`, the others' half of it."""
-    for cell in comparison.cells:
+    for cell in plan.runs:
         value = error * (1.0 if cell.label == "ls" else 0.5) + 0.1 * cell.seed
         tasks = [cell.task] if cell.task else TASKS
         made = results_of_cell(cell.recipe.balancer["name"], [value] * len(tasks), {}, tasks)
@@ -90,13 +90,13 @@ def prepare(comparison: compare.Comparison, error: float = 40.0) -> compare.Comp
         name.write_text(json.dumps(cell.recipe.to_dict()))
         Path("work").mkdir(exist_ok=True)
         write_results(made, Path("work")).replace(f"{name}.json")
-    return comparison
+    return plan
 
 
-def planned(balancers: str = "ls,bilb", seeds: str = "0,1", overrides=(), **options) -> compare.Comparison:
+def planned(balancers: str = "ls,bilb", seeds: str = "0,1", overrides=(), **options) -> ComparisonPlan:
     launcher = f"{sys.executable} stand_in.py"
     return prepare(
-        compare.plan("small.yaml", overrides, balancers=balancers, seeds=seeds, launcher=launcher, **options)
+        plan_comparison("small.yaml", overrides, balancers=balancers, seeds=seeds, launcher=launcher, **options)
     )
 
 
@@ -160,30 +160,30 @@ def test_seeds():
 
 
 def test_every_cell_is_the_recipe_with_its_balancer_seed_and_folder(folder):
-    comparison = planned("ls,bilb,bilb:preset=qm9", overrides=["balancer.learning_rate=0.5", "data.rows=100"])
-    assert [str(cell.folder) for cell in comparison.cells] == [
+    plan = planned("ls,bilb,bilb:preset=qm9", overrides=["balancer.learning_rate=0.5", "data.rows=100"])
+    assert [str(cell.folder) for cell in plan.runs] == [
         "run_compare/ls/seed-0", "run_compare/bilb/seed-0", "run_compare/bilb-preset=qm9/seed-0",
         "run_compare/ls/seed-1", "run_compare/bilb/seed-1", "run_compare/bilb-preset=qm9/seed-1",
     ]  # fmt: skip
-    own, preset = comparison.cells[1].recipe, comparison.cells[2].recipe
+    own, preset = plan.runs[1].recipe, plan.runs[2].recipe
     assert own.balancer["learning_rate"] == 0.5 and preset.balancer["learning_rate"] != 0.5
     assert preset.balancer["preset"] == "qm9"
-    assert [cell.recipe.trainer["seed"] for cell in comparison.cells] == [0, 0, 0, 1, 1, 1]
-    for cell in comparison.cells:
+    assert [cell.recipe.trainer["seed"] for cell in plan.runs] == [0, 0, 0, 1, 1, 1]
+    for cell in plan.runs:
         assert cell.recipe.data == {"name": "made_up", "rows": 100, "poison": False, "tasks": None, "seed": 0}
     by_split = planned(split_by_seed=True)
-    assert [cell.recipe.data["seed"] for cell in by_split.cells] == [0, 0, 1, 1]
+    assert [cell.recipe.data["seed"] for cell in by_split.runs] == [0, 0, 1, 1]
 
 
 def test_single_tasks_are_cells_of_one_task_each(folder):
-    comparison = planned("bilb", "4", single_tasks=True)
-    single = [cell for cell in comparison.cells if cell.task]
+    plan = planned("bilb", "4", single_tasks=True)
+    single = [cell for cell in plan.runs if cell.task]
     assert [list(cell.recipe.data["tasks"]) for cell in single] == [[task] for task in TASKS]
     assert {cell.recipe.balancer["name"] for cell in single} == {"ls"}
     assert {cell.recipe.trainer["seed"] for cell in single} == {4}
     assert str(single[0].folder) == "run_compare/stl/easy/seed-4"
     subset = planned("bilb", "4", overrides=["data.tasks=[noise, easy]"], single_tasks=True)
-    assert [cell.task for cell in subset.cells if cell.task] == ["noise", "easy"]
+    assert [cell.task for cell in subset.runs if cell.task] == ["noise", "easy"]
 
 
 def test_a_data_set_without_a_choice_of_tasks_has_no_single_tasks(folder, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_data_set_without_a_choice_of_tasks_has_no_single_tasks(folder, monkey
 
 
 def test_cells_run_through_the_launcher_and_tables_and_plots_are_written(folder, capsys):
-    study, failed = compare.run_comparison(planned(single_tasks=True))
+    comparison, failed = compare.run_comparison(planned(single_tasks=True))
     assert failed == [] and len(calls()) == 2 * (2 + 3)
     recipe, *overrides = calls()[0]
     assert read_recipe(recipe, overrides).to_dict() == read_results("run_compare/ls/seed-0").settings
@@ -206,7 +206,7 @@ def test_cells_run_through_the_launcher_and_tables_and_plots_are_written(folder,
     out = capsys.readouterr().out
     assert re.search(r"\[4/10\] stl steep, seed 0: begins \(\d s so far, about \d+ s to go\)", out)
     assert "Δm relates to this study's models of one task each" in out and "single task" in out
-    assert study.methods[0].name == "ls" and study.reference == "ls"
+    assert comparison.methods[0].name == "ls" and comparison.reference == "ls"
     assert "loading" not in out, "the cells' own output belongs to the log where there is no terminal"
     log = (folder / "run_compare/ls/seed-0/train.log").read_text().splitlines()
     assert log[0].startswith("$ ") and log[1:] == ["loading", "100%|##########|"]
@@ -222,18 +222,18 @@ def test_finished_cells_stay_and_more_seeds_join_them(folder, capsys):
 
 
 def test_a_failed_cell_is_named_and_the_others_go_on(folder, capsys):
-    comparison = planned()
+    plan = planned()
     behave(bilb="fail")
-    study, failed = compare.run_comparison(comparison)
+    comparison, failed = compare.run_comparison(plan)
     out = capsys.readouterr().out
     assert [cell.title for cell in failed] == ["bilb, seed 0"]
     assert "[2/4] bilb, seed 0: FAILED with exit code 1; the last lines of run_compare/bilb/seed-0/train.log:" in out
     assert "    it went\n    wrong here\n" in out
     assert len(calls()) == 4
-    assert [method.seeds for method in study.methods] == [(0, 1), (1,)]
-    assert any(note.startswith("not finished, so not in here: bilb seed 0") for note in study.notes)
+    assert [method.seeds for method in comparison.methods] == [(0, 1), (1,)]
+    assert any(note.startswith("not finished, so not in here: bilb seed 0") for note in comparison.notes)
     behave()
-    assert compare.run_comparison(comparison)[1] == []
+    assert compare.run_comparison(plan)[1] == []
     assert len(calls()) == 5
 
 
@@ -251,7 +251,7 @@ def test_the_command_ends_with_exit_code_1_after_a_failed_cell(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_cell_is_stopped_and_goes_on_from_its_checkpoint(folder, number):
-    comparison = planned(seeds="0")
+    plan = planned(seeds="0")
     behave(bilb="hang")
 
     def interrupt():
@@ -263,30 +263,30 @@ def test_an_interrupted_cell_is_stopped_and_goes_on_from_its_checkpoint(folder, 
     before = signal.getsignal(number)
     threading.Thread(target=interrupt).start()
     started = time.monotonic()
-    with pytest.raises(compare.Interrupted, match=r"stopped in \[2/2\] bilb, seed 0: the same command goes on"):
-        compare.run_comparison(comparison)
+    with pytest.raises(child_process.Interrupted, match=r"stopped in \[2/2\] bilb, seed 0: the same command goes on"):
+        compare.run_comparison(plan)
     assert time.monotonic() - started < 30
     assert signal.getsignal(number) is before
     assert not Path("run_compare/bilb/seed-0/results.json").exists()
     behave()
-    assert compare.run_comparison(comparison)[1] == []
+    assert compare.run_comparison(plan)[1] == []
     assert [("--resume" in call) for call in calls()] == [False, False, True]
 
 
 def test_a_folder_is_compared_in_by_one_at_a_time(folder):
-    comparison = planned(seeds="0")
+    plan = planned(seeds="0")
     Path("run_compare").mkdir()
     with (
         compare._alone(Path("run_compare")),
         pytest.raises(OptionError, match="--output: in 'run_compare' a comparison is running"),
     ):
-        compare.run_comparison(comparison)
+        compare.run_comparison(plan)
 
 
 def test_a_cell_that_outlives_its_comparison_still_holds_the_lock(folder):
     with compare._alone(folder) as lock:
         probe = f"import os; os.fstat({lock})"  # fails for a file that the process does not hold
-        assert compare._run((sys.executable, "-c", probe), folder / "probe" / "train.log", lock).code == 0
+        assert child_process.run_process((sys.executable, "-c", probe), folder / "probe" / "train.log", lock).code == 0
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -304,10 +304,10 @@ def test_other_settings_than_the_folders_are_one_line_before_anything_runs(folde
 
 
 def test_a_started_cell_with_other_settings_is_refused_too(folder):
-    comparison = planned(seeds="0")
-    cell = comparison.cells[0]
+    plan = planned(seeds="0")
+    cell = plan.runs[0]
     cell.folder.mkdir(parents=True)
-    (cell.folder / "recipe.yaml").write_text(json.dumps(planned(seeds="7").cells[0].recipe.to_dict()))
+    (cell.folder / "recipe.yaml").write_text(json.dumps(planned(seeds="7").runs[0].recipe.to_dict()))
     with pytest.raises(OptionError, match=r"another setting, trainer\.seed: 7 -> 0"):
         state_of(cell)
 
@@ -315,11 +315,11 @@ def test_a_started_cell_with_other_settings_is_refused_too(folder):
 def test_a_comparison_that_was_moved_is_still_the_same(folder):
     compare.run_comparison(planned(seeds="0"))
     (folder / "run_compare").rename(folder / "moved")
-    assert {state_of(cell) for cell in planned(seeds="0", output=str(folder / "moved")).cells} == {"finished"}
+    assert {state_of(cell) for cell in planned(seeds="0", output=str(folder / "moved")).runs} == {"finished"}
 
 
 def test_what_is_lost_without_a_word_is_nothing_of_value(folder):
-    cell = planned(seeds="0").cells[0]
+    cell = planned(seeds="0").runs[0]
     assert state_of(cell) == "fresh"
     cell.folder.mkdir(parents=True)
     for name in ("train.log", "task_vectors.jsonl", ".recipe.yaml.123"):
@@ -338,9 +338,9 @@ def test_what_is_lost_without_a_word_is_nothing_of_value(folder):
 
 
 def test_the_recipe_may_change_while_its_cells_run(folder):
-    comparison = planned(seeds="0")
+    plan = planned(seeds="0")
     Path("small.yaml").write_text(RECIPE.replace("learning_rate: 1e-1", "learning_rate: 9"))
-    compare.run_comparison(comparison)
+    compare.run_comparison(plan)
     for recipe, *overrides in calls():
         assert read_recipe(recipe, overrides).trainer["learning_rate"] == 0.1
 

@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_bilb.cli import main
 from hf_bilb.data.text.glue import load_glue
+from hf_bilb.experiments.build import resolve_data_options, training_arguments
 from hf_bilb.experiments.recipe import read_recipe
-from hf_bilb.experiments.run import resolve_data_options, training_arguments
 from hf_bilb.models.text_encoder import load_multi_task_text
 from hf_bilb.reporting.results import read_results
 from tests.data.glue_files import write_encoder, write_tsv

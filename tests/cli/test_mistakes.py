@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from hf_bilb.cli import main
 from hf_bilb.config.options import check_value, shown
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.data import DATA_SETS, DataSetSpec
 from hf_bilb.data.molecules.molecule_net import GraphRows, task_data
 from hf_bilb.data.rows import VectorRows
@@ -26,7 +27,6 @@ from hf_bilb.data.tables.sarcos import squared_errors
 from hf_bilb.data.text.glue import GlueOptions
 from hf_bilb.errors import HfBilbError, OptionError, StorageError, one_line
 from hf_bilb.experiments import plan
-from hf_bilb.experiments.recipe import load_yaml
 from hf_bilb.reporting.results import as_json, read_results
 from tests.cli.made_up import MADE_UP, RECIPE, MadeUpOptions, load_made_up
 
@@ -505,7 +505,7 @@ def test_an_argument_that_is_missing_or_unknown_is_one_line(arguments):
 
 def test_a_cell_has_the_value_that_was_asked_for_beyond_16_bits(folder):
     asked = plan.parse_balancers("ls", {"name": "ls"})
-    (cell,) = plan.plan_cells("small.yaml", [], Path("\U0001f600"), asked, [0])
+    (cell,) = plan.plan_runs("small.yaml", [], Path("\U0001f600"), asked, [0])
     assert cell.folder == Path("\U0001f600/ls/seed-0")
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from hf_bilb.data import MetricInfo, TaskData
 from hf_bilb.errors import OptionError
+from hf_bilb.experiments.build import build_model, training_arguments
 from hf_bilb.experiments.recipe import parse_recipe
-from hf_bilb.experiments.run import build_model, training_arguments
 
 DATA = TaskData(
     train=[], validation=[], test=[], task_names=("homo", "toxic"), label_names=("labels",), data_collator=None,

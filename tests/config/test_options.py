@@ -11,7 +11,7 @@ from hf_bilb import OptionError, build_balancer
 from hf_bilb.balancers import resolve_options
 from hf_bilb.balancers.bilb import EdgeFraction
 from hf_bilb.balancers.router import UniformLogits
-from hf_bilb.config.options import check_value, nearest, parse_options, unknown_name
+from hf_bilb.config.options import bounded, check_bounds, check_value, nearest, parse_options, unknown_name
 from hf_bilb.engine.records import MeanOf
 
 
@@ -228,3 +228,39 @@ def test_a_mapping_as_in_a_recipe_is_the_same_as_keywords() -> None:
     one, other = build_balancer(mapping, 4), build_balancer("bilb", 4, preset="celeba", discrepancy_weight=0.02)
     assert repr(one) == repr(other) and one.options == other.options
     assert mapping["name"] == "bilb"
+
+
+@dataclass(frozen=True)
+class Bounded:
+    steps: int = bounded(at_least=1)
+    rate: float | None = bounded(None, above=0)
+    share: float = bounded(0.5, at_least=0, below=1)
+    factor: float = bounded(1.0, above=0, at_most=1, expected="0 < factor <= 1")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"steps": 0}, "steps: 0 is not valid, expected an integer >= 1"),
+        ({"rate": 0.0}, "rate: 0.0 is not valid, expected a number > 0"),
+        ({"rate": float("nan")}, "rate: nan is not valid, expected a number > 0"),
+        ({"share": 1.0}, "share: 1.0 is not valid, expected a number >= 0 and < 1"),
+        ({"share": -1e-9}, "share: -1e-09 is not valid, expected a number >= 0 and < 1"),
+        ({"factor": 1.5}, "factor: 1.5 is not valid, expected 0 < factor <= 1"),
+    ],
+)
+def test_a_declared_range_is_checked(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(OptionError) as built:
+        check_bounds(Bounded(**{"steps": 1, **values}))
+    assert str(built.value) == line
+    if values != {"rate": pytest.approx(float("nan"), nan_ok=True)}:  # NaN is no number to parse_options
+        with pytest.raises(OptionError) as parsed:
+            parse_options(Bounded, {"steps": 1, **values}, "part")
+        assert str(parsed.value) == f"part.{line}"
+
+
+def test_the_ends_of_a_declared_range() -> None:
+    check_bounds(Bounded(1, None, 0.0, 1.0))
+    assert parse_options(Bounded, {"steps": 1}, "part") == Bounded(1, None, 0.5, 1.0)
+    with pytest.raises(OptionError, match=r"part\.steps: is required, expected an integer"):
+        parse_options(Bounded, {}, "part")

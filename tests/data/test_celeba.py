@@ -21,7 +21,7 @@ from hf_bilb.data.images.files import decode
 from hf_bilb.data.rows import collate_images
 from hf_bilb.errors import OptionError
 from hf_bilb.experiments.recipe import read_recipe
-from hf_bilb.experiments.run import run_recipe
+from hf_bilb.experiments.train import run_recipe
 from hf_bilb.reporting.results import read_results
 from tests.data.celeba_files import change_line, made_up, name_of, write_celeba
 

@@ -20,8 +20,9 @@ from hf_bilb.data.dense.options import DenseOptions
 from hf_bilb.data.dense.prepare_nyuv2 import prepare_nyuv2
 from hf_bilb.data.rows import collate_images
 from hf_bilb.errors import OptionError
+from hf_bilb.experiments.build import build_model
 from hf_bilb.experiments.recipe import read_recipe
-from hf_bilb.experiments.run import build_model, run_recipe
+from hf_bilb.experiments.train import run_recipe
 from tests.data.dense_scenes import write_mtan
 from tests.data.test_prepare_nyuv2 import write_scenes
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_bilb.experiments.recipe import read_recipe
-from hf_bilb.experiments.run import run_recipe
+from hf_bilb.experiments.train import run_recipe
 from hf_bilb.reporting.results import read_results
 
 ROOT = Path(__file__).parents[2]

@@ -21,8 +21,9 @@ from transformers import set_seed
 from hf_bilb import build_balancer
 from hf_bilb.data import DATA_SETS
 from hf_bilb.data.dense.rows import DenseRows
+from hf_bilb.experiments.build import build_model, resolve_data_options
 from hf_bilb.experiments.recipe import Recipe, read_recipe
-from hf_bilb.experiments.run import build_model, resolve_data_options, run_recipe
+from hf_bilb.experiments.train import run_recipe
 from hf_bilb.models import DenseBackboneModel
 from hf_bilb.reporting.results import read_results
 from tests.data.dense_scenes import write_mtan

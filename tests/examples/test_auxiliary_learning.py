@@ -53,7 +53,7 @@ def test_the_table_says_what_the_runs_measured(file: Path, tmp_path: Path, monke
     assert {entry["weight/income"] for entry in logged} == {1.0}
     assert logged[-1]["weight/college"] != logged[-1]["weight/never_married"] != 1.0
 
-    monkeypatch.setattr("hf_bilb.experiments.run.run_recipe", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("hf_bilb.experiments.train.run_recipe", lambda *_: pytest.fail("trained again"))
     again = CliRunner().invoke(example.main, arguments)
     assert again.exit_code == 0 and "seed 0" not in again.output
 

@@ -21,9 +21,10 @@ from hf_bilb import OptionError, build_balancer
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.cli import main
 from hf_bilb.config.user_code import import_source
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.data import DATA_SETS
 from hf_bilb.engine.objective import differentiate
-from hf_bilb.experiments.recipe import load_yaml, read_recipe
+from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.reporting.results import read_results
 from tests.cli.made_up import MADE_UP, RECIPE
 from tests.contract.cases import advance, random_losses

@@ -80,7 +80,7 @@ def test_the_table_says_what_the_runs_measured(source: Path, tmp_path: Path, mon
         assert {"segmentation_miou", "depth_abs_error", "normals_mean_angle", "floor_macro_f1"} <= metrics.keys()
         assert float(word.rstrip("*")) == pytest.approx(metrics["room_accuracy"], rel=1e-3)
         assert (folder / method / "gallery.png").is_file()
-    monkeypatch.setattr("hf_bilb.experiments.run.run_recipe", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("hf_bilb.experiments.train.run_recipe", lambda *_: pytest.fail("trained again"))
     again = CliRunner().invoke(example.main, arguments)
     assert again.exit_code == 0, again.output
 

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
-from hf_bilb.metrics.streaming import TaskMetrics
+from hf_bilb.metrics.trainer_metrics import TaskMetrics
 
 #: Task -> columns of its head; 1: regression.
 COLUMNS = {"cola": 2, "mnli": 3, "stsb": 1, "mrpc": 2}

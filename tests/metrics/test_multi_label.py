@@ -14,7 +14,7 @@ from hf_bilb.data.images.celeba import ATTRIBUTES, SINGLE_TASK_F1
 from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.metrics.multi_label import MultiLabelMetrics
 from hf_bilb.metrics.roc_auc import BinaryClassification
-from hf_bilb.metrics.streaming import TaskMetrics
+from hf_bilb.metrics.trainer_metrics import TaskMetrics
 
 PARITY = np.load(Path(__file__).parents[1] / "parity_data" / "metrics.npz")
 NAMES = ("a", "b", "c")

@@ -18,8 +18,9 @@ from hf_bilb.config.options import parse_options
 from hf_bilb.data.text.instruction_rows import PackExamples
 from hf_bilb.data.text.rows import PadTokens
 from hf_bilb.errors import OptionError
+from hf_bilb.experiments.build import build_model, resolve_data_options
 from hf_bilb.experiments.recipe import parse_recipe, read_recipe
-from hf_bilb.experiments.run import build_model, resolve_data_options, run_recipe
+from hf_bilb.experiments.train import run_recipe
 from hf_bilb.losses.tokens import TokenLosses
 from hf_bilb.models import MODELS
 from hf_bilb.models.causal_lm import CausalLmOptions, add_adapters, build_causal_lm

@@ -16,8 +16,9 @@ from torch import nn
 from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS
 from hf_bilb.errors import CheckpointError, OptionError
+from hf_bilb.experiments.build import build_model, task_loss_func
 from hf_bilb.experiments.recipe import parse_recipe
-from hf_bilb.experiments.run import build_model, run_recipe, task_loss_func
+from hf_bilb.experiments.train import run_recipe
 from hf_bilb.models import MODELS
 from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module, check_columns
 

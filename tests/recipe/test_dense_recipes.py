@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hf_bilb.experiments.recipe import read_recipe
-from hf_bilb.experiments.run import run_recipe
+from hf_bilb.experiments.train import run_recipe
 from hf_bilb.reporting.results import read_results
 from tests.data.dense_scenes import write_mtan
 

@@ -11,8 +11,8 @@ import torch
 from hf_bilb import BilevelMTLTrainingArguments
 from hf_bilb.data.molecules.qm9_targets import TARGETS
 from hf_bilb.data.task_data import DELTA_M_INFO, TaskData
+from hf_bilb.experiments.build import training_arguments
 from hf_bilb.experiments.recipe import Recipe, read_recipe
-from hf_bilb.experiments.run import training_arguments
 from tests.trainer.harness import BATCH, FLOAT, batches, build_data, build_model, close, flat_parameters, run
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "qm9"

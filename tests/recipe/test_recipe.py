@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.errors import OptionError
-from hf_bilb.experiments.recipe import SECTIONS, dump_recipe, load_yaml, parse_recipe, read_recipe
+from hf_bilb.experiments.recipe import SECTIONS, dump_recipe, parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

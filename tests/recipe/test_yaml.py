@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.errors import OptionError
-from hf_bilb.experiments.recipe import apply_override, differences, load_yaml
+from hf_bilb.experiments.recipe import apply_override, differences
 
 
 @pytest.mark.parametrize(

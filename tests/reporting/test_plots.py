@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_bilb.reporting.comparison_plots import runs_figure
+from hf_bilb.reporting.files import save_figure
 from hf_bilb.reporting.plots import (
     Series,
-    comparison_figure,
     losses_figure,
     plot_run,
-    save_figure,
     series_from_history,
     series_from_vectors,
     spread,
     weights_figure,
 )
-from hf_bilb.reporting.tables import Comparison, Row
+from hf_bilb.reporting.results import MetricResult, RunResults
+from hf_bilb.reporting.side_by_side import compare_runs
 
 TASKS = ("homo", "lumo", "gap")
 
@@ -161,12 +162,19 @@ def test_above_32_tasks_the_vectors_file_is_drawn_as_a_distribution(tmp_path):
         check_png(path)
 
 
+def results(*metrics, trivial="mean predictor"):
+    return RunResults("recipe", "model", "data", "ls", "test", list(metrics), trivial_predictor=trivial)
+
+
 def test_comparison_shows_errors_relative_to_the_trivial_predictor(tmp_path):
-    rows = (
-        Row("homo", "MAE", "meV", False, (100.0, 50.0), 200.0, (1.0, 0.5), (True, True)),
-        Row("toxic", "AUC", "", True, (0.8, None), 0.4, (1.0, None), (True, False)),
-    )
-    figure = comparison_figure(Comparison(("ls", "bilb"), rows, "test"))
+    runs = [
+        results(
+            MetricResult("mae_homo", "homo", "MAE", "meV", False, error, 200.0),
+            MetricResult("auc_toxic", "toxic", "AUC", "", True, score, 0.4),
+        )
+        for error, score in ((100.0, 0.8), (50.0, None))
+    ]
+    figure = runs_figure(compare_runs(runs, ["ls", "bilb"]))
     (axis,) = visible(figure)
     assert axis.get_xlabel() == "test error relative to the mean predictor (left is better)"
     assert [label.get_text() for label in axis.get_yticklabels()] == ["homo MAE", "toxic AUC"]
@@ -177,12 +185,16 @@ def test_comparison_shows_errors_relative_to_the_trivial_predictor(tmp_path):
 
 
 def test_scores_are_drawn_as_errors_and_a_score_of_zero_is_no_gap(tmp_path):
-    rows = (
-        Row("cola", "Matthews", "", True, (0.5, -0.2), 0.0, (1.0, 2.4), (True, False), ideal=1.0),
-        Row("", "mean score", "", True, (0.9, 0.8), 0.6, (1.0, 2.0), (True, True), ideal=1.0),
-        Row("perfect", "accuracy", "", True, (0.9, 0.8), 1.0, (1.0, 2.0), (False, False), ideal=1.0),
-    )
-    figure = comparison_figure(Comparison(("ls", "bilb"), rows, "test", trivial="constant predictor"))
+    runs = [
+        results(
+            MetricResult("cola_matthews", "cola", "Matthews", "", True, matthews, 0.0, ideal=1.0),
+            MetricResult("glue_score", "", "mean score", "", True, mean, 0.6, ideal=1.0),
+            MetricResult("perfect_accuracy", "perfect", "accuracy", "", True, mean, 1.0, ideal=1.0),
+            trivial="constant predictor",
+        )
+        for matthews, mean in ((0.5, 0.9), (-0.2, 0.8))
+    ]
+    figure = runs_figure(compare_runs(runs, ["ls", "bilb"]))
     (axis,) = visible(figure)
     assert axis.get_xlabel() == "test error relative to the constant predictor (left is better)"
     assert [label.get_text() for label in axis.get_yticklabels()] == ["cola Matthews", "all tasks mean score"]

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from hf_bilb.errors import OptionError
-from hf_bilb.reporting.results import MetricResult, RunResults, finite, read_results, write_results, write_text
+from hf_bilb.reporting.results import MetricResult, RunResults, finite, read_results, write_results
+from hf_bilb.storage.writing import write_text
 
 RESULTS = RunResults(
     recipe="mlp_ls",

@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from hf_bilb import BilevelMTLTrainer, OptionError
 from hf_bilb.cli import main
+from hf_bilb.config.yaml import load_yaml
 from hf_bilb.data import DATA_SETS
-from hf_bilb.experiments.recipe import load_yaml
 from tests.cli.made_up import MADE_UP, RECIPE
 from tests.synthetic import SyntheticData, build_data
 from tests.trainer.harness import (

@@ -10,8 +10,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, OptionError
 from hf_bilb.errors import MissingPackageError
+from hf_bilb.experiments.build import training_arguments
 from hf_bilb.experiments.recipe import parse_recipe
-from hf_bilb.experiments.run import training_arguments
 from hf_bilb.trainer.checks import check_reporting
 from tests.trainer.harness import FLOAT, build_model, plain_settings
 

@@ -42,7 +42,7 @@ from hf_bilb.data.splits import PARTS, Split, draw_rows
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.errors import OptionError
 from hf_bilb.metrics.roc_auc import RocAuc
-from hf_bilb.metrics.streaming import TaskMetrics
+from hf_bilb.metrics.trainer_metrics import TaskMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_bilb.data.task_data import DELTA_M_INFO, MetricInfo, Standardizer
-from hf_bilb.metrics.multi_task import DELTA_M, delta_m
+from hf_bilb.metrics.delta_m import DELTA_M, delta_m
 from hf_bilb.metrics.regression import mean_absolute_error
 
 if TYPE_CHECKING:

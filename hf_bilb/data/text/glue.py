@@ -51,7 +51,7 @@ from hf_bilb.errors import OptionError
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
-from hf_bilb.metrics.streaming import TaskMetrics
+from hf_bilb.metrics.trainer_metrics import TaskMetrics
 
 if TYPE_CHECKING:
     import datasets

@@ -1,13 +1,7 @@
 """Matthews' correlation coefficient, as a module of the library `evaluate`."""
 
-import evaluate
-
 from hf_bilb.metrics.classification import matthews_correlation
-from hf_bilb.metrics.hub_info import info_of_pairs
-
-_DESCRIPTION = (
-    "Correlation of predicted and actual classes, two or more; 0.0 where either is one class, NaN without labels."
-)
+from hf_bilb.metrics.hub.factory import metric_class
 
 _CITATION = r"""
 @article{gorodkin2004comparing,
@@ -21,7 +15,15 @@ _CITATION = r"""
 }
 """
 
-_INPUTS = """
+MatthewsCorrelation = metric_class(
+    "matthews_correlation",
+    matthews_correlation,
+    module=__name__,
+    description=(
+        "Correlation of predicted and actual classes, two or more; 0.0 where either is one class, NaN without labels."
+    ),
+    citation=_CITATION,
+    inputs="""
 Args:
     predictions: predicted class indices.
     references: class indices, NaN or -100 where missing.
@@ -32,19 +34,6 @@ Returns:
 Example:
     >>> hf_bilb.metrics.load("matthews_correlation").compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])
     {'matthews_correlation': 0.5773502691896258}
-"""
-
-
-class MatthewsCorrelation(evaluate.Metric):
-    """`hf_bilb.metrics.classification.matthews_correlation` on what was added."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return info_of_pairs(
-            _DESCRIPTION,
-            _CITATION,
-            _INPUTS,
-            ["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.matthews_corrcoef.html"],
-        )
-
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        return {"matthews_correlation": matthews_correlation(predictions, references)}
+""",
+    urls=["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.matthews_corrcoef.html"],
+)

@@ -2,27 +2,25 @@
 
 from collections.abc import Sequence
 
-import datasets
-import evaluate
+from hf_bilb.metrics.delta_m import mean_rank
+from hf_bilb.metrics.hub.factory import metric_class
+from hf_bilb.metrics.hub.info import FAMO, LISTS
 
-from hf_bilb.metrics.multi_task import mean_rank
 
-_DESCRIPTION = (
-    "Each method's rank in each metric (1 + the number of methods that are strictly better), averaged over the "
-    "metrics; 1 is best."
-)
+def _ranks(predictions: list[list[float]], higher_is_better: Sequence[bool]) -> list[float]:
+    return mean_rank(predictions, higher_is_better).tolist()
 
-_CITATION = r"""
-@article{liu2023famo,
-  title={{FAMO}: Fast adaptive multitask optimization},
-  author={Liu, Bo and Feng, Yihao and Stone, Peter and Liu, Qiang},
-  journal={Advances in Neural Information Processing Systems},
-  volume={36},
-  year={2023}
-}
-"""
 
-_INPUTS = """
+MeanRank = metric_class(
+    "mean_rank",
+    _ranks,
+    module=__name__,
+    description=(
+        "Each method's rank in each metric (1 + the number of methods that are strictly better), averaged over the "
+        "metrics; 1 is best."
+    ),
+    citation=FAMO,
+    inputs="""
 Args:
     predictions: for each of R methods a list of its M metrics.
     higher_is_better: M of True or False.
@@ -35,20 +33,7 @@ Example:
     ...     predictions=[[0.5, 30.0], [0.6, 30.0], [0.4, 20.0]], higher_is_better=[True, False]
     ... )
     {'mean_rank': [2.0, 1.5, 2.0]}
-"""
-
-
-class MeanRank(evaluate.Metric):
-    """`hf_bilb.metrics.multi_task.mean_rank` on what was added."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
-            reference_urls=["https://arxiv.org/abs/2306.03792"],
-        )
-
-    def _compute(self, predictions: list[list[float]], higher_is_better: Sequence[bool]) -> dict[str, list[float]]:
-        return {"mean_rank": mean_rank(predictions, higher_is_better).tolist()}
+""",
+    urls=["https://arxiv.org/abs/2306.03792"],
+    features=LISTS,
+)

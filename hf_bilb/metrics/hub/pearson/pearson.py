@@ -1,13 +1,7 @@
 """Pearson's correlation coefficient, as a module of the library `evaluate`."""
 
-import evaluate
-
 from hf_bilb.metrics.correlation import pearson
-from hf_bilb.metrics.hub_info import info_of_pairs
-
-_DESCRIPTION = (
-    "Pearson's correlation of predictions and references; 0.0 where either is constant, NaN without any label."
-)
+from hf_bilb.metrics.hub.factory import metric_class
 
 _CITATION = r"""
 @article{pearson1895note,
@@ -20,7 +14,15 @@ _CITATION = r"""
 }
 """
 
-_INPUTS = """
+Pearson = metric_class(
+    "pearson",
+    pearson,
+    module=__name__,
+    description=(
+        "Pearson's correlation of predictions and references; 0.0 where either is constant, NaN without any label."
+    ),
+    citation=_CITATION,
+    inputs="""
 Args:
     predictions: predicted values.
     references: values, NaN where missing.
@@ -31,19 +33,6 @@ Returns:
 Example:
     >>> hf_bilb.metrics.load("pearson").compute(predictions=[1.0, 2.0, 4.0], references=[1.0, 2.5, 3.0])
     {'pearson': 0.8910421112136306}
-"""
-
-
-class Pearson(evaluate.Metric):
-    """`hf_bilb.metrics.correlation.pearson` on what was added."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return info_of_pairs(
-            _DESCRIPTION,
-            _CITATION,
-            _INPUTS,
-            ["https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.pearsonr.html"],
-        )
-
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        return {"pearson": pearson(predictions, references)}
+""",
+    urls=["https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.pearsonr.html"],
+)

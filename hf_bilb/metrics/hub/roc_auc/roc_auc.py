@@ -1,14 +1,7 @@
 """Area under the ROC curve, as a module of the library `evaluate`."""
 
-import evaluate
-
-from hf_bilb.metrics.hub_info import info_of_pairs
+from hf_bilb.metrics.hub.factory import metric_class
 from hf_bilb.metrics.roc_auc import roc_auc
-
-_DESCRIPTION = (
-    "Share of the pairs of a positive and a negative example that the scores put in order, ties counting half; NaN "
-    "where there are not both classes."
-)
 
 _CITATION = r"""
 @article{hanley1982meaning,
@@ -22,7 +15,16 @@ _CITATION = r"""
 }
 """
 
-_INPUTS = """
+RocAuc = metric_class(
+    "roc_auc",
+    roc_auc,
+    module=__name__,
+    description=(
+        "Share of the pairs of a positive and a negative example that the scores put in order, ties counting half; NaN "
+        "where there are not both classes."
+    ),
+    citation=_CITATION,
+    inputs="""
 Args:
     predictions: scores that rise with the positive class: logits, probabilities.
     references: 0 or 1, NaN or -100 where missing.
@@ -33,19 +35,6 @@ Returns:
 Example:
     >>> hf_bilb.metrics.load("roc_auc").compute(predictions=[0.1, 0.4, 0.35, 0.8], references=[0, 0, 1, 1])
     {'roc_auc': 0.75}
-"""
-
-
-class RocAuc(evaluate.Metric):
-    """`hf_bilb.metrics.roc_auc.roc_auc` on what was added."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return info_of_pairs(
-            _DESCRIPTION,
-            _CITATION,
-            _INPUTS,
-            ["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.roc_auc_score.html"],
-        )
-
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        return {"roc_auc": roc_auc(predictions, references)}
+""",
+    urls=["https://scikit-learn.org/stable/modules/generated/sklearn.metrics.roc_auc_score.html"],
+)

@@ -1,13 +1,7 @@
 """Spearman's rank correlation, as a module of the library `evaluate`."""
 
-import evaluate
-
 from hf_bilb.metrics.correlation import spearman
-from hf_bilb.metrics.hub_info import info_of_pairs
-
-_DESCRIPTION = (
-    "Pearson's correlation of the ranks, ties sharing their mean; 0.0 where either is constant, NaN without any label."
-)
+from hf_bilb.metrics.hub.factory import metric_class
 
 _CITATION = r"""
 @article{spearman1904proof,
@@ -21,7 +15,16 @@ _CITATION = r"""
 }
 """
 
-_INPUTS = """
+Spearman = metric_class(
+    "spearman",
+    spearman,
+    module=__name__,
+    description=(
+        "Pearson's correlation of the ranks, ties sharing their mean; 0.0 where either is constant, NaN "
+        "without any label."
+    ),
+    citation=_CITATION,
+    inputs="""
 Args:
     predictions: predicted values.
     references: values, NaN where missing.
@@ -32,19 +35,6 @@ Returns:
 Example:
     >>> hf_bilb.metrics.load("spearman").compute(predictions=[1.0, 2.0, 4.0], references=[1.0, 2.5, 2.5])
     {'spearman': 0.8660254037844387}
-"""
-
-
-class Spearman(evaluate.Metric):
-    """`hf_bilb.metrics.correlation.spearman` on what was added."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return info_of_pairs(
-            _DESCRIPTION,
-            _CITATION,
-            _INPUTS,
-            ["https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.spearmanr.html"],
-        )
-
-    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
-        return {"spearman": spearman(predictions, references)}
+""",
+    urls=["https://docs.scipy.org/doc/scipy/reference/generated/scipy.stats.spearmanr.html"],
+)

@@ -11,13 +11,14 @@ import pytest
 from scipy.stats import ttest_rel
 
 from hf_bilb.errors import OptionError
+from hf_bilb.reporting.comparison import MetricLine, compare_methods
 from hf_bilb.reporting.results import MetricResult
-from hf_bilb.reporting.study import Figure, MetricLine, make_study, paired_difference
-from tests.reporting.made_up_study import BASE, TASKS, cell, runs
+from hf_bilb.reporting.statistics import Figure, paired_difference
+from tests.reporting.made_up_comparison import BASE, TASKS, cell, runs
 
 
-def method(study, name):
-    return next(method for method in study.methods if method.name == name)
+def method(comparison, name):
+    return next(method for method in comparison.methods if method.name == name)
 
 
 def test_mean_and_sample_deviation():
@@ -69,17 +70,17 @@ def test_best_and_what_the_seeds_do_not_tell_from_it():
 
 
 def test_delta_m_of_each_seed_against_the_published_base():
-    study = make_study(runs(), {}, "ls")
+    comparison = compare_methods(runs(), {}, "ls")
     # ls, seed 0: changes of 100/50, 40/20 and 30/10, less 1, in percent
-    assert method(study, "ls").delta_m.values[0] == pytest.approx((100 + 100 + 200) / 3)
-    assert method(study, "half").delta_m.values == {
+    assert method(comparison, "ls").delta_m.values[0] == pytest.approx((100 + 100 + 200) / 3)
+    assert method(comparison, "half").delta_m.values == {
         0: pytest.approx((0 + 0 + 50) / 3),
         1: pytest.approx((10 + 5 + 40) / 3),
         2: pytest.approx((-10 - 5 + 60) / 3),
     }
     # grouped: U0 and U count once
-    assert method(study, "half").grouped_delta_m.values[0] == pytest.approx((0 + (0 + 50) / 2) / 2)
-    assert study.base_source == "the paper"
+    assert method(comparison, "half").grouped_delta_m.values[0] == pytest.approx((0 + (0 + 50) / 2) / 2)
+    assert comparison.base_source == "the paper"
 
 
 def test_delta_m_against_the_studys_own_single_task_models():
@@ -88,12 +89,12 @@ def test_delta_m_against_the_studys_own_single_task_models():
         "U0": {0: cell("ls", [40.0], tasks=["U0"])},
         "U": {0: cell("ls", [15.0], tasks=["U"])},
     }
-    study = make_study(runs(base={}), own, "ls")
-    assert [line.base for line in study.lines] == [50.0, 40.0, 15.0]
-    assert method(study, "ls").delta_m.values[0] == pytest.approx((100 + 0 + 100) / 3)
-    assert study.base_source == "this study's models of one task each"
+    comparison = compare_methods(runs(base={}), own, "ls")
+    assert [line.base for line in comparison.lines] == [50.0, 40.0, 15.0]
+    assert method(comparison, "ls").delta_m.values[0] == pytest.approx((100 + 0 + 100) / 3)
+    assert comparison.base_source == "this study's models of one task each"
     # a published base says which metrics count, not what they relate to
-    partly = make_study(runs(base={"homo": 1.0}), own, "ls")
+    partly = compare_methods(runs(base={"homo": 1.0}), own, "ls")
     assert [line.base for line in partly.lines] == [50.0, None, None]
     assert method(partly, "ls").delta_m.values[0] == pytest.approx(100)
 
@@ -110,27 +111,27 @@ def test_delta_m_against_the_studys_own_single_task_models():
     ],
 )
 def test_single_task_models_that_are_no_base_are_said_and_not_used(single, said):
-    study = make_study(runs(), single, "ls")
-    assert study.notes[0].startswith(said)
-    assert [line.base for line in study.lines] == list(BASE.values())
-    assert make_study(runs(base={}), single, "ls").methods[0].delta_m is None
+    comparison = compare_methods(runs(), single, "ls")
+    assert comparison.notes[0].startswith(said)
+    assert [line.base for line in comparison.lines] == list(BASE.values())
+    assert compare_methods(runs(base={}), single, "ls").methods[0].delta_m is None
 
 
 def test_mean_rank_is_over_the_metrics_and_puts_a_diverged_method_last():
-    study = make_study(runs(), {}, "ls")
+    comparison = compare_methods(runs(), {}, "ls")
     # homo: 100, 100, 50; U0: 40, 39.67, 20; U: 30, 29.83, 15
-    assert [m.mean_rank for m in study.methods] == [pytest.approx((2 + 3 + 3) / 3), 2.0, 1.0]
+    assert [m.mean_rank for m in comparison.methods] == [pytest.approx((2 + 3 + 3) / 3), 2.0, 1.0]
     cells = runs()
     cells["half"][1] = cell("half", [None, 21.0, 14.0])
-    study = make_study(cells, {}, "ls")
-    assert method(study, "half").mean_rank == pytest.approx((3 + 1 + 1) / 3)
-    assert method(study, "half").delta_m.mean is None
-    assert study.notes == ("half: mae_homo is no finite number with seed 1 (1 such values)",)
+    comparison = compare_methods(cells, {}, "ls")
+    assert method(comparison, "half").mean_rank == pytest.approx((3 + 1 + 1) / 3)
+    assert method(comparison, "half").delta_m.mean is None
+    assert comparison.notes == ("half: mae_homo is no finite number with seed 1 (1 such values)",)
 
 
 def test_the_relation_to_the_reference():
-    study = make_study(runs(), {}, "ls")
-    ls, near, half = study.methods
+    comparison = compare_methods(runs(), {}, "ls")
+    ls, near, half = comparison.methods
     assert (ls.difference, ls.worst) == (None, None)
     assert ls.error_ratio.values == {0: 1.0, 1: 1.0, 2: 1.0}
     assert half.error_ratio.mean == pytest.approx(0.5)
@@ -140,17 +141,17 @@ def test_the_relation_to_the_reference():
     assert near.worst == (pytest.approx(1.0), "homo")
     assert near.difference.within_spread is True
     assert half.difference.within_spread is False and half.difference.mean < 0
-    assert study.ratio_to_reference(lambda m: m.step_seconds) == [1.0, pytest.approx(1.5), 1.0]
-    assert study.ratio_to_reference(lambda m: m.peak_memory_bytes) == [1.0, 1.5, 1.0]
+    assert comparison.ratio_to_reference(lambda m: m.step_seconds) == [1.0, pytest.approx(1.5), 1.0]
+    assert comparison.ratio_to_reference(lambda m: m.peak_memory_bytes) == [1.0, 1.5, 1.0]
 
 
 def test_without_a_base_the_reference_is_told_apart_by_the_geometric_mean():
-    study = make_study(runs(base={}), {}, "ls")
-    half = method(study, "half")
-    assert half.delta_m is None and study.base_source == ""
+    comparison = compare_methods(runs(base={}), {}, "ls")
+    half = method(comparison, "half")
+    assert half.delta_m is None and comparison.base_source == ""
     assert half.difference.mean == pytest.approx(math.log(0.5))
     assert half.difference.within_spread is False
-    assert method(study, "near").difference.within_spread is True
+    assert method(comparison, "near").difference.within_spread is True
 
 
 def test_a_task_with_two_metrics_counts_once_in_the_geometric_mean():
@@ -162,24 +163,24 @@ def test_a_task_with_two_metrics_counts_once_in_the_geometric_mean():
         ]
         return {0: cell("x", [], tasks=[]).__class__("r", "m", "d", "x", "test", metrics)}
 
-    study = make_study({"ls": scores([0.8, 0.9, 0.9]), "x": scores([0.6, 0.95, 0.975])}, {}, "ls")
+    comparison = compare_methods({"ls": scores([0.8, 0.9, 0.9]), "x": scores([0.6, 0.95, 0.975])}, {}, "ls")
     # errors of x over those of ls: 2; 0.5 and 0.25, which are one task
-    assert method(study, "x").error_ratio.values[0] == pytest.approx(math.sqrt(2 * math.sqrt(0.5 * 0.25)))
-    assert method(study, "x").worst == (pytest.approx(2.0), "a")
+    assert method(comparison, "x").error_ratio.values[0] == pytest.approx(math.sqrt(2 * math.sqrt(0.5 * 0.25)))
+    assert method(comparison, "x").worst == (pytest.approx(2.0), "a")
 
 
 def test_a_method_without_a_finished_cell_is_left_out_and_the_reference_may_be_it():
-    study = make_study({"ls": {}, **{k: v for k, v in runs().items() if k != "ls"}}, {}, "ls")
-    assert [m.name for m in study.methods] == ["near", "half"]
-    assert study.reference is None
-    assert all(m.difference is None and m.error_ratio is None for m in study.methods)
+    comparison = compare_methods({"ls": {}, **{k: v for k, v in runs().items() if k != "ls"}}, {}, "ls")
+    assert [m.name for m in comparison.methods] == ["near", "half"]
+    assert comparison.reference is None
+    assert all(m.difference is None and m.error_ratio is None for m in comparison.methods)
     with pytest.raises(OptionError, match="no cell is finished"):
-        make_study({"ls": {}}, {}, "ls")
+        compare_methods({"ls": {}}, {}, "ls")
 
 
 def test_cells_that_were_measured_on_other_metrics_are_refused():
     with pytest.raises(OptionError, match="near, seed 4 and ls, seed 0 have other metrics or units"):
-        make_study({"ls": runs()["ls"], "near": {4: cell("near", [1.0], tasks=["homo"])}}, {}, "ls")
+        compare_methods({"ls": runs()["ls"], "near": {4: cell("near", [1.0], tasks=["homo"])}}, {}, "ls")
 
 
 def test_delta_m_that_the_data_set_computed_is_not_a_second_one():
@@ -189,9 +190,9 @@ def test_delta_m_that_the_data_set_computed_is_not_a_second_one():
             run.metrics.append(MetricResult("delta_m", "", "Delta_m", "%", False, 3.0, None))
             run.metrics.append(MetricResult("delta_m_by_task", "", "Delta_m by task", "%", False, 3.0, None))
             run.metrics.append(MetricResult("score", "", "score", "", True, 0.5, None))
-    study = make_study(cells, {}, "ls")
-    assert [line.about.key for line in study.overall] == ["score"]
-    assert len(study.lines) == 3
+    comparison = compare_methods(cells, {}, "ls")
+    assert [line.about.key for line in comparison.overall] == ["score"]
+    assert len(comparison.lines) == 3
 
 
 def with_second_form(cells, base=None):
@@ -213,8 +214,8 @@ def with_second_form(cells, base=None):
 @pytest.mark.parametrize("stl", [False, True])
 def test_another_form_of_a_metric_is_shown_and_counts_nowhere(stl):
     own = {t: {0: cell("ls", [value], tasks=[t])} for t, value in zip(TASKS, (60.0, 40.0, 15.0), strict=True)}
-    plain = make_study(runs(), own if stl else {}, "ls")
-    both = make_study(with_second_form(runs(), base=1.0), with_second_form(own, base=1.0) if stl else {}, "ls")
+    plain = compare_methods(runs(), own if stl else {}, "ls")
+    both = compare_methods(with_second_form(runs(), base=1.0), with_second_form(own, base=1.0) if stl else {}, "ls")
     assert both.methods == plain.methods
     assert both.based_lines == plain.lines == both.counted_lines
     shown = both.lines[3:]
@@ -228,5 +229,5 @@ def test_another_form_is_no_base_that_could_be_missing():
     own = with_second_form({t: {0: cell("ls", [20.0], tasks=[t])} for t in TASKS})
     for of_task in own.values():
         of_task[0].metrics[1] = dataclasses.replace(of_task[0].metrics[1], value=0.0)
-    study = make_study(with_second_form(runs(base={})), own, "ls")
-    assert study.notes == () and study.base_source == "this study's models of one task each"
+    comparison = compare_methods(with_second_form(runs(base={})), own, "ls")
+    assert comparison.notes == () and comparison.base_source == "this study's models of one task each"

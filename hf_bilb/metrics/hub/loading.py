@@ -11,6 +11,7 @@ from hf_bilb.errors import OptionError
 if TYPE_CHECKING:
     import evaluate
 
+_FOLDERS = "hf_bilb.metrics.hub"
 #: What `load` knows; names and results agree with each other, and with the function of the same name.
 EVALUATE_MODULES = (
     "accuracy",
@@ -52,7 +53,7 @@ def load(
     _check_name(name)
     import evaluate
 
-    cls = evaluate.loading.import_main_class(f"{__package__}.evaluate_modules.{name}.{name}")
+    cls = evaluate.loading.import_main_class(f"{_FOLDERS}.{name}.{name}")
     try:
         module = cls(
             cache_dir=cache_dir,
@@ -76,7 +77,7 @@ def module_path(name: str) -> str:
         OptionError: an unknown name.
     """
     _check_name(name)
-    return str(files("hf_bilb.metrics.hub") / name)
+    return str(files(_FOLDERS) / name)
 
 
 def _check_name(name: str) -> None:

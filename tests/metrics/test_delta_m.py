@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hf_bilb.errors import MetricError
-from hf_bilb.metrics.multi_task import delta_m, grouped_delta_m, mean_rank
+from hf_bilb.metrics.delta_m import delta_m, grouped_delta_m, mean_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 PARITY = ROOT / "tests" / "parity_data"
@@ -152,7 +152,7 @@ import sys, types
 package = types.ModuleType("hf_bilb")
 package.__path__ = [sys.argv[1]]
 sys.modules["hf_bilb"] = package
-from hf_bilb.metrics.multi_task import delta_m
+from hf_bilb.metrics.delta_m import delta_m
 assert delta_m([1.5], [1.0], [False]) == 50.0
 print(sorted({"torch", "transformers", "datasets", "evaluate", "scipy", "sklearn"} & sys.modules.keys()))
 """

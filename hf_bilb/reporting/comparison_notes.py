@@ -1,50 +1,51 @@
-"""What a reader has to know before believing a study's table: seeds, split, base, selection, length of training."""
+"""What a reader has to know before believing a comparison's table: seeds, split, base, selection, epochs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_bilb.reporting.comparison import Comparison, Runs
 from hf_bilb.reporting.results import RunResults
-from hf_bilb.reporting.study import Runs, Study
-from hf_bilb.reporting.study_tables import has_groups
 
 
-def study_notes(study: Study, runs: Mapping[str, Runs], seeds: Sequence[int], split_by_seed: bool) -> list[str]:
-    """The notes on `study`, a sentence each without its full stop.
+def comparison_notes(
+    comparison: Comparison, runs: Mapping[str, Runs], seeds: Sequence[int], split_by_seed: bool
+) -> list[str]:
+    """The notes on `comparison`, a sentence each without its full stop.
 
     Args:
-        study: as `make_study` made it.
-        runs: label of each method asked for -> its finished cells.
+        comparison: as `compare_methods` made it.
+        runs: label of each method asked for -> its finished runs.
         seeds: the ones asked for.
         split_by_seed: each seed split the data in its own way, too.
     """
-    cells = [run for of_method in runs.values() for run in of_method.values()]
-    first = cells[0]
+    finished = [run for by_seed in runs.values() for run in by_seed.values()]
+    first = finished[0]
     notes = [
         *_missing(runs, seeds),
-        _epochs(cells),
+        _epochs(finished),
         _selection(first),
         _seeds(first, seeds, split_by_seed),
         *_spread(seeds),
-        *_base(study, cells),
-        f"MR: rank among the methods by the mean, over {len(study.counted_lines)} metrics; 1 + the number of better "
-        "ones",
+        *_base(comparison),
+        f"MR: rank among the methods by the mean, over {len(comparison.counted_lines)} metrics; 1 + the number of "
+        "better ones",
     ]
-    if study.reference is not None:
-        notes += _relation(study, first)
+    if comparison.reference is not None:
+        notes += _relation(comparison, first)
     return notes
 
 
 def _missing(runs: Mapping[str, Runs], seeds: Sequence[int]) -> list[str]:
-    missing = {name: [seed for seed in seeds if seed not in cells] for name, cells in runs.items()}
+    missing = {name: [seed for seed in seeds if seed not in by_seed] for name, by_seed in runs.items()}
     said = [f"{name} seed {', '.join(map(str, without))}" for name, without in missing.items() if without]
     return [f"not finished, so not in here: {'; '.join(said)}"] if said else []
 
 
-def _epochs(cells: Sequence[RunResults]) -> str:
-    epochs = [run.training.get("epochs") for run in cells]
-    steps = [run.training.get("steps") for run in cells]
+def _epochs(runs: Sequence[RunResults]) -> str:
+    epochs = [run.training.get("epochs") for run in runs]
+    steps = [run.training.get("steps") for run in runs]
     return f"each cell trained {_range(epochs)} epochs ({_range(steps)} updates); longer training can turn the order"
 
 
@@ -86,32 +87,32 @@ def _spread(seeds: Sequence[int]) -> list[str]:
     ]
 
 
-def _base(study: Study, cells: Sequence[RunResults]) -> list[str]:
-    if not study.base_source:
+def _base(comparison: Comparison) -> list[str]:
+    if not comparison.base_source:
         return ["no Delta_m: there are no single-task values (--stl trains them)"]
-    lines, counted = study.based_lines, study.counted_lines
+    lines, counted = comparison.based_lines, comparison.counted_lines
     over = "" if len(lines) == len(counted) else f", over the {len(lines)} of {len(counted)} metrics it has"
-    source = study.base_source
+    source = comparison.base_source
     if lines[0].single_task is not None:
-        source = f"{source} (linear scalarization, n = {len(lines[0].single_task.values)}, on {study.split})"
+        source = f"{source} (linear scalarization, n = {len(lines[0].single_task.values)}, on {comparison.split})"
     notes = [f"Δm relates to {source}{over}"]
-    if other_forms := [line.about for line in study.lines if not line.about.counted]:
+    if other_forms := [line.about for line in comparison.lines if not line.about.counted]:
         title = f"{other_forms[0].task} {other_forms[0].name}"
         notes.append(f"{len(other_forms)} metrics are another form of one that counts ({title}, ...), and do not")
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(line.about.group, []).append(line.about.task)
     named = [", ".join(dict.fromkeys(tasks)) for group, tasks in groups.items() if group]
-    if has_groups(study):
+    if comparison.has_groups:
         notes.append(f"grouped: nearly equivalent tasks count once ({'; '.join(named) or 'the metrics of a task'})")
     return notes
 
 
-def _relation(study: Study, first: RunResults) -> list[str]:
-    name = study.reference
-    told = "Δm" if study.base_source else "that mean"
+def _relation(comparison: Comparison, first: RunResults) -> list[str]:
+    name = comparison.reference
+    told = "Δm" if comparison.base_source else "that mean"
     notes = [f"error / {name}'s: geometric mean over the tasks; better or worse against {name} is told by {told}"]
-    if any(line.about.ideal is not None for line in study.lines):
+    if any(line.about.ideal is not None for line in comparison.lines):
         notes.append("the error of a score is what it lacks to a perfect one")
     device = first.training.get("device")
     memory = "of the tensors of updates" if device == "cuda" else "of the whole process, data included"

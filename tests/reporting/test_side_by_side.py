@@ -10,17 +10,11 @@ import math
 import pytest
 
 from hf_bilb.errors import OptionError
-from hf_bilb.reporting.plots import comparison_figure
+from hf_bilb.reporting.comparison_plots import runs_figure
+from hf_bilb.reporting.grid import number
 from hf_bilb.reporting.results import MetricResult, RunResults, is_better, labels
-from hf_bilb.reporting.tables import (
-    compare,
-    error_ratio,
-    geometric_mean,
-    number,
-    render_csv,
-    render_markdown,
-    render_text,
-)
+from hf_bilb.reporting.side_by_side import compare_runs, runs_csv, runs_markdown, runs_text
+from hf_bilb.reporting.statistics import error_ratio, geometric_mean
 
 METRICS = [("mae_homo", "homo", "MAE", "meV", False), ("auc_toxic", "toxic", "AUC", "", True)]
 
@@ -72,13 +66,13 @@ def scores(balancer: str, values: list[float | None]) -> RunResults:
 
 
 def test_scores_are_compared_by_their_errors_each_task_once():
-    table = compare([scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])], ["ls", "bilb"])
-    assert [row.ratios[1] for row in table.rows] == pytest.approx([0.5, 0.5, 1.0, 0.3 / 0.575])
+    table = compare_runs([scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])], ["ls", "bilb"])
+    assert [row.ratios[1] for row in table.all_lines] == pytest.approx([0.5, 0.5, 1.0, 0.3 / 0.575])
     # cola 1/2; mrpc sqrt(1/2 * 1); the mean over the tasks is no task
-    assert table.geometric_means()[1] == pytest.approx((0.5 * 0.5**0.5) ** 0.5)
+    assert table.error_ratios()[1].mean == pytest.approx((0.5 * 0.5**0.5) ** 0.5)
     assert table.worst_ratios()[1] == pytest.approx((1.0, "mrpc"))
-    assert [row.beats_trivial for row in table.rows] == [(False, True), (True, True), (True, True), (True, True)]
-    assert [row.best for row in table.rows] == [(1,), (1,), (0, 1), (1,)]
+    assert [row.beats_trivial for row in table.all_lines] == [(False, True), (True, True), (True, True), (True, True)]
+    assert [row.best for row in table.all_lines] == [(1,), (1,), (0, 1), (1,)]
 
 
 def test_another_form_of_a_metric_is_a_row_and_no_part_of_the_summary():
@@ -87,23 +81,23 @@ def test_another_form_of_a_metric_is_a_row_and_no_part_of_the_summary():
         return dataclasses.replace(run, metrics=[*run.metrics, form])
 
     runs = [scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])]
-    plain = compare(runs, ["ls", "bilb"])
-    table = compare([with_form(runs[0], 0.999), with_form(runs[1], 0.1)], ["ls", "bilb"])
-    assert table.rows[-1].ratios[1] == pytest.approx(900)
-    assert table.geometric_means() == plain.geometric_means()
+    plain = compare_runs(runs, ["ls", "bilb"])
+    table = compare_runs([with_form(runs[0], 0.999), with_form(runs[1], 0.1)], ["ls", "bilb"])
+    assert table.all_lines[-1].ratios[1] == pytest.approx(900)
+    assert table.error_ratios() == plain.error_ratios()
     assert table.worst_ratios() == plain.worst_ratios()
-    assert comparison_figure(table).axes[0].get_yticks().size == comparison_figure(plain).axes[0].get_yticks().size
+    assert runs_figure(table).axes[0].get_yticks().size == runs_figure(plain).axes[0].get_yticks().size
 
 
 def test_the_table_of_scores_names_its_predictor_and_says_what_a_ratio_is():
-    text = render_markdown(
-        compare([scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])], ["ls", "bilb"])
+    text = runs_markdown(
+        compare_runs([scores("ls", [0.0, 0.8, 0.9, 0.425]), scores("bilb", [0.5, 0.9, 0.9, 0.7])], ["ls", "bilb"])
     )
     assert text.startswith("| task | metric | unit | ls | bilb | constant predictor | bilb / ls | beats constant |\n")
     assert "| cola | Matthews |  | 0.000 | **0.5000** | 0.000 | 0.5000 | NO: ls |\n" in text
     assert "| all tasks | mean score |  | 0.4250 | **0.7000** | 0.3750 | 0.5217 | yes |\n" in text
     assert "Note: ratios are those of the errors, which for scores are what is missing to a perfect one." in text
-    assert "Note" not in render_markdown(compare([scores("ls", [0.0, 0.8, 0.9, 0.425])], ["ls"]))
+    assert "Note" not in runs_markdown(compare_runs([scores("ls", [0.0, 0.8, 0.9, 0.425])], ["ls"]))
 
 
 def test_geometric_mean():
@@ -114,27 +108,27 @@ def test_geometric_mean():
 
 
 def test_compare_relates_to_the_first_run():
-    table = compare([LS, BILB], ["ls", "bilb"])
-    assert [row.ratios for row in table.rows] == [(1.0, 0.5), (1.0, 2.0)]
-    assert [row.best for row in table.rows] == [(1,), (0,)]
-    assert [row.beats_trivial for row in table.rows] == [(True, True), (True, False)]
-    assert table.geometric_means() == pytest.approx([1.0, 1.0])
+    table = compare_runs([LS, BILB], ["ls", "bilb"])
+    assert [row.ratios for row in table.all_lines] == [(1.0, 0.5), (1.0, 2.0)]
+    assert [row.best for row in table.all_lines] == [(1,), (0,)]
+    assert [row.beats_trivial for row in table.all_lines] == [(True, True), (True, False)]
+    assert [ratio.mean for ratio in table.error_ratios()] == pytest.approx([1.0, 1.0])
     assert table.worst_ratios() == [(1.0, "toxic"), (2.0, "toxic")]
     assert table.notes == ()
 
 
 def test_a_missing_value_makes_the_summary_unknown_and_not_better():
-    table = compare([LS, run("bilb", [None, 0.9])], ["ls", "bilb"])
-    assert table.rows[0].ratios == (1.0, None)
-    assert table.rows[0].best == (0,)
-    assert table.rows[0].beats_trivial == (True, False)
-    assert table.geometric_means() == [1.0, None]
+    table = compare_runs([LS, run("bilb", [None, 0.9])], ["ls", "bilb"])
+    assert table.all_lines[0].ratios == (1.0, None)
+    assert table.all_lines[0].best == (0,)
+    assert table.all_lines[0].beats_trivial == (True, False)
+    assert [ratio.mean for ratio in table.error_ratios()] == [1.0, None]
     assert table.worst_ratios()[1] is None
 
 
 def test_ties_are_both_best():
-    table = compare([LS, run("bilb", [100.0, 0.9])], ["ls", "bilb"])
-    assert table.rows[0].best == (0, 1)
+    table = compare_runs([LS, run("bilb", [100.0, 0.9])], ["ls", "bilb"])
+    assert table.all_lines[0].best == (0, 1)
 
 
 def test_is_better_is_strict_and_false_where_unknown():
@@ -166,7 +160,7 @@ def test_number(value, text):
 
 
 def test_markdown_of_two_runs():
-    assert render_markdown(compare([LS, BILB], ["ls", "bilb"])) == (
+    assert runs_markdown(compare_runs([LS, BILB], ["ls", "bilb"])) == (
         "| task | metric | unit | ls | bilb | mean predictor | bilb / ls | beats mean |\n"
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |\n"
         "| homo | MAE | meV | 100.0 | **50.00** | 200.0 | 0.5000 | yes |\n"
@@ -177,7 +171,7 @@ def test_markdown_of_two_runs():
 
 
 def test_markdown_of_one_run_has_neither_bold_nor_ratios():
-    assert render_markdown(compare([LS], ["ls"])) == (
+    assert runs_markdown(compare_runs([LS], ["ls"])) == (
         "| task | metric | unit | ls | mean predictor | beats mean |\n"
         "| --- | --- | --- | ---: | ---: | --- |\n"
         "| homo | MAE | meV | 100.0 | 200.0 | yes |\n"
@@ -186,12 +180,12 @@ def test_markdown_of_one_run_has_neither_bold_nor_ratios():
 
 
 def test_without_a_trivial_predictor_nothing_is_said_about_it():
-    table = compare([run("ls", [100.0, 0.8], trivial=(None, None))], ["ls"])
-    assert "| 100.0 | - | - |" in render_markdown(table)
+    table = compare_runs([run("ls", [100.0, 0.8], trivial=(None, None))], ["ls"])
+    assert "| 100.0 | - | - |" in runs_markdown(table)
 
 
 def test_text_is_aligned_and_marks_the_best():
-    lines = render_text(compare([LS, BILB], ["ls", "bilb"])).splitlines()
+    lines = runs_text(compare_runs([LS, BILB], ["ls", "bilb"])).splitlines()
     assert lines[0].split() == "task metric unit ls bilb mean predictor bilb / ls beats mean".split()
     assert "50.00*" in lines[2]
     assert "0.8000*" in lines[3]
@@ -202,8 +196,8 @@ def test_text_is_aligned_and_marks_the_best():
 
 
 def test_csv_keeps_full_precision():
-    table = compare([run("ls", [1 / 3, 0.8]), run("bilb", [None, 0.4])], ["ls", "bilb"])
-    rows = list(csv.DictReader(io.StringIO(render_csv(table))))
+    table = compare_runs([run("ls", [1 / 3, 0.8]), run("bilb", [None, 0.4])], ["ls", "bilb"])
+    rows = list(csv.DictReader(io.StringIO(runs_csv(table))))
     assert float(rows[0]["ls"]) == 1 / 3
     assert rows[0]["bilb"] == rows[0]["ratio:bilb"] == ""
     assert float(rows[1]["ratio:bilb"]) == 2.0
@@ -211,19 +205,19 @@ def test_csv_keeps_full_precision():
 
 
 def test_other_rows_are_noted_in_every_rendering():
-    table = compare([LS, run("bilb", [50.0, 0.4], trivial=(201.0, 0.5))], ["ls", "bilb"])
+    table = compare_runs([LS, run("bilb", [50.0, 0.4], trivial=(201.0, 0.5))], ["ls", "bilb"])
     note = "bilb and ls did not see the same rows: the mean predictor's mae_homo is 201.0 and 200.0"
     assert table.notes == (note,)
-    assert note in render_markdown(table)
-    assert note in render_text(table)
+    assert note in runs_markdown(table)
+    assert note in runs_text(table)
 
 
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(OptionError, match="bilb was measured on validation, ls on test"):
-        compare([LS, run("bilb", [1.0, 1.0], split="validation")], ["ls", "bilb"])
+        compare_runs([LS, run("bilb", [1.0, 1.0], split="validation")], ["ls", "bilb"])
     odd = RunResults("x", "mlp", "made_up", "bilb", "test", metrics=LS.metrics[:1])
     with pytest.raises(OptionError, match=r"other metrics or units \(first: auc_toxic\)"):
-        compare([LS, odd], ["ls", "bilb"])
+        compare_runs([LS, odd], ["ls", "bilb"])
 
 
 def test_labels_are_the_shortest_names_that_tell_runs_apart():
@@ -235,7 +229,7 @@ def test_labels_are_the_shortest_names_that_tell_runs_apart():
 
 
 def test_worst_ratio_is_the_largest():
-    table = compare([LS, run("bilb", [130.0, 0.79])], ["ls", "bilb"])
+    table = compare_runs([LS, run("bilb", [130.0, 0.79])], ["ls", "bilb"])
     ratio, task = table.worst_ratios()[1]
     assert task == "homo"
     assert math.isclose(ratio, 1.3)
@@ -249,17 +243,17 @@ def with_delta_m(balancer: str, value: float, epochs: float) -> RunResults:
 
 
 def test_delta_m_says_what_it_relates_to_and_how_long_was_trained():
-    one = render_markdown(compare([with_delta_m("ls", 177.6, 20.0)], ["ls"]))
+    one = runs_markdown(compare_runs([with_delta_m("ls", 177.6, 20.0)], ["ls"]))
     assert "| all tasks | Delta_m | % | 177.6 |" in one
     assert "Note: Delta_m relates to the papers' models, 300 epochs; this run trained 20 epochs.\n" in one
-    two = compare([with_delta_m("ls", 177.6, 20.0), with_delta_m("bilb", 88.8, 30.0)], ["ls", "bilb"])
+    two = compare_runs([with_delta_m("ls", 177.6, 20.0), with_delta_m("bilb", 88.8, 30.0)], ["ls", "bilb"])
     assert two.notes[0] == "Delta_m relates to the papers' models, 300 epochs; these runs trained 20, 30 epochs"
-    assert not any("Delta_m" in note for note in compare([LS, BILB], ["ls", "bilb"]).notes)
+    assert not any("Delta_m" in note for note in compare_runs([LS, BILB], ["ls", "bilb"]).notes)
 
 
 def test_delta_m_is_related_to_no_other_run():
-    table = compare([with_delta_m("ls", 177.6, 20.0), with_delta_m("bilb", 88.8, 20.0)], ["ls", "bilb"])
-    row = table.rows[-1]
-    assert (row.key, row.ratios, row.best) == ("delta_m", (None, None), (1,))
+    table = compare_runs([with_delta_m("ls", 177.6, 20.0), with_delta_m("bilb", 88.8, 20.0)], ["ls", "bilb"])
+    row = table.all_lines[-1]
+    assert (row.about.key, row.ratios, row.best) == ("delta_m", (None, None), (1,))
     assert row.beats_trivial == (True, True)
-    assert comparison_figure(table).axes[0].get_yticks().size == len(table.rows) - 1
+    assert runs_figure(table).axes[0].get_yticks().size == len(table.all_lines) - 1

@@ -18,7 +18,7 @@ from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, MatthewsCorr
 from hf_bilb.metrics.correlation import Pearson, PearsonSpearman
 from hf_bilb.metrics.regression import MeanAbsoluteError
 from hf_bilb.metrics.roc_auc import BinaryClassification
-from hf_bilb.metrics.streaming import TaskMetrics
+from hf_bilb.metrics.trainer_metrics import TaskMetrics
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="the references are scikit-learn and scipy")
 stats = pytest.importorskip("scipy.stats", reason="the references are scikit-learn and scipy")

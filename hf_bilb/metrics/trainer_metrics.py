@@ -16,7 +16,7 @@ from hf_bilb.config.options import nearest, unknown_name
 from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.metrics.base import Accumulator, wide
-from hf_bilb.metrics.multi_task import DELTA_M, delta_m
+from hf_bilb.metrics.delta_m import DELTA_M, delta_m
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
     from transformers import EvalPrediction
@@ -76,7 +76,7 @@ class TaskMetrics(StreamingMetrics):
             its metrics (as the GLUE benchmark does with a task's two metrics). None for none.
         mean_of: the metric that is a task's score instead, for the tasks that have it (`"roc_auc"`).
         delta_m_base: `<task>_<metric>` -> result of a model trained on that task alone: the metrics of Delta_m
-            (`hf_bilb.metrics.multi_task.delta_m`, in percent, lower is better). None for none.
+            (`hf_bilb.metrics.delta_m.delta_m`, in percent, lower is better). None for none.
 
     Returned, at the last batch: `<task>_<metric>`, for the tasks that have a label in the set, `mean_name` over those
     tasks, and `delta_m` where all its metrics are there (of fewer it would be another figure).

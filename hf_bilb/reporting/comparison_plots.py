@@ -1,4 +1,4 @@
-"""Plots of a study: every task's error by method, and validation Delta_m over wall-clock time.
+"""Plots of a comparison: errors by method or run, and validation Delta_m over wall-clock time.
 
 Plain data in, a matplotlib `Figure` out, as in `hf_bilb.reporting.plots`.
 """
@@ -13,10 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 
-from hf_bilb.metrics.multi_task import delta_m
+from hf_bilb.metrics.delta_m import RELATIONS, delta_m
+from hf_bilb.reporting.comparison import Comparison, MetricLine
 from hf_bilb.reporting.plots import COLOURS, GREY, History, plain_numbers, style_axes
-from hf_bilb.reporting.study import MetricLine, Study
-from hf_bilb.reporting.tables import error_ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,21 +25,61 @@ MARKERS = "osD^vP*X"
 Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]  # seconds, mean, deviation
 
 
+# ---------------------------------------------------------------------------------------------------- runs side by side
+
+
+def runs_figure(comparison: Comparison) -> Canvas:
+    """Each run's error relative to the trivial predictor's, a row a metric; left is better, 1 is that predictor.
+
+    Errors as in `error_ratio`; Delta_m, metrics that are not counted, and one of which the trivial predictor has no
+    error are left out.
+    """
+    counted = [line for line in comparison.all_lines if line.about.counted and line.about.key not in RELATIONS]
+    lines = [line for line in counted if _shares(line, (line.about.trivial,)) == [1.0]]
+    canvas = Canvas(figsize=(7.6, 0.36 * len(lines) + 1.9), layout="constrained")
+    axis = canvas.subplots()
+    heights = np.arange(len(lines))[::-1]
+    for i, name in enumerate(comparison.names):
+        shares = [_shares(line, line.values)[i] for line in lines]
+        marker = "osD^vP*"[i % 7]
+        axis.plot(shares, heights, marker, color=COLOURS[i % len(COLOURS)], markersize=7, label=name, zorder=3)
+    for height, line in zip(heights, lines, strict=True):
+        shares = [share for share in _shares(line, line.values) if math.isfinite(share)]
+        if len(shares) > 1:
+            axis.plot([min(shares), max(shares)], [height, height], color="#BBBBBB", linewidth=1.5, zorder=2)
+    axis.axvline(1, color=GREY, linewidth=1, linestyle="--", label=comparison.trivial)
+    axis.set_xscale("log")
+    plain_numbers(axis.xaxis)
+    metrics = {line.about.name for line in lines}
+    axis.set_yticks(heights, [line.title if len(metrics) == 1 else f"{line.title} {line.about.name}" for line in lines])
+    what = metrics.pop() if len(metrics) == 1 and not any(line.about.higher_is_better for line in lines) else "error"
+    axis.set_xlabel(f"{comparison.split} {what} relative to the {comparison.trivial} (left is better)")
+    style_axes(axis)
+    canvas.legend(loc="outside upper center", ncols=min(len(comparison.names) + 1, 5), frameon=False)
+    return canvas
+
+
+def _shares(line: MetricLine, values: Sequence[float | None]) -> list[float]:
+    """The errors of `values` relative to the trivial predictor's; NaN where undefined."""
+    ratios = [line.ratio(value, line.about.trivial) for value in values]
+    return [math.nan if ratio is None else ratio for ratio in ratios]
+
+
 # ---------------------------------------------------------------------------------------------------- tasks
 
 
-def tasks_figure(study: Study) -> Canvas | None:
+def tasks_figure(comparison: Comparison) -> Canvas | None:
     """Each metric's error relative to a yardstick, a row a metric, a dot a method with its deviation over seeds.
 
-    The yardstick is the study's own single-task models, else the reference, else the published single-task values; None
-    without any. Left is better; a value of the yardstick or of a method that allows no ratio leaves its dot out.
+    The yardstick is the comparison's own single-task models, else the reference, else the published single-task values;
+    None without any. Left is better; a value of the yardstick or of a method that allows no ratio leaves its dot out.
     """
-    lines = study.counted_lines
-    yardstick, name = _yardstick(study, lines)
+    lines = comparison.counted_lines
+    yardstick, name = _yardstick(comparison, lines)
     rows = [(line, base) for line, base in zip(lines, yardstick, strict=True) if base is not None]
     if not rows:
         return None
-    count = len(study.methods)
+    count = len(comparison.methods)
     row_height = max(0.28, 0.075 * count)
     canvas = Canvas(figsize=(8.2, row_height * len(rows) + 1.7), layout="constrained")
     axis = canvas.subplots()
@@ -48,7 +87,7 @@ def tasks_figure(study: Study) -> Canvas | None:
     reach: list[float] = []
     for height in heights[::2]:
         axis.axhspan(height - 0.5, height + 0.5, color="#F4F4F4", zorder=0)
-    for i, method in enumerate(study.methods):
+    for i, method in enumerate(comparison.methods):
         ratios = [_ratios(line, base, i) for line, base in rows]
         means, deviations = np.array([_mean(row) for row in ratios]), np.array([_deviation(row) for row in ratios])
         reach += [*(means - np.nan_to_num(deviations)), *(means + np.nan_to_num(deviations))]
@@ -70,31 +109,28 @@ def tasks_figure(study: Study) -> Canvas | None:
     several = len({line.about.name for line in lines}) > 1
     titles = [f"{line.about.task} {line.about.name}" if several else line.about.task for line, _ in rows]
     axis.set_yticks(heights, titles, fontsize=10 if len(rows) <= 15 else 8)
-    axis.set_xlabel(f"{study.split} error relative to {name} (left is better{_whiskers(study)})")
+    axis.set_xlabel(f"{comparison.split} error relative to {name} (left is better{_whiskers(comparison)})")
     style_axes(axis)
     canvas.legend(loc="outside upper center", ncols=min(count, 5), frameon=False)
     return canvas
 
 
-def _whiskers(study: Study) -> str:
-    return "; bars: deviation over seeds" if any(len(method.seeds) > 1 for method in study.methods) else ""
+def _whiskers(comparison: Comparison) -> str:
+    return "; bars: deviation over seeds" if any(len(method.seeds) > 1 for method in comparison.methods) else ""
 
 
-def _yardstick(study: Study, lines: Sequence[MetricLine]) -> tuple[list[float | None], str]:
+def _yardstick(comparison: Comparison, lines: Sequence[MetricLine]) -> tuple[list[float | None], str]:
     if any(line.single_task for line in lines):
         return [line.base for line in lines], "models of one task each"
-    names = [method.name for method in study.methods]
-    if study.reference in names:
-        at = names.index(study.reference)
-        return [line.figures[at].mean for line in lines], f"{study.reference}'s mean"
+    names = [method.name for method in comparison.methods]
+    if comparison.reference in names:
+        at = names.index(comparison.reference)
+        return [line.figures[at].mean for line in lines], f"{comparison.reference}'s mean"
     return [line.base for line in lines], "the single-task values"
 
 
 def _ratios(line: MetricLine, base: float, i: int) -> list[float]:
-    about = line.about
-    ratios = [
-        error_ratio(value, base, about.higher_is_better, about.ideal) for value in line.figures[i].values.values()
-    ]
+    ratios = [line.ratio(value, base) for value in line.figures[i].values.values()]
     return [ratio for ratio in ratios if ratio is not None] if None not in ratios else []
 
 
@@ -109,17 +145,17 @@ def _deviation(values: Sequence[float]) -> float:
 # ---------------------------------------------------------------------------------------------------- over time
 
 
-def progress_figure(study: Study, histories: Mapping[str, Sequence[History]]) -> Canvas | None:
+def progress_figure(comparison: Comparison, histories: Mapping[str, Sequence[History]]) -> Canvas | None:
     """Validation Delta_m over the wall-clock time spent in updates, mean and deviation over the seeds; without a base
     of Delta_m the mean validation loss. None when no run was evaluated while it trained.
 
     As Figure 3 of MARIGOLD (Chen et al., "Feed m Birds with One Scone").
 
     Args:
-        study: says what Delta_m is over.
+        comparison: says what Delta_m is over.
         histories: label -> `log_history` of each of its runs; entries of evaluations with `training_seconds` count.
     """
-    based = study.based_lines
+    based = comparison.based_lines
     every = [history for of_label in histories.values() for history in of_label]
     with_delta = bool(based) and any(_delta_of(entry, based) is not None for history in every for entry in history)
     curves: dict[str, Curve] = {}

@@ -11,27 +11,28 @@ import re
 import numpy as np
 import pytest
 
-from hf_bilb.reporting.plots import save_figure
-from hf_bilb.reporting.results import MetricResult
-from hf_bilb.reporting.study import Figure, make_study
-from hf_bilb.reporting.study_notes import study_notes
-from hf_bilb.reporting.study_plots import progress_figure, tasks_figure
-from hf_bilb.reporting.study_tables import (
-    latex,
+from hf_bilb.reporting.comparison import compare_methods
+from hf_bilb.reporting.comparison_notes import comparison_notes
+from hf_bilb.reporting.comparison_plots import progress_figure, tasks_figure
+from hf_bilb.reporting.comparison_tables import (
+    comparison_csv,
+    comparison_json,
+    comparison_latex,
+    comparison_markdown,
+    comparison_text,
     percent,
-    render_study_csv,
-    render_study_json,
-    render_study_latex,
-    render_study_markdown,
-    render_study_text,
     with_deviation,
 )
-from tests.reporting.made_up_study import TASKS, cell, runs
+from hf_bilb.reporting.files import save_figure
+from hf_bilb.reporting.grid import latex
+from hf_bilb.reporting.results import MetricResult
+from hf_bilb.reporting.statistics import Figure
+from tests.reporting.made_up_comparison import TASKS, cell, runs
 
 
 @pytest.fixture
-def study():
-    made = make_study(runs(), {}, "ls")
+def comparison():
+    made = compare_methods(runs(), {}, "ls")
     return dataclasses.replace(made, notes=("a note with 50 % and a_b",))
 
 
@@ -49,8 +50,8 @@ def test_numbers_with_their_deviation():
     assert percent(Figure({0: -4.0, 1: -4.2})) == "-4.10 ± 0.14"
 
 
-def test_markdown_has_methods_down_and_metrics_across_as_the_papers(study):
-    text = render_study_markdown(study)
+def test_markdown_has_methods_down_and_metrics_across_as_the_papers(comparison):
+    text = comparison_markdown(comparison)
     assert cells(text, "method") == ["method", "homo (meV) ↓", "U0 (meV) ↓", "U (meV) ↓", "MR ↓", "Δm % ↓"]
     assert cells(text, "single task") == ["single task", "50.00", "20.00", "10.00", "", ""]
     assert cells(text, "ls")[1:4] == ["100.0 ± 10.0", "40.00 ± 2.00", "30.00 ± 2.00"]
@@ -58,8 +59,8 @@ def test_markdown_has_methods_down_and_metrics_across_as_the_papers(study):
     assert text.endswith("* a note with 50 % and a_b\n")
 
 
-def test_a_difference_within_the_spread_of_the_seeds_is_printed_as_such(study):
-    second = render_study_markdown(study).partition("In relation to ls")[2]
+def test_a_difference_within_the_spread_of_the_seeds_is_printed_as_such(comparison):
+    second = comparison_markdown(comparison).partition("In relation to ls")[2]
     columns = cells(second, "method")
     against = columns.index("against ls")
     assert cells(second, "near")[against] == "within the seeds' spread"
@@ -69,52 +70,52 @@ def test_a_difference_within_the_spread_of_the_seeds_is_printed_as_such(study):
     assert cells(second, "near")[columns.index("step time")] == "1.50"
     assert cells(second, "near")[columns.index("memory")] == "1.50"
     # and beside the best value of a metric: without half, nothing tells ls from near
-    pair = make_study({name: of for name, of in runs().items() if name != "half"}, {}, "ls")
-    text = render_study_markdown(pair)
+    pair = compare_methods({name: of for name, of in runs().items() if name != "half"}, {}, "ls")
+    text = comparison_markdown(pair)
     assert cells(text, "ls")[1] == "**100.0 ± 10.0**" and cells(text, "near")[1] == "**100.0 ± 8.5**"  # a tie
     assert cells(text, "ls")[2] == "40.00 ± 2.00\\~" and cells(text, "near")[2] == "**39.67 ± 3.06**"
 
 
 def test_with_one_seed_nothing_can_be_told():
-    one = make_study({name: {0: of[0]} for name, of in runs().items()}, {}, "ls")
-    second = render_study_markdown(one).partition("In relation to ls")[2]
+    one = compare_methods({name: {0: of[0]} for name, of in runs().items()}, {}, "ls")
+    second = comparison_markdown(one).partition("In relation to ls")[2]
     assert "one seed: cannot be told" in cells(second, "half") and "±" not in second
-    notes = study_notes(one, {"ls": runs()["ls"]}, (0,), False)
+    notes = comparison_notes(one, {"ls": runs()["ls"]}, (0,), False)
     assert "one seed: whether a difference is more than the spread of seeds cannot be told" in notes
 
 
 def test_many_metrics_go_down():
     tasks = [f"t{i}" for i in range(40)]
     many = {name: {0: cell(name, np.arange(1.0, 41) * f, {}, tasks)} for name, f in (("ls", 2.0), ("bilb", 1.0))}
-    text = render_study_markdown(make_study(many, {}, "ls"))
+    text = comparison_markdown(compare_methods(many, {}, "ls"))
     assert cells(text, "metric") == ["metric", "ls", "bilb"]
     assert cells(text, "t39 (meV) ↓") == ["t39 (meV) ↓", "80.00", "**40.00**"]
     assert cells(text, "MR ↓") == ["MR ↓", "2.00", "**1.00**"]
 
 
-def test_text_is_aligned(study):
-    lines = render_study_text(study).splitlines()
+def test_text_is_aligned(comparison):
+    lines = comparison_text(comparison).splitlines()
     ends = {len(line) for line in lines[2:8] if re.search(r"[0-9~*]$", line)}
     assert len(ends) <= 2, "numbers end in one column, with or without a mark"
     assert lines[2].split() == ["metric", "single", "task", "ls", "near", "half"]
 
 
-def test_csv_reads_back_to_the_figures(study):
-    rows = list(csv.DictReader(io.StringIO(render_study_csv(study))))
+def test_csv_reads_back_to_the_figures(comparison):
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
     found = {(row["method"], row["task"], row["metric"]): row for row in rows}
-    assert float(found["half", "U0", "MAE"]["mean"]) == study.lines[1].figures[2].mean
-    assert float(found["half", "U0", "MAE"]["deviation"]) == study.lines[1].figures[2].deviation
+    assert float(found["half", "U0", "MAE"]["mean"]) == comparison.lines[1].figures[2].mean
+    assert float(found["half", "U0", "MAE"]["deviation"]) == comparison.lines[1].figures[2].deviation
     assert found["half", "U0", "MAE"]["mark"] == "best"
     assert float(found["single task", "U0", "MAE"]["mean"]) == 20.0
-    assert float(found["near", "", "Delta_m"]["mean"]) == study.methods[1].delta_m.mean
+    assert float(found["near", "", "Delta_m"]["mean"]) == comparison.methods[1].delta_m.mean
     assert found["near", "", "worst error / ls"]["mark"] == "homo"
     assert [row["mark"] for key, row in found.items() if key[0] == "near" and " - ls's" in key[2]] == [
         "within the seeds' spread"
     ]
 
 
-def test_json_holds_every_seed(study):
-    values = json.loads(render_study_json(study))
+def test_json_holds_every_seed(comparison):
+    values = json.loads(comparison_json(comparison))
     half = next(method for method in values["methods"] if method["name"] == "half")
     assert half["told_from_reference"] == "better"
     assert half["delta_m"]["values"].keys() == {"0", "1", "2"}
@@ -123,8 +124,8 @@ def test_json_holds_every_seed(study):
     assert values["metrics"][0]["base"] == 50.0 and values["base_of_delta_m"] == "the paper"
 
 
-def test_latex_is_well_formed(study):
-    text = render_study_latex(study)
+def test_latex_is_well_formed(comparison):
+    text = comparison_latex(comparison)
     assert latex("a_b & 5 % {x} ± ↓ Δm \\ ~") == (
         r"a\_b \& 5 \% \{x\} $\pm$ $\downarrow$ $\Delta_m$ \textbackslash{} $\sim$"
     )
@@ -143,22 +144,22 @@ def test_latex_is_well_formed(study):
 def test_notes_say_what_the_figures_rest_on():
     cells_of = runs()
     del cells_of["half"][2]
-    study = make_study(cells_of, {}, "ls")
-    notes = "\n".join(study_notes(study, cells_of, (0, 1, 2), False))
+    comparison = compare_methods(cells_of, {}, "ls")
+    notes = "\n".join(comparison_notes(comparison, cells_of, (0, 1, 2), False))
     assert "not finished, so not in here: half seed 2" in notes
     assert "each cell trained 20 epochs (400 updates)" in notes
     assert "the best loss on the validation part; the test part was measured once" in notes
     assert "seeds 0, 1, 2 of initial weights" in notes and "the split stays the same (data.seed=3)" in notes
     assert "Δm relates to the paper" in notes and "(U0, U)" in notes
     assert "better or worse against ls is told by Δm" in notes
-    assert "and of the split (data.seed)" in "\n".join(study_notes(study, cells_of, (0, 1, 2), True))
+    assert "and of the split (data.seed)" in "\n".join(comparison_notes(comparison, cells_of, (0, 1, 2), True))
 
 
 def test_notes_on_selection_and_on_a_missing_base():
     def with_settings(split: str, **trainer):
         run = dataclasses.replace(cell("ls", [1.0, 2.0, 3.0], {}), split=split, settings={"trainer": trainer})
         of = {"ls": {0: run}}
-        return "\n".join(study_notes(make_study(of, {}, "ls"), of, (0,), False))
+        return "\n".join(comparison_notes(compare_methods(of, {}, "ls"), of, (0,), False))
 
     assert "no checkpoint was selected: the model after the last update" in with_settings("test")
     assert "the figures are too good" in with_settings("validation", load_best_model_at_end=True)
@@ -172,8 +173,8 @@ def drawn(figure, tmp_path) -> int:
     return save_figure(figure, tmp_path / "figure.png").stat().st_size
 
 
-def test_tasks_figure_relates_to_the_reference(study, tmp_path):
-    figure = tasks_figure(study)
+def test_tasks_figure_relates_to_the_reference(comparison, tmp_path):
+    figure = tasks_figure(comparison)
     axis = figure.axes[0]
     lines = {container.get_label(): container.lines[0] for container in axis.containers}
     assert list(lines) == ["ls", "near", "half"]
@@ -185,21 +186,21 @@ def test_tasks_figure_relates_to_the_reference(study, tmp_path):
 
 def test_tasks_figure_relates_to_the_studys_single_task_models(tmp_path):
     own = {task: {0: cell("ls", [25.0], tasks=[task])} for task in TASKS}
-    figure = tasks_figure(make_study(runs(), own, "ls"))
+    figure = tasks_figure(compare_methods(runs(), own, "ls"))
     half = figure.axes[0].containers[2].lines[0]
     assert half.get_xdata() == pytest.approx([50 / 25, 20 / 25, 15 / 25])
     assert "models of one task each" in figure.axes[0].get_xlabel()
 
 
 def test_tasks_figure_without_anything_to_relate_to():
-    assert tasks_figure(make_study({"bilb": runs({})["half"]}, {}, "ls")) is None
+    assert tasks_figure(compare_methods({"bilb": runs({})["half"]}, {}, "ls")) is None
 
 
 def entry(seconds: float, loss: float, **errors: float) -> dict[str, float]:
     return {"eval_loss": loss, "training_seconds": seconds, **{f"eval_mae_{t}": v for t, v in errors.items()}}
 
 
-def test_progress_is_delta_m_over_training_seconds(study, tmp_path):
+def test_progress_is_delta_m_over_training_seconds(comparison, tmp_path):
     histories = {
         "ls": [
             [
@@ -211,7 +212,7 @@ def test_progress_is_delta_m_over_training_seconds(study, tmp_path):
         ],
         "near": [],
     }
-    figure = progress_figure(study, histories)
+    figure = progress_figure(comparison, histories)
     (line,) = figure.axes[0].lines
     assert line.get_xdata() == pytest.approx([11.0, 21.0])
     assert line.get_ydata() == pytest.approx([150.0, 0.0])
@@ -220,20 +221,20 @@ def test_progress_is_delta_m_over_training_seconds(study, tmp_path):
 
 
 def test_progress_without_a_base_is_the_validation_loss():
-    study = make_study(runs(base={}), {}, "ls")
-    figure = progress_figure(study, {"ls": [[entry(600.0, 1.0), entry(1200.0, 0.5)]]})
+    comparison = compare_methods(runs(base={}), {}, "ls")
+    figure = progress_figure(comparison, {"ls": [[entry(600.0, 1.0), entry(1200.0, 0.5)]]})
     (line,) = figure.axes[0].lines
     assert line.get_xdata() == pytest.approx([10.0, 20.0]) and "(min)" in figure.axes[0].get_xlabel()
     assert line.get_ydata() == pytest.approx([1.0, 0.5])
     assert "loss" in figure.axes[0].get_ylabel()
-    assert progress_figure(study, {"ls": [[{"loss": 1.0}]]}) is None
+    assert progress_figure(comparison, {"ls": [[{"loss": 1.0}]]}) is None
 
 
-def test_a_wide_range_gets_a_scale_that_shows_its_end(study):
+def test_a_wide_range_gets_a_scale_that_shows_its_end(comparison):
     falling = [entry(float(i), 1.0, homo=50.0 * 10**e, U0=20.0, U=10.0) for i, e in enumerate((3, 2, 0.5), 1)]
-    assert progress_figure(study, {"ls": [falling]}).axes[0].get_yscale() == "log"
+    assert progress_figure(comparison, {"ls": [falling]}).axes[0].get_yscale() == "log"
     falling.append(entry(4.0, 1.0, homo=40.0, U0=20.0, U=10.0))
-    assert progress_figure(study, {"ls": [falling]}).axes[0].get_yscale() == "symlog"
+    assert progress_figure(comparison, {"ls": [falling]}).axes[0].get_yscale() == "symlog"
 
 
 def test_a_score_of_the_whole_set_stands_in_the_table():
@@ -241,4 +242,4 @@ def test_a_score_of_the_whole_set_stands_in_the_table():
     for of_method in cells_of.values():
         for run in of_method.values():
             run.metrics.append(MetricResult("score", "", "mean score", "", True, 0.5, None))
-    assert "all tasks mean score ↑" in render_study_markdown(make_study(cells_of, {}, "ls"))
+    assert "all tasks mean score ↑" in comparison_markdown(compare_methods(cells_of, {}, "ls"))

@@ -1,0 +1,118 @@
+"""Running a recipe: data, model, Trainer, one measurement at the end, and the folder that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from hf_bilb.experiments.build import (
+    build_trainer,
+    check_model,
+    load_data,
+    preparing,
+    resolve_data_options,
+    training_arguments,
+)
+from hf_bilb.experiments.collect import collect_results, training_facts
+from hf_bilb.experiments.folder import enter_folder, write_image_gallery, write_recipe, write_run
+from hf_bilb.experiments.gallery import gallery_rows
+from hf_bilb.experiments.progress_bar import concise_progress, quieten
+from hf_bilb.experiments.recipe import Recipe
+from hf_bilb.experiments.timing import StepClock
+from hf_bilb.reporting.results import RunResults
+from hf_bilb.storage.disk_full import disk_full_explained
+from hf_bilb.trainer.agreement import from_first_rank
+from hf_bilb.trainer.trainer import BilevelMTLTrainer
+
+
+def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
+    """Train as `recipe` says, measure once on `evaluation.split`, and write everything into `trainer.output_dir`.
+
+    Written, by the main process: `recipe.yaml` (before training), checkpoints, the model, `trainer_state.json`,
+    `results.json`, `table.md`, `losses.png`, `weights.png`, of pixel-wise tasks `gallery.png`. Under several processes
+    every rank calls this.
+
+    Args:
+        recipe: from `read_recipe`.
+        resume: go on from the last complete checkpoint in the folder.
+
+    Raises:
+        OptionError: settings that do not fit together, or a folder that already holds a run (without `resume`).
+        CheckpointError: `resume` without a complete checkpoint, or one that belongs to another run; a full disk.
+        FolderInUseError: another run is writing into the folder.
+        MissingPackageError: the data set's package is not installed.
+    """
+    started = time.perf_counter()
+    quieten()
+    args = training_arguments(recipe)  # before anything is loaded: finds settings that contradict each other
+    data_options = resolve_data_options(recipe)
+    check_model(recipe)
+    state = PartialState()
+    folder = Path(args.output_dir)
+    with contextlib.ExitStack() as held, disk_full_explained(folder):
+        checkpoint = from_first_rank(lambda: enter_folder(folder, resume, held))
+        if state.is_main_process:
+            write_recipe(recipe, folder, resume)
+        set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
+        return _train_and_measure(recipe, data_options, checkpoint, started)
+
+
+def _train_and_measure(recipe: Recipe, data_options: Any, checkpoint: str | None, started: float) -> RunResults:
+    """Everything that comes when the settings are checked and the folder is this run's own."""
+    state, clock = PartialState(), StepClock()
+    data = load_data(recipe, data_options)
+    trainer = build_trainer(recipe, data, callbacks=[clock])
+    training = _train(trainer, checkpoint)
+    _save(trainer)
+    part = getattr(data, recipe.evaluation.split)
+    measured = trainer.evaluate(part, metric_key_prefix=recipe.evaluation.split)
+    drawn = gallery_rows(trainer, part, data) if recipe.evaluation.plots else []
+    facts = {
+        **training_facts(trainer, training, checkpoint),
+        **clock.facts(),
+        "total_seconds": round(time.perf_counter() - started, 2),
+    }
+    results = collect_results(recipe, data, measured, facts)
+    if state.is_main_process:
+        write_run(recipe, results, trainer.state.log_history, data.task_names)
+        write_image_gallery(recipe, data, drawn)
+    state.wait_for_everyone()
+    return results
+
+
+def _train(trainer: BilevelMTLTrainer, checkpoint: str | None) -> dict[str, float]:
+    first_step = FirstStep()
+    trainer.add_callback(first_step)
+    with concise_progress(trainer), preparing("trainer", lambda: first_step.begun):
+        return trainer.train(resume_from_checkpoint=checkpoint).metrics
+
+
+class FirstStep(TrainerCallback):
+    """Knows whether training has really begun, with loaders, optimizer and checkpoint in place."""
+
+    begun = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """It has."""
+        self.begun = True
+
+
+def _save(trainer: BilevelMTLTrainer) -> None:
+    """The model, for `from_pretrained`, and the log."""
+    trainer.save_model()
+    trainer.save_state()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel) or not trainer.args.should_save:
+        return
+    if not model.active_peft_config.base_model_name_or_path:
+        # peft saves adapters alone; where it knows no base model by name, the config says what they belong on top of.
+        # With a name it would be in the way: from_pretrained would look for the whole model in this folder.
+        model.get_base_model().config.save_pretrained(trainer.args.output_dir)
