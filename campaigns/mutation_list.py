@@ -286,7 +286,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("trainer/test_looks.py", "engine", *TRAINER),
     ),
     Mutation(
-        "z does not start anew",
+        "z does not start again",
         "            self._lower_level.started = False\n",
         "            pass\n",
         ("engine/test_double_loop.py", "trainer/test_double_loop.py"),

@@ -1,6 +1,7 @@
 """The command line: `hf-bilb train | show | report | compare | balancers | prepare`.
 
-What a user gets wrong is one line and exit code 2, Ctrl-C is one line and exit code 130. What is said beside our own
+What a user gets wrong is one line and exit code 2, Ctrl-C is one line and exit code 130. What is said in addition to
+our own
 errors: code that a recipe names, by file and line; memory and disks that are full, files and packages that are missing.
 Anything else is a fault of this package or of a library, and keeps its traceback.
 """

@@ -119,7 +119,7 @@ class BilbOptions(BalancerOptions):
     """Options of `bilb`; see the module's docstring for the symbols.
 
     Attributes:
-        preset: `cityscapes` | `nyuv2` | `celeba` | `qm9`; options given beside it override it.
+        preset: `cityscapes` | `nyuv2` | `celeba` | `qm9`; options given in addition to it override it.
         router: `parameter`, one logit per task, or `features`, a linear layer on the batch's mean `router_features`.
         num_features: D of a feature router; the Trainer takes it from `model.config.num_router_features`.
         activation: of the router; `softmax` weights sum to one.

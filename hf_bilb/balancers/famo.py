@@ -10,8 +10,8 @@ so that tasks whose loss fell less, relatively, get more weight. xi -> logits, z
 weight_decay (L2 inside Adam, not decoupled). The coefficients (z_k / D_k) / c add up to 1.
 
 D' is the loss of the same batch after the step, which costs one more forward pass (the paper's algorithm; its trainers
-run it in training mode, so that dropout is drawn anew and BatchNorm sees the batch twice: what `reevaluate` runs is the
-caller's business), or that of the next update's batch, which costs nothing and is noisy (the paper's remark; the
+run it in training mode, so that dropout is drawn again and BatchNorm sees the batch twice: what `reevaluate` runs is
+the caller's business), or that of the next update's batch, which costs nothing and is noisy (the paper's remark; the
 official toy example, whose first comparison comes before z is used for the next step, as here).
 
 Official code: gamma 1e-3 (NYUv2, QM9, CelebA), 1e-2 (Cityscapes), 0 (toy); learning rate 0.025 of xi throughout. It

@@ -6,7 +6,7 @@
 
     eta -> step_size, M -> num_groups, c -> the coefficients, l_k -> losses (after `normalization`)
 
-q keeps the sum of each task's losses; groups are found anew in every update by k-means of the K numbers w. In one
+q keeps the sum of each task's losses; groups are found again in every update by k-means of the K numbers w. In one
 dimension its optimum is a cut of the sorted numbers, found by dynamic programming: deterministic, without a start, and
 equal on all ranks. With one group (the default of the official command line) every task has the same weight, which
 depends on the losses; c is a constant to the gradient.
@@ -94,7 +94,7 @@ class Go4Align(HistoryObjective):
         return ObjectiveValue(masked_sum(weights * losses, active))
 
     def end_update(self) -> None:
-        """The next update begins its search anew; a frozen method always from the same tasks."""
+        """The next update begins its search again; a frozen method always from the same tasks."""
         if self.starts is not None and self.training:
             self.starts.end_update()
 

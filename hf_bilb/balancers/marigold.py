@@ -187,7 +187,7 @@ class Marigold(HistoryObjective, LookAheadObjective):
         self.direction.copy_(drawn / drawn.norm().clamp(min=torch.finfo(drawn.dtype).tiny))
 
     def end_update(self) -> None:
-        """The next update draws anew, as long as anything is drawn."""
+        """The next update draws again, as long as anything is drawn."""
         if self.training:
             self.draws.end_update()
 

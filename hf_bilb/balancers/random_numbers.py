@@ -30,7 +30,7 @@ class NormalDraws(nn.Module):
         return drawn.to(like.dtype).to(like.device, non_blocking=True)
 
     def end_update(self) -> None:
-        """The next update draws anew."""
+        """The next update draws again."""
         self._updates += 1
 
     def get_extra_state(self) -> Tensor:

@@ -26,12 +26,12 @@ BUILT_IN = ("bilb", "dwa", "famo", "gls", "go4align", "imtl_l", "ls", "marigold"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one update costs beside the model's optimizer step, for one choice of options.
+    """What one update costs in addition to the model's optimizer step, for one choice of options.
 
     Attributes:
         forwards: passes of the model over the batch, a number or a formula (`"N + 2"`).
         backwards: likewise.
-        memory: what is kept beside one step's graph and gradients; d is the number of trainable parameters.
+        memory: what is kept in addition to one step's graph and gradients; d is the number of trainable parameters.
         when: the options that this is the cost with, as in a recipe; empty: always.
     """
 

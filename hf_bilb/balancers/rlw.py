@@ -1,6 +1,6 @@
 """RLW, random loss weighting. Lin, Ye, Zhang, Tsang, TMLR 2022 (arXiv 2111.10603), the normal distribution.
 
-    F = sum_k w_k l_k,   w = softmax(e),   e ~ N(0, I_K), drawn anew in every update
+    F = sum_k w_k l_k,   w = softmax(e),   e ~ N(0, I_K), drawn again in every update
 
     w_k -> weights, l_k -> losses (after `normalization`)
 
@@ -48,5 +48,5 @@ class RandomWeighting(HistoryObjective):
         return ObjectiveValue(masked_sum(weights * losses, active), weights=weights)
 
     def end_update(self) -> None:
-        """The next update draws anew."""
+        """The next update draws again."""
         self.draws.end_update()

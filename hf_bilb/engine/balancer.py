@@ -587,7 +587,8 @@ class LossBalancer:
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """Begin with what another run has learned: parameters, moments, references and last losses; the epoch and the
-        guards' counters start anew, and so does what belonged to another model: z, and losses to compare the next with.
+        guards' counters start again, and so does what belonged to another model: z, and losses to compare the next
+        with.
 
         Raises:
             TaskLossError: as `load_state_dict`.

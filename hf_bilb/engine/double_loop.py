@@ -65,7 +65,7 @@ class LowerLevel:
     def start(self) -> None:
         """Set z to x, the first time."""
         if not self.started:
-            # Anew: since it was bound, the model may have been moved to another device or precision.
+            # Again: since it was bound, the model may have been moved to another device or precision.
             self.z = [x.detach().clone() for x in self._x]
             self.started = True
 
@@ -228,7 +228,7 @@ class LevelProbe:
 
         Raises:
             NonFiniteLossError: z, or x, has a loss that is not finite, or that the normalization cannot take. Cost
-                beside the descent: a few host reads.
+                in addition to the descent: a few host reads.
         """
         with_features = self._objective.num_features > 0
         if at_x is None:

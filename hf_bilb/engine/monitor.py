@@ -25,7 +25,7 @@ class Monitor(nn.Module):
     """Counts suspicious steps without reading the device; `due_messages` reads and words them, each kind once.
 
     State: `counts [4]` (steps, steps with a negative coefficient, with lambda beyond its edge, with collapsed weights)
-    and `dominated [K]` (steps in which task k had over 90 % of the sum of |coefficients|). No state, as it begins anew
+    and `dominated [K]` (steps in which task k had over 90 % of the sum of |coefficients|). No state, as it begins again
     with every look: `learned`, how many of the lessons since then were taken, and `refused [K]`, the largest losses of
     those that were not.
     """

@@ -19,7 +19,8 @@ _VERSIONS_OF = ("hf-bilb", "torch", "transformers", "accelerate", "datasets", "n
 def collect_results(
     recipe: Recipe, data: TaskData, measured: Mapping[str, float], training: Mapping[str, Any]
 ) -> RunResults:
-    """Put what was measured (`evaluate`'s dict, keys prefixed by the split) beside the trivial predictor's figures."""
+    """Put what was measured (`evaluate`'s dict, keys prefixed by the split) in addition to the trivial predictor's
+    figures."""
     split = recipe.evaluation.split
     losses = {"mean": finite(measured.get(f"{split}_loss"))}
     losses.update({task: finite(measured.get(f"{split}_loss_{task}")) for task in data.task_names})

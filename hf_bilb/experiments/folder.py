@@ -47,7 +47,7 @@ def _check_folder(folder: Path, resume: bool) -> str | None:
     if held:
         raise OptionError(
             f"trainer.output_dir: {str(folder)!r} already holds a run ({held[0]}): --resume goes on with it, "
-            "another folder starts anew"
+            "another folder starts a new run"
         )
     path = folder / RECIPE_FILE
     if path.is_file() and not path.read_bytes().startswith(_RECIPE_HEAD.encode()):

@@ -1,5 +1,5 @@
 """A few images with labels and a trained model's predictions of pixel-wise tasks, and of tasks with one class per image
-beside them, for `hf_bilb.reporting.gallery`."""
+in addition to them, for `hf_bilb.reporting.gallery`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What somebody sees who runs a recipe: one bar with the loss beside it, and a line for each evaluation."""
+"""What somebody sees who runs a recipe: one bar with the loss next to it, and a line for each evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def concise_progress(trainer: BilevelMTLTrainer) -> Iterator[None]:
 
 
 class ConciseProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss beside it and a line per evaluation instead of every logged number."""
+    """The Trainer's progress bar, with the loss next to it and a line per evaluation instead of every logged number."""
 
     def on_log(
         self,

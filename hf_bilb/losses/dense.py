@@ -118,7 +118,7 @@ def dense_task_losses(
         labels: task -> labels; without an entry (or None) the task is absent: loss and gradients zero, no items.
         task_names: the K tasks, of `DENSE_TASKS` or `image_tasks`.
         image_tasks: those with one class per image.
-        ignore_index: a class number that stands for a missing label, beside those below 0.
+        ignore_index: a class number that stands for a missing label, in addition to those below 0.
 
     Returns:
         `losses [K]` and `num_items [K]` (pixels, or images).

@@ -1,4 +1,5 @@
-"""Metrics of tasks: pure functions of predictions and labels, streaming accumulators beside them, `evaluate` modules.
+"""Metrics of tasks: pure functions of predictions and labels, streaming accumulators in addition to them, `evaluate`
+modules.
 
 hf_bilb.metrics.load("matthews_correlation").compute(predictions=..., references=...)     # a module of `evaluate`
 TaskMetrics({"cola": MatthewsCorrelation(), ...}, task_names)                             # a `compute_metrics`

@@ -1,8 +1,8 @@
 """Accuracy, F1 and Matthews correlation of one classification task.
 
-The functions take class indices; the accumulators beside them take what a model puts out, batch by batch, and keep a
-confusion matrix. Missing labels are NaN or -100, as in `hf_bilb.losses.contract`. Where a quotient is 0 / 0 the value
-is scikit-learn's: 0.0.
+The functions take class indices; the accumulators in addition to them take what a model puts out, batch by batch, and
+keep a confusion matrix. Missing labels are NaN or -100, as in `hf_bilb.losses.contract`. Where a quotient is 0 / 0 the
+value is scikit-learn's: 0.0.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Metrics of pixel-wise tasks as a `compute_metrics`: mIoU, pixel accuracy, depth errors, angles of surface normals;
-and of tasks with one class per image beside them: accuracy and macro-averaged F1.
+and of tasks with one class per image in addition to them: accuracy and macro-averaged F1.
 
 Keys are `<task>_<metric>`. Errors of depth and angles of normals come in two forms:
 

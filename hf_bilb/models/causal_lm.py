@@ -77,7 +77,7 @@ def build_causal_lm(
         OptionError: a model that cannot be loaded, does not fit the data, is not causal, or lets packed examples see
             each other (`models.token_influence`); layers for LoRA that it does not have.
 
-    Cost, beside loading: a forward and a backward pass of four tokens, and as much again for `packed`.
+    Cost, in addition to loading: a forward and a backward pass of four tokens, and as much again for `packed`.
     """
     dtype = getattr(torch, options.dtype)
     if options.model is not None:

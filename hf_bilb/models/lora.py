@@ -53,7 +53,7 @@ def lora_config(
         adapted: the part of the model that adapters go into.
         kind: its `model_type`, by which peft chooses layers.
         task_type: peft's name for what the model is for; None = no model of its own for it.
-        modules_to_save: what is trained and saved beside the adapters.
+        modules_to_save: what is trained and saved in addition to the adapters.
 
     Raises:
         OptionError: `adapted` has no layer of such a name, or peft knows none for it.

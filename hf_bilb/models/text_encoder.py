@@ -297,7 +297,7 @@ def build_multi_task_text(
 
 
 def add_lora(model: MultiTaskTextModel, options: LoraOptions) -> PeftModel:
-    """Freeze the encoder, add adapters to its layers, and train and save the heads beside them.
+    """Freeze the encoder, add adapters to its layers, and train and save the heads in addition to them.
 
     Raises:
         OptionError: the encoder has no layer of such a name, or peft knows none for it.

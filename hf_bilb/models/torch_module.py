@@ -34,7 +34,7 @@ class TorchModuleOptions:
 
     Attributes:
         factory: `path/to/file.py:function`, relative to the current folder, or `package.module:function`.
-        arguments: the function's, beside what the data dictate.
+        arguments: the function's, in addition to what the data dictate.
 
     Raises:
         OptionError: `factory` is not of this form.

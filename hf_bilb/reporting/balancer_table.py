@@ -19,7 +19,7 @@ _GAP = "  "
 LEGEND = (
     "cost: passes of the model in an update of one batch, F forward and B backward. `balance_over: window` adds one F "
     "for each micro-batch.",
-    "extra memory: beside one step's graph and gradients; d is the number of trainable parameters.",
+    "extra memory: in addition to one step's graph and gradients; d is the number of trainable parameters.",
     "state: with the default options, K tasks; an optimizer keeps two more numbers for each trained one (Adam).",
 )
 

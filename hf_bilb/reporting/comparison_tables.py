@@ -1,6 +1,6 @@
 """A comparison's tables like the papers': Markdown, CSV, LaTeX, JSON and the terminal.
 
-Two tables: the metrics with mean rank and Delta_m, and the methods in relation to the reference. Beside the best value
+Two tables: the metrics with mean rank and Delta_m, and the methods in relation to the reference. Next to the best value
 of a metric, the ones that the seeds do not tell apart from it carry a tilde.
 """
 
@@ -183,7 +183,7 @@ def comparison_latex(comparison: Comparison) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """Full precision, one line per method and figure: every metric, then what stands in the tables beside them."""
+    """Full precision, one line per method and figure: every metric, then what stands in the tables next to them."""
     headings = ["method", "task", "metric", "unit", "better", "seeds", "mean", "deviation", "mark"]
     rows = [row for line in (*comparison.lines, *comparison.overall) for row in _metric_rows(comparison, line)]
     for method in comparison.methods:

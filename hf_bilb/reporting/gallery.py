@@ -55,7 +55,7 @@ class GalleryRow:
     """One image with what is known and predicted of it.
 
     Attributes:
-        name: stands beside it.
+        name: stands next to it.
         image: `[3, H, W]` in [0, 1].
         truth, prediction: task -> `segmentation [H, W]` classes, -1 where not labelled; `depth [H, W]`, 0 where not
             measured; `normals [3, H, W]`, zero where not known, of any length. A task that an image has no labels of

@@ -1,4 +1,4 @@
-"""Adapters of peft in checkpoints: each comes back to the bit, and so does what is trained beside them.
+"""Adapters of peft in checkpoints: each comes back to the bit, and so does what is trained in addition to them.
 
 peft saves the adapters and what is named in `modules_to_save`. Whatever else training moves (a parameter that was
 unfrozen by hand, the running statistics of a normalization layer, the network behind a learned prompt) goes into a file
@@ -48,7 +48,7 @@ def save_beside(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_adapters(model: nn.Module, folder: str | Path) -> None:
-    """Set adapters, and what is trained beside them, in place to what `folder` holds.
+    """Set adapters, and what is trained in addition to them, in place to what `folder` holds.
 
     Raises:
         CheckpointError: files that are missing or damaged, or do not match the model; it is as it was then.

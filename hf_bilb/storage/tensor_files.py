@@ -121,7 +121,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class Differences:
-    """What a file holds beside what a model has.
+    """What a file holds in addition to what a model has.
 
     Attributes:
         missing: names that no file holds.

@@ -39,8 +39,8 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             and balancer stay as they were; it is counted and logged). A gradient that is not finite behind losses that
             are is treated alike (under a GradScaler the scaler does it).
         max_dropped_steps: raise after so many steps in a row were dropped: nothing is learned any more.
-        ignore_index: an integer label that stands for a missing one, beside -100 (255 in many masks), where items are
-            counted from the label columns, as losses come without `num_items`; null = there is no other.
+        ignore_index: an integer label that stands for a missing one, in addition to -100 (255 in many masks), where
+            items are counted from the label columns, as losses come without `num_items`; null = there is no other.
         task_priors: K fixed factors of the tasks' coefficients, whatever the method.
         balancer_warmup_steps: updates on the plain sum of the losses before balancing begins; the balancer's references
             are taken when it begins.
@@ -86,7 +86,7 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         default=100, metadata={"help": "Stop after so many steps in a row were dropped as not finite."}
     )
     ignore_index: int | None = field(
-        default=None, metadata={"help": "Integer label that stands for a missing one, beside -100."}
+        default=None, metadata={"help": "Integer label that stands for a missing one, in addition to -100."}
     )
     task_priors: list[float] | None = field(default=None, metadata={"help": "K fixed factors of the tasks."})
     balancer_warmup_steps: int = field(default=0, metadata={"help": "Updates on the plain sum before balancing."})

@@ -191,7 +191,7 @@ class AtomicCheckpointTrainer(RestoringTrainer):
                 raise self._save_failure
             run_folder = staged.parent.parent
             if self.state.best_global_step:
-                # Trainer has looked for the best one beside this one, at the temporary place.
+                # Trainer has looked for the best one next to this one, at the temporary place.
                 best = run_folder / f"checkpoint-{self.state.best_global_step}"
                 if best.name == staged.name or best.is_dir():
                     self.state.best_model_checkpoint = str(best)

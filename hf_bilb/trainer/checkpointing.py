@@ -53,13 +53,13 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 
 def clear_staging(staged: Path) -> None:
-    """Remove what interrupted saves have left beside the checkpoint `staged`, which is about to be written."""
+    """Remove what interrupted saves have left next to the checkpoint `staged`, which is about to be written."""
     discard_staging(staged)
     staged.mkdir(parents=True)
 
 
 def discard_staging(staged: Path) -> None:
-    """Remove the unfinished checkpoint `staged` and what lies beside it, as far as that can be done."""
+    """Remove the unfinished checkpoint `staged` and what lies next to it, as far as that can be done."""
     shutil.rmtree(staged.parent, ignore_errors=True)
 
 

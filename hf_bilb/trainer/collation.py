@@ -118,7 +118,7 @@ class FilledLabels:
         return self._collator(rows)
 
     def _is_due(self, name: str, values: list[Any]) -> bool:
-        """Whether a value is missing, or class numbers have become floats, as `with_format` does beside a null; truth
+        """Whether a value is missing, or class numbers have become floats, as `with_format` does next to a null; truth
         values become 0 and 1, so that there is room for -100."""
         if self._kinds is not None:
             integer = self._kinds[name].integer

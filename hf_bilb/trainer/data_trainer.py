@@ -104,7 +104,7 @@ class DataTrainer(AtomicCheckpointTrainer):
                 where = SavedPosition(num_train_epochs, 0)  # nothing is left to do
             if self.args.ignore_data_skip and where.updates > 0:
                 logger.warning(
-                    "ignore_data_skip: pass %d over the training data begins anew, though %d updates of it were done: "
+                    "ignore_data_skip: pass %d over the training data begins again, though %d updates of it were done: "
                     "the run sees other rows than an uninterrupted one", where.epoch, where.updates,
                 )  # fmt: skip
                 where = SavedPosition(where.epoch, 0)

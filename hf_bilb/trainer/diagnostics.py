@@ -51,7 +51,7 @@ class DiagnosticsOptions:
 class RouterWatch:
     """Warns, each kind once, when a router collapses, saturates at its clamp or never moves, or z does not descend.
 
-    State: the router's parameters at the first look and the number of looks, which start anew with each `train`.
+    State: the router's parameters at the first look and the number of looks, which start again with each `train`.
     """
 
     def __init__(self) -> None:

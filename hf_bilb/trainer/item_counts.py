@@ -1,6 +1,6 @@
 """How many items stand behind a task's loss in a batch: one place decides, for training, evaluation, logs and ranks.
 
-Losses are means; what they weigh beside those of other batches and ranks is their number of items: in this order,
+Losses are means; what they weigh against those of other batches and ranks is their number of items: in this order,
 
 1. `num_items` that the model, or the `task_loss_func`, gives with the losses;
 2. what the user's `task_item_counts(batch)` returns;
@@ -52,7 +52,7 @@ class ItemCounter:
         given: the user's `task_item_counts(batch) -> [K]`, or None.
         label_names: the label columns.
         task_names: the K tasks.
-        ignore_index: an integer label that stands for a missing one, beside -100; None = there is no other.
+        ignore_index: an integer label that stands for a missing one, in addition to -100; None = there is no other.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ def label_columns(
     """
     num_tasks = len(task_names)
     if len(label_names) == 1 or ("labels" in label_names and not set(label_names) & set(task_names)):
-        # Beside `labels` there may be columns that only the loss needs, such as weights of the examples.
+        # In addition to `labels` there may be columns that only the loss needs, such as weights of the examples.
         only = batch.get("labels" if len(label_names) > 1 else label_names[0])
         if isinstance(only, Tensor) and only.ndim > 1 and only.shape[1] == num_tasks:
             return only

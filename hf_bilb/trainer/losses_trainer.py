@@ -471,7 +471,7 @@ class TaskLossTrainer(DataTrainer):
         ignore_keys: list[str] | None,
         **generate_arguments: Any,
     ) -> tuple[Tensor | None, Any, Any]:
-        """`Seq2SeqTrainer`'s generated tokens, beside the loss of `compute_loss`.
+        """`Seq2SeqTrainer`'s generated tokens, in addition to the loss of `compute_loss`.
 
         It would take `loss` from a pass of its own, and give `generate` every column. Cost: as there, one forward pass.
         """
@@ -544,7 +544,8 @@ def keeps_contract(outputs: Any, task_name: str, named: bool) -> bool:
 
     Without `losses` it is ordinary, and so is a tuple. With `losses` and no `loss` it keeps the contract. With both it
     is ordinary (`losses` are then whatever its author calls so: of each example, each layer, each part), unless
-    `losses` are [1], or a dict of the one task, and are said to be of tasks: by `num_items` beside them or task names.
+    `losses` are [1], or a dict of the one task, and are said to be of tasks: by `num_items` in addition to them or task
+    names.
 
     Args:
         outputs: of the model, with labels.

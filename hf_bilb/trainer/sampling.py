@@ -7,7 +7,7 @@ number of ranks, so accelerate never fills an epoch up. With R ranks, batch i R 
 
     slot    what gets one task: an example (`batches: mixed`), a batch (`ranks: different`), or the R batches that the
             ranks see at the same time (`ranks: same`)
-    stream  a task's examples, shuffled anew in each pass: pass 0, pass 1, ...; every slot takes the next ones
+    stream  a task's examples, shuffled again in each pass: pass 0, pass 1, ...; every slot takes the next ones
 
 Everything is a pure function of (seed, epoch) and of the sizes: there is nothing to save, and a run that goes on in the
 middle of an epoch sees the same batches (`set_sampler_epoch` says what is needed for that).
@@ -240,7 +240,7 @@ def set_sampler_epoch(dataloader: DataLoader, epoch: int, batches_done: int = 0)
 
 
 def refuse_other_sampling(train_sampling_strategy: str) -> None:
-    """Raise `OptionError` when the Trainer's own `train_sampling_strategy` is set beside `task_sampling`."""
+    """Raise `OptionError` when the Trainer's own `train_sampling_strategy` is set in addition to `task_sampling`."""
     if train_sampling_strategy != "random":
         raise OptionError(
             f"train_sampling_strategy: {train_sampling_strategy!r} cannot be combined with task_sampling, which itself "

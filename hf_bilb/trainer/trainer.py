@@ -198,7 +198,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             for key, value in old.items():
                 if getattr(self.args, key) is AS_IT_IS:
                     setattr(self.args, key, value)
-        if self.model_init is not None:  # a model built anew, and a trial's arguments; else `train` has done it
+        if self.model_init is not None:  # a model built again, and a trial's arguments; else `train` has done it
             self._settle_balancing()
 
     def hyperparameter_search(
@@ -631,7 +631,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self._settle_balancing()
         self._adopt_callbacks()
         if self.model_init is None:
-            # Like the optimizer, the balancer goes on from a former `train`; a model built anew gets a fresh one.
+            # Like the optimizer, the balancer goes on from a former `train`; a model built again gets a fresh one.
             self._initial_state = self.balancer.snapshot()
             self.balancer.bind(self.model)
         self._restored = False

@@ -233,7 +233,7 @@ def test_data_that_shall_not_be_skipped(tmp_path: Path, caplog: pytest.LogCaptur
     trainer_for(tmp_path, Stream()).train()
     resumed = trainer_for(tmp_path / "other", Stream(), ignore_data_skip=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    assert "ignore_data_skip: pass 1 over the training data begins anew, though 3 updates" in caplog.text
+    assert "ignore_data_skip: pass 1 over the training data begins again, though 3 updates" in caplog.text
     assert resumed.state.epoch > 2
 
 
