@@ -295,7 +295,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         "another run's last losses are compared with",
         'name.startswith(("guards.", "progress."))',
         'name.startswith("guards.")',
-        ("engine/test_phases.py", "trainer/test_phases.py", "engine"),
+        (
+            "engine/test_phases.py::test_start_from_does_not_compare_with_the_other_runs_losses",
+            "engine/test_phases.py",
+            "trainer/test_phases.py",
+        ),
     ),
     Mutation(
         "the epoch is not restored",
@@ -345,7 +349,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "micro-batches are averaged without their items",
         "mean + ratio.to(mean.dtype) * (new - mean)",
         "mean + 0.5 * (new - mean)",
-        ("trainer/test_window.py", *TRAINER, "engine"),
+        ("distributed/test_methods.py", "trainer/test_window.py"),
     ),
     Mutation(
         "the double loop adds what it should take off",

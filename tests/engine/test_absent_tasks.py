@@ -93,6 +93,7 @@ def test_hold_compares_with_the_last_losses_by_hand() -> None:
         assert float(balancer._last.value) == pytest.approx(value, rel=1e-13)
         assert float(found[k]) == pytest.approx(float(sigma[k]) * (1 + 0.1 * slope), rel=1e-13)
         assert found.count_nonzero() == 1
+        assert balancer.coefficients.count_nonzero() == 1, "zero for absent tasks, held ones among them"
 
 
 # --- micro-batches ------------------------------------------------------------------------------------------------

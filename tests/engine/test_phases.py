@@ -206,6 +206,18 @@ def test_start_from_takes_over_what_was_learned(case: Case) -> None:
     assert torch.equal(advance(target, row), advance(source, row))
 
 
+def test_start_from_does_not_compare_with_the_other_runs_losses() -> None:
+    case = Case("famo", "next_batch", {"reevaluate": "next_batch"})
+    target = build(case)
+    target.start_from(trained(case).state_dict())
+    learned = target.objective.logits.detach().clone()
+    first, second = random_losses(K, 2, seed=6)
+    advance(target, first)
+    assert torch.equal(target.objective.logits, learned)
+    advance(target, second)
+    assert not torch.equal(target.objective.logits, learned)
+
+
 def test_start_from_with_epochs_takes_new_references_at_the_first() -> None:
     case = next(case for case in CASES if case.label == "every_epoch")
     target = case.build(K)
