@@ -469,8 +469,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return bool(model.find_unused_parameters)
         if self.args.ddp_find_unused_parameters is not None:
             return bool(self.args.ddp_find_unused_parameters)
-        checkpointing = self.args.activation_checkpointing or getattr(self.model, "is_activation_checkpointing", False)
-        return not (isinstance(self.model, PreTrainedModel) and checkpointing)
+        return not (isinstance(self.model, PreTrainedModel) and compat.checkpoints_activations(self.args, self.model))
 
     def _decide_for_micro_batch(self, batch: TaskLosses, inputs: Mapping[str, Any]) -> Tensor:
         share = None
