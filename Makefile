@@ -13,7 +13,7 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?= -q --durations=15
 # Where products of parameters are thinned (tests/products.py).
-ALL_CASES := tests/contract tests/engine tests/distributed/test_data_parallel.py
+ALL_CASES := tests/contract tests/engine tests/distributed/test_data_parallel.py tests/task_sampling/test_kill_and_resume.py
 FAST := tests/contract tests/engine tests/balancers tests/config tests/recipe tests/trainer tests/test_products.py \
 	-m "not slow and not distributed"
 BIN := $(VENV)/bin

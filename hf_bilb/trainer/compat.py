@@ -15,13 +15,14 @@ from types import FunctionType
 from typing import Any
 
 from packaging.version import Version
+from transformers import TrainingArguments
 
 from hf_bilb.errors import TrainerError
 
 #: The versions in whose source the names below were read: those of constraints.txt.
 READ_IN = {"transformers": "5.23.0", "accelerate": "1.15.0"}
 #: The lowest version that the tests ran with: the bounds of pyproject.toml (`campaigns/lowest_versions.py`).
-LOWEST = {"transformers": "5.20.0", "accelerate": "1.12.0"}
+LOWEST = {"transformers": "5.21.0", "accelerate": "1.13.0"}
 
 #: Owner (a class, or a module) -> the names that are overridden, called or set.
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
@@ -80,6 +81,18 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "accelerate.optimizer.AcceleratedOptimizer": ("_is_overflow",),
     "accelerate.state.GradientState": ("_set_sync_gradients",),
 }
+
+#: Field of `TrainingArguments`, and end of a property of `PreTrainedModel`: renamed in 5.23.
+ACTIVATION_CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
+
+
+def checkpoints_activations(args: TrainingArguments, model: Any) -> bool:
+    """Whether activations are computed again in the backward pass, by the arguments or by the model's own doing."""
+    return bool(getattr(args, ACTIVATION_CHECKPOINTING) or getattr(model, f"is_{ACTIVATION_CHECKPOINTING}", False))
 
 
 def check_versions(installed: Mapping[str, str] | None = None) -> None:

@@ -431,8 +431,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return bool(model.find_unused_parameters)
         if self.args.ddp_find_unused_parameters is not None:
             return bool(self.args.ddp_find_unused_parameters)
-        checkpointing = self.args.activation_checkpointing or getattr(self.model, "is_activation_checkpointing", False)
-        return not (isinstance(self.model, PreTrainedModel) and checkpointing)
+        return not (isinstance(self.model, PreTrainedModel) and compat.checkpoints_activations(self.args, self.model))
 
     def _weigh_micro_batch(self, batch: TaskLosses, step: OptimizerStep) -> Tensor:
         share = None if step.window is None else step.window.share(max(step.number, 0))

@@ -8,6 +8,7 @@ As `tests.checkpoints.runs`, whose results it writes, plus the examples that ran
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from tests.checkpoints.runs import KillAt, finish, in_processes
+from tests.products import ALL_CASES
 from tests.synthetic import build_model
 from tests.task_sampling.training import NotingTrainer, TaskData, build_trainer
 
@@ -50,14 +52,11 @@ class Run:
 SINGLE_TASK = {"strategy": "temperature", "temperature": 2.0}
 MIXED = {"strategy": "uniform", "batches": "mixed"}
 WORKERS = {"dataloader_num_workers": 2}
+#: Of batches, ranks and worker processes every pair.
 RUNS = {
-    "single_task": Run(SINGLE_TASK),
     "single_task-workers": Run(SINGLE_TASK, settings=WORKERS),
     "mixed": Run(MIXED),
-    "mixed-workers": Run(MIXED, settings=WORKERS),
     "single_task-two_ranks": Run(SINGLE_TASK, 2),
-    "single_task-two_ranks-workers": Run(SINGLE_TASK, 2, WORKERS),
-    "mixed-two_ranks": Run(MIXED, 2),
     "mixed-two_ranks-workers": Run(MIXED, 2, WORKERS),
     "same-two_ranks": Run({**SINGLE_TASK, "ranks": "same"}, 2),
     "dispatched-two_ranks": Run(SINGLE_TASK, 2, {"accelerator_config": {"dispatch_batches": True}}),
@@ -68,6 +67,13 @@ RUNS = {
         SINGLE_TASK, 2, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": BATCH // 2}
     ),
 }
+if ALL_CASES:
+    RUNS |= {
+        "single_task": Run(SINGLE_TASK),
+        "mixed-workers": Run(MIXED, settings=WORKERS),
+        "single_task-two_ranks-workers": Run(SINGLE_TASK, 2, WORKERS),
+        "mixed-two_ranks": Run(MIXED, 2),
+    }
 
 
 def trainer_of(run: Run, output_dir: Path) -> NotingTrainer:
@@ -107,6 +113,7 @@ def kill(run: Run, folder: Path) -> None:
 
 
 def main(mode: str, folder: Path, *names: str) -> None:
+    gc.freeze()  # as in `tests.checkpoints.runs`
     for name, run in RUNS.items():
         if names and name not in names:
             continue

@@ -96,13 +96,13 @@ def test_versions_are_those_of_the_project() -> None:
         assert Version(lowest.version) == Version(compat.LOWEST[package])
 
 
-@pytest.mark.parametrize("installed", ["5.20.0", "5.23.0", "5.23.7", "5.21.3.dev0"])
+@pytest.mark.parametrize("installed", ["5.21.0", "5.23.0", "5.23.7", "5.22.3.dev0"])
 def test_tested_versions_are_not_looked_at(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compat.PRIVATE_NAMES, "transformers.trainer.Trainer", ("_is_no_longer_there",))
     compat.check_versions({"transformers": installed, "accelerate": "1.15.0"})
 
 
-@pytest.mark.parametrize("installed", ["5.24.0", "6.0.0", "5.19.4", "5.24.0.dev0"])
+@pytest.mark.parametrize("installed", ["5.24.0", "6.0.0", "5.20.4", "5.24.0.dev0"])
 def test_an_untested_version_without_a_name_is_refused_in_one_line(
     installed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +116,7 @@ def test_an_untested_version_without_a_name_is_refused_in_one_line(
     assert str(raised.value) == (
         f"hf_bilb does not know this version of transformers {installed}: Trainer._is_no_longer_there, "
         "transformers.no_such_module.Loader is not there any more; install a tested one "
-        "(transformers 5.20.0 to 5.23.0) or a newer hf_bilb"
+        "(transformers 5.21.0 to 5.23.0) or a newer hf_bilb"
     )
 
 

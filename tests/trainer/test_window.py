@@ -17,6 +17,7 @@ import hf_bilb.engine.balancer
 from hf_bilb import BilevelMTLTrainer
 from hf_bilb.engine.replay import RandomState
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
+from hf_bilb.trainer import compat
 from hf_bilb.trainer.step import OptimizerStep
 from tests.synthetic import SyntheticData, SyntheticModel
 from tests.trainer.harness import (
@@ -483,7 +484,8 @@ def test_activation_checkpointing(reentrant: bool, tmp_path: Path) -> None:
         return split(tmp_path, 3, model, bert_rows(), 12, num_train_epochs=2, **settings)
 
     plain = train()
-    again = train(activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    name = compat.ACTIVATION_CHECKPOINTING
+    again = train(**{name: True, f"{name}_kwargs": {"use_reentrant": reentrant}})
     assert plain.trainer.state.global_step == 2
     assert torch.equal(plain.parameters, again.parameters) and plain.steps == again.steps
 
