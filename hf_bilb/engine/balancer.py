@@ -107,19 +107,20 @@ class LossBalancer:
         self._optimizer = OwnOptimizer(
             dict(objective.named_parameters()), options.optimizer, options.learning_rate, objective.weight_decay
         )
+        self._attach_loops(objective)
+        self._say_needs(objective)
+        self.to(device, dtype)
+
+    def _attach_loops(self, objective: Objective) -> None:
+        """What goes beyond one batch's losses: a double loop, a look at the losses after a step, trial steps."""
         self._inner: InnerLoop | None = None
         if isinstance(objective, BilevelObjective):
             self._inner = InnerLoop(objective, self._differentiate_at, self.task_names, self._optimizer)
         self._follower: Follower | None = None
         if isinstance(objective, ProgressObjective):
+            known = self._records.known
             self._follower = Follower(
-                objective,
-                num_tasks,
-                self.normalization,
-                self._optimizer,
-                self._checks,
-                self._records.known,
-                self._monitor,
+                objective, self.num_tasks, self.normalization, self._optimizer, self._checks, known, self._monitor
             )
             if self._follower.progress is not None:
                 self._parts["progress"] = self._follower.progress
@@ -128,6 +129,8 @@ class LossBalancer:
             self._trials = objective
         self._look_ahead: LookAhead | None = None
         self._before_trials: dict[str, Tensor] | None = None
+
+    def _say_needs(self, objective: Objective) -> None:
         #: Whether the method needs `bind(model)` and `step(reevaluate=...)` for a double loop.
         self.needs_model = self._inner is not None and self._inner.runs
         same_batch = isinstance(objective, ProgressObjective) and objective.reevaluate == "same_batch"
@@ -138,7 +141,6 @@ class LossBalancer:
         self._looks_at_features = objective.num_features > 0
         compares = self._follower is not None and self._follower.progress is not None
         self._begins = self.needs_model or compares or self._history is not None
-        self.to(device, dtype)
 
     # --- description ---------------------------------------------------------------------------------------------
 
