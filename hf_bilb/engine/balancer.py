@@ -280,6 +280,7 @@ class LossBalancer:
 
         Cost: one all-reduce; no device synchronisation.
         """
+        self._counted = any(batch.counted for batch in micro_batches)
         whole = self._reduce(micro_batches, process_group, alone)
         # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
         valid = self._checks.valid(whole, self.phase)
@@ -303,7 +304,6 @@ class LossBalancer:
         if self.phase != "warmup":
             self._monitor.observe(of_all, active, weighting.valid, result.output.edge_ratio, result.output.collapsed)
         self._whole, self._ran_over, self._open, self._last = whole, active, True, weighting
-        self._counted = any(batch.counted for batch in micro_batches)
         return weighting
 
     def _reduce(

@@ -227,11 +227,14 @@ def differentiate(
         inputs.append(features)
     with torch.enable_grad():
         output = (objective if scalar is None else scalar)(normalization(point), active, features)
-        gradients = torch.autograd.grad(output.value, inputs, allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)]
-    detached = ObjectiveValue._make(None if field is None else field.detach() for field in output)
-    of_features = None if features is None else filled.pop()
-    return Derivatives(detached, torch.where(active, filled[0], 0.0), tuple(filled[1:]), of_features)
+        gradients = torch.autograd.grad(output.value, inputs, materialize_grads=True)
+    detached: list[Tensor | None] = []
+    for field in output:
+        detached.append(None if field is None else field.detach())
+    of_losses, *of_parameters = gradients
+    of_features = None if features is None else of_parameters.pop()
+    coefficients = torch.where(active, of_losses, 0.0)
+    return Derivatives(ObjectiveValue._make(detached), coefficients, tuple(of_parameters), of_features)
 
 
 def progress_gradients(
@@ -251,5 +254,4 @@ def progress_gradients(
     progress = StepProgress(before, after, step.active, step.compared, *opposite)
     parameters = list(objective.parameters())
     with torch.enable_grad():
-        gradients = torch.autograd.grad(objective.progress(progress), parameters, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(parameters, gradients, strict=True))
+        return torch.autograd.grad(objective.progress(progress), parameters, materialize_grads=True)

@@ -15,7 +15,7 @@ from hf_bilb.engine.objective import ProgressObjective, StepProgress, progress_g
 from hf_bilb.engine.optimizer import OwnOptimizer
 from hf_bilb.engine.records import Normalization
 from hf_bilb.engine.reduction import GlobalBatch
-from hf_bilb.engine.replay import MicroBatch, unchanged
+from hf_bilb.engine.replay import MicroBatch, run_all, unchanged
 from hf_bilb.errors import OptionError
 
 
@@ -126,7 +126,7 @@ class Follower:
                 f"{name_of('next_batch')} does not"
             )
         with torch.no_grad(), unchanged(self.model):
-            again = reduction.reduce_losses([run() for run in micro_batches], False, group)
+            again = reduction.reduce_losses(run_all(micro_batches), False, group)
         self.learn(whole, [again], active, " after the model's step")
 
     def learn(self, before: GlobalBatch, after: Sequence[GlobalBatch], active: Tensor, where: str) -> None:
@@ -139,7 +139,7 @@ class Follower:
         """
         if not all(self._checks.check_after(losses, where) for losses in after):
             return
-        first, *rest = (self._known_losses(losses) for losses in after)
+        first, *rest = map(self._known_losses, after)
         step = StepProgress(self._known_losses(before), first, active, active, rest[0] if rest else None)
         self._step(step, before.num_items)
 

@@ -232,10 +232,15 @@ def _is_sharded(model: nn.Module, parameters: Iterable[Tensor]) -> bool:
     return wrapped or (tensor is not None and any(isinstance(p, tensor.DTensor) for p in parameters))
 
 
+def run_all(micro_batches: Sequence[MicroBatch]) -> list[TaskLosses]:
+    """The losses of every micro-batch."""
+    return [run() for run in micro_batches]
+
+
 def evaluate(micro_batches: Sequence[MicroBatch], parameters: Iterable[Tensor]) -> list[TaskLosses]:
     """The losses of every micro-batch, without gradients."""
     with torch.no_grad(), same_random_numbers(parameters):
-        return [run() for run in micro_batches]
+        return run_all(micro_batches)
 
 
 def summed_gradients(

@@ -371,8 +371,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
 
     def _weigh_window(self, losses: list[TaskLosses], step: OptimizerStep) -> Weighting:
         """F once, at the losses of all micro-batches together, of a first pass without gradients."""
-        weighting = self.balancer.decide(losses)
         has_auxiliary = any(batch.auxiliary_loss is not None for batch in losses)
+        weighting = self.balancer.decide(losses)
         step.parts.append(Part(weighting, weighting.value + weighting.auxiliary_loss, None, has_auxiliary))
         return weighting
 
