@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_bilb import BilevelMTLTrainer
 from tests.synthetic import SyntheticData
-from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, arguments, build_data, build_model, run
+from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, arguments, batches, build_data, build_model, run
 
 
 def held_out(size: int = 3 * BATCH + 2) -> SyntheticData:
@@ -218,3 +218,14 @@ def test_evaluation_with_a_task_loss_func_and_counts(tmp_path: Path) -> None:
     assert trainer.predict(trainer.eval_dataset).predictions.shape == (14, 4)
     without = trainer.predict([{"features": row} for row in trainer.eval_dataset.features])
     assert without.predictions.shape == (14, 4)
+
+
+def test_the_loss_of_one_batch_is_the_mean_over_the_tasks_with_labels(tmp_path: Path) -> None:
+    # What a subclass or a callback sees; `eval_loss` is made of the exact sums of all batches.
+    data = build_data(BATCH, dtype=FLOAT)
+    data.labels[:, 1] = torch.nan
+    trainer = run(tmp_path, data=build_data(BATCH, dtype=FLOAT), max_steps=1).trainer
+    (batch,) = batches(data)
+    found = trainer.compute_loss(trainer.model.eval(), batch)
+    losses = trainer.model(**batch).losses
+    torch.testing.assert_close(found, losses[[0, 2, 3]].mean(), rtol=1e-14, atol=0)
