@@ -226,6 +226,7 @@ def _without_times(value: Any, file: str) -> Any:
             key: _without_times(one, file)
             for key, one in value.items()
             if not CLOCK.search(key)
+            and key != RESUMED_FROM
             and not (key in OF_THE_RUN and file in ("balancer.json", "checkpoint_complete.json"))
         }
     if isinstance(value, list):
@@ -332,12 +333,15 @@ def page(outcomes: list[Outcome], left_out: list[str], sides: tuple[str, str], m
         f"{datetime.date.today().isoformat()}; {len(os.sched_getaffinity(0))} cores ({platform.machine()});",
         f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}, "
         f"accelerate {version('accelerate')}.",
-        f"Before: {sides[0]}; after: {sides[1]}. Command: `python campaigns/same_numbers.py --before ...`; "
-        f"{minutes:.0f} minutes.",
+        f"Before: {sides[0]}; after: {sides[1]}.",
+        f"Command: `python campaigns/same_numbers.py --before {sides[0].split()[0]}`; {minutes:.0f} minutes.",
         "",
         "| run | files | same bytes | same contents | different | |",
         "|---" * 6 + "|",
         *(row(outcome) for outcome in outcomes),
+        "",
+        "Trajectories and numbers of the own loop are files, too. Of runs that go on, the checkpoint that was copied",
+        "counts among the same bytes.",
         "",
         f"`model.safetensors` with the same bytes: {models}. Files whose bytes may differ, and why:",
         "",
