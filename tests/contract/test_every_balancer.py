@@ -16,6 +16,7 @@ from hf_bilb import list_balancers
 from hf_bilb.balancers import LossBalancer
 from hf_bilb.losses.contract import as_task_losses
 from hf_bilb.trainer.running_log import RunningLog
+from hf_bilb.trainer.step import Part
 from tests.contract.cases import (
     CASES,
     SEPARABLE,
@@ -315,10 +316,9 @@ def whole_step(balancer: LossBalancer, row: Tensor, form: str) -> None:
     features = features_for(balancer)
     features = None if features is None else features.requires_grad_()
     batch = as_task_losses(losses, None, balancer.task_names, default_items=8.0, router_features=features)
-    surrogate, decision = balancer.surrogate(batch)
+    surrogate, weighting = balancer.surrogate(batch)
     surrogate.backward()
-    log.add(decision, surrogate, None, has_auxiliary=False)
-    log.commit()
+    log.commit([Part(weighting, surrogate.detach(), None, has_auxiliary=False)])
 
 
 @pytest.mark.parametrize(("case", "form"), in_turn(CASES, ["tensor", "dict"]), ids=str)
