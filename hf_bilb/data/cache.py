@@ -82,7 +82,11 @@ def list_files(folder: Path) -> dict[str, tuple[int, int]]:
 
 @contextlib.contextmanager
 def written_aside(file: Path, ending: str = ".tmp") -> Iterator[Path]:
-    """A file to write in place of `file`, which it becomes when all went well."""
+    """A file to write in place of `file`, which it becomes when all went well.
+
+    For what is written under a folder's lock and can be made again, unlike `hf_bilb.storage.writing`: the name is
+    always the same, so that the next attempt overwrites what a kill has left, and nothing waits for the disk.
+    """
     aside = file.with_suffix(ending)
     yield aside
     os.replace(aside, file)

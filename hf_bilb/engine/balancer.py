@@ -359,7 +359,8 @@ class LossBalancer:
     def surrogate(
         self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, share: WindowShare | None = None
     ) -> tuple[Tensor, Weighting]:
-        """Decide on this batch and `attach` the weighting to it: the scalar to differentiate, and the weighting.
+        """Decide on this batch and apply the weighting to it (`surrogate_loss`): the scalar to differentiate, and the
+        weighting.
 
         Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
         """
@@ -395,24 +396,6 @@ class LossBalancer:
             self._counted, self._open, self._learns = counted, is_open, learns
             if self._lower_level is not None:
                 self._lower_level.started = started
-
-    def attach(
-        self,
-        batch: TaskLosses,
-        weighting: Weighting,
-        share: WindowShare | None = None,
-    ) -> Tensor:
-        """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
-
-        Args:
-            batch: this rank's losses and counts.
-            weighting: of the global batch, or on the whole accumulation window.
-            share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
-
-        Returns:
-            the scalar; its value is F plus the auxiliary loss, times the micro-batch's fraction.
-        """
-        return surrogate_loss(batch, weighting, share)
 
     def step(
         self,

@@ -40,10 +40,11 @@ class GlobalBatch(NamedTuple):
         losses: `[K]`, zero where the count is zero.
         num_items: `[K]`.
         present: bool `[K]`, where the count is not zero.
-        auxiliary_loss: scalar, mean over ranks and micro-batches.
+        auxiliary_loss: scalar, mean over ranks and micro-batches; zero where this rank has none.
         features: `[D]`, mean over all rows, or None.
         num_rows: scalar, how many rows stand behind `features`; zero without them.
         ranks: how many ranks it is over.
+        has_auxiliary: whether this rank's losses bring an auxiliary one.
     """
 
     losses: Tensor
@@ -53,6 +54,7 @@ class GlobalBatch(NamedTuple):
     features: Tensor | None
     num_rows: Tensor
     ranks: int = 1
+    has_auxiliary: bool = False
 
 
 def reduce_losses(
@@ -83,13 +85,14 @@ def reduce_losses(
         torch.where(present, batch.losses.detach().to(count.dtype), zero.to(count.dtype))
         for batch, count, present in zip(micro_batches, items, here, strict=True)
     ]
+    has_auxiliary = any(batch.auxiliary_loss is not None for batch in micro_batches)
     auxiliary = _sum([_scalar_like(batch.auxiliary_loss, zero) for batch in micro_batches])
     rows = [features.detach().to(zero.dtype) for features in _features(micro_batches)] if with_features else []
     features = [_sum([part.sum(dim=0) for part in rows]), zero + sum(len(part) for part in rows)] if rows else []
     if ranks == 1 and len(micro_batches) == 1:
         # Sum and count need no detour: the loss itself, to the last bit.
         mean, num_rows = (features[0] / features[1].clamp(min=1), features[1]) if features else (None, zero)
-        return GlobalBatch(local[0], items[0], here[0], auxiliary, mean, num_rows)
+        return GlobalBatch(local[0], items[0], here[0], auxiliary, mean, num_rows, ranks, has_auxiliary)
     num_tasks = items[0].numel()
     sums = _sum([loss * count for loss, count in zip(local, items, strict=True)])
     numbers = [sums, _sum(items), auxiliary.reshape(1)]
@@ -97,7 +100,8 @@ def reduce_losses(
     sums, counts, auxiliary, rest = total.split([num_tasks, num_tasks, 1, len(total) - 2 * num_tasks - 1])
     mean, num_rows = (rest[:-1] / rest[-1].clamp(min=1), rest[-1]) if features else (None, zero)
     auxiliary = auxiliary.reshape(()) / (ranks * len(micro_batches))
-    return GlobalBatch(sums / counts.clamp(min=1), counts, counts > 0, auxiliary, mean, num_rows, ranks)
+    losses = sums / counts.clamp(min=1)
+    return GlobalBatch(losses, counts, counts > 0, auxiliary, mean, num_rows, ranks, has_auxiliary)
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

@@ -43,7 +43,7 @@ class Weighting(NamedTuple):
         present: bool `[K]`.
         coefficients: `[K]` what each loss is multiplied with, zero where absent.
         weights: `[K]` or None; discrepancy: scalar or None.
-        auxiliary_loss: scalar, mean over ranks.
+        auxiliary_loss: scalar, mean over ranks; has_auxiliary: whether there is one.
         feature_gradient: `[D]` dF/dfeatures, or None; num_rows: scalar, rows behind the features.
         ranks: that share the batch, over which gradients are averaged.
         valid: bool scalar, False when a loss or a coefficient is not finite, or a loss outside a logarithm's domain.
@@ -57,6 +57,7 @@ class Weighting(NamedTuple):
     weights: Tensor | None
     discrepancy: Tensor | None
     auxiliary_loss: Tensor
+    has_auxiliary: bool
     feature_gradient: Tensor | None
     num_rows: Tensor
     ranks: int
@@ -174,6 +175,7 @@ class CoefficientRules(nn.Module):
             weights=result.output.weights,
             discrepancy=result.output.discrepancy,
             auxiliary_loss=whole.auxiliary_loss,
+            has_auxiliary=whole.has_auxiliary,
             feature_gradient=result.feature_gradient,
             num_rows=whole.num_rows,
             ranks=whole.ranks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -156,17 +156,24 @@ class DataTrainer(AtomicCheckpointTrainer):
         self.data_position.end_pass(self.state.global_step)
 
     @contextmanager
-    def _batches_announced(self) -> Iterator[None]:
-        """While training, announce whatever `get_batch_samples` returns: Trainer's, a subclass's, one put there."""
+    def _batches_announced(
+        self, announce: Callable[[list], None], filled_up: Callable[[list, int], list]
+    ) -> Iterator[None]:
+        """While training, announce whatever `get_batch_samples` returns: Trainer's, a subclass's, one put there.
+
+        Args:
+            announce: called with the micro-batches of the next step.
+            filled_up: brings a step of too few micro-batches to the number in which the loop counts.
+        """
         own = vars(self).get("get_batch_samples")
         collect = self.get_batch_samples
 
         def collected(epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
             batches, num_items = collect(epoch_iterator, num_batches, device)
             self.data_position.took(len(batches))
-            self._announce(batches)
+            announce(batches)
             whole = not 0 < len(batches) < num_batches
-            return (batches if whole else self._filled_up(batches, num_batches)), num_items
+            return (batches if whole else filled_up(batches, num_batches)), num_items
 
         self.get_batch_samples = collected  # type: ignore[method-assign]
         try:
@@ -175,14 +182,6 @@ class DataTrainer(AtomicCheckpointTrainer):
             del self.get_batch_samples
             if own is not None:
                 self.get_batch_samples = own  # type: ignore[method-assign]
-
-    def _announce(self, batches: list) -> None:
-        """These are the micro-batches of the next update."""
-        raise NotImplementedError
-
-    def _filled_up(self, batches: list, num_batches: int) -> list:
-        """An update of fewer than `num_batches` micro-batches, brought to the length in which the loop counts."""
-        raise NotImplementedError
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in `Trainer`.

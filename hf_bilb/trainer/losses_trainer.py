@@ -280,7 +280,7 @@ class TaskLossTrainer(DataTrainer):
         return result
 
     def _filled_up(self, batches: list, num_batches: int) -> list:
-        """As in `DataTrainer`.
+        """A step of fewer than `num_batches` micro-batches, brought to the length in which the loop counts.
 
         That is the end of a pass of unknown length. An ordinary model's gradients wait for the next one, as in Trainer.
         """

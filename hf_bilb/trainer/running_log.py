@@ -40,7 +40,7 @@ class RunningLog:
         self._run_value, self._run_updates = 0.0, 0
         self.dropped: dict[str, int] = {}
 
-    def _add(self, weighting: Weighting, value: Tensor, share: WindowShare | None, has_auxiliary: bool) -> None:
+    def _add(self, weighting: Weighting, value: Tensor, share: WindowShare | None) -> None:
         """Take in one part of the step."""
         dtype = self._sums.dtype
         present = weighting.present.to(dtype)
@@ -61,7 +61,7 @@ class RunningLog:
         self._pending += torch.cat([weighting.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
         self._has_weights |= weighting.weights is not None
         self._has_discrepancy |= weighting.discrepancy is not None
-        self._has_auxiliary |= has_auxiliary
+        self._has_auxiliary |= weighting.has_auxiliary
 
     def commit(self, parts: Sequence[Part]) -> None:
         """A step took place: its micro-batches count."""

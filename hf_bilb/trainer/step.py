@@ -43,13 +43,11 @@ class Part(NamedTuple):
         weighting: of the tasks.
         value: its part of F, detached.
         share: of the window; None for all of it.
-        has_auxiliary: whether it has an auxiliary loss.
     """
 
     weighting: Weighting
     value: Tensor
     share: WindowShare | None
-    has_auxiliary: bool
 
 
 class OptimizerStep:
@@ -91,9 +89,6 @@ class OptimizerStep:
         self._balancer: LossBalancer | None = None
         self._before: dict[str, Tensor] | None = None
         self._buffers: Snapshot | None = None
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
     # --- its micro-batches ---------------------------------------------------------------------------------------
 

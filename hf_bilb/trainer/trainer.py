@@ -25,7 +25,7 @@ from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.gradient_check import tasks_with_nonfinite_slope
 from hf_bilb.engine.records import Phase
 from hf_bilb.engine.replay import unchanged
-from hf_bilb.engine.weighting import Weighting, share_of_window, surrogate_loss
+from hf_bilb.engine.weighting import share_of_window, surrogate_loss
 from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
 from hf_bilb.losses.contract import TaskLosses, short_names
 from hf_bilb.trainer import checkpointing, compat
@@ -307,21 +307,24 @@ class BilevelMTLTrainer(TaskLossTrainer):
 
     def _begin_step(self, model: nn.Module, step: OptimizerStep) -> None:
         self.balancer.phase = self._phase()
-        step.begin(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
         several = len(step.batches) > 1
         over_window = self.args.balance_over == "window" and several
         if several and not over_window:
             self._count_window(model, step)
+        if over_window or self.balancer.needs_look_ahead:
+            self._to_training(model)
+        step.begin(self.balancer, self.model, undoable=self.args.nonfinite_loss == "skip")
         if not over_window and not self.balancer.needs_look_ahead:
             return
-        self._to_training(model)
         if self._ordinary is not False and self._is_ordinary(model, step.batches[0]):
             return
         losses = step.first_pass(model) if over_window else []
         if self.balancer.needs_look_ahead:
             self._look_ahead(step)
         if over_window:
-            step.weighting = self._weigh_window(losses, step)
+            # F once, at the losses of all micro-batches together, of a first pass without gradients.
+            step.weighting = self.balancer.decide(losses)
+            step.parts.append(Part(step.weighting, step.weighting.value + step.weighting.auxiliary_loss, None))
 
     def _build_window_counter(self) -> WindowCounter:
         return WindowCounter(self._item_counter, self.task_names, self.balancer.device, self.balancer.dtype)
@@ -368,13 +371,6 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if step < self.args.balancer_warmup_steps:
             return "warmup"
         return "balancing" if last is None or step < last else "frozen"
-
-    def _weigh_window(self, losses: list[TaskLosses], step: OptimizerStep) -> Weighting:
-        """F once, at the losses of all micro-batches together, of a first pass without gradients."""
-        has_auxiliary = any(batch.auxiliary_loss is not None for batch in losses)
-        weighting = self.balancer.decide(losses)
-        step.parts.append(Part(weighting, weighting.value + weighting.auxiliary_loss, None, has_auxiliary))
-        return weighting
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -441,7 +437,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if step.window is not None:
             self._window_counter.compare(step.window, max(step.number, 0), batch)
         loss, weighting = self.balancer.surrogate(batch, share=share)
-        step.parts.append(Part(weighting, loss.detach(), share, batch.auxiliary_loss is not None))
+        step.parts.append(Part(weighting, loss.detach(), share))
         return loss
 
     # --- the optimizer's step (called by BalancerCallbackHandler) -------------------------------------------------
@@ -634,7 +630,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self._initial_state = self.balancer.snapshot()
             self.balancer.bind(self.model)
         self._restored = False
-        with self._batches_announced():
+        with self._batches_announced(self._announce, self._filled_up):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         return output if self._ordinary else output._replace(training_loss=output.metrics["train_loss"])
 

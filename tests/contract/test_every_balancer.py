@@ -318,7 +318,7 @@ def whole_step(balancer: LossBalancer, row: Tensor, form: str) -> None:
     batch = as_task_losses(losses, None, balancer.task_names, default_items=8.0, router_features=features)
     surrogate, weighting = balancer.surrogate(batch)
     surrogate.backward()
-    log.commit([Part(weighting, surrogate.detach(), None, has_auxiliary=False)])
+    log.commit([Part(weighting, surrogate.detach(), None)])
 
 
 @pytest.mark.parametrize(("case", "form"), in_turn(CASES, ["tensor", "dict"]), ids=str)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.engine.weighting import WindowShare
+from hf_bilb.engine.weighting import WindowShare, surrogate_loss
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 from tests.engine.paper import drawn
@@ -150,7 +150,7 @@ def test_micro_batches_of_different_size_are_one_batch(sizes: list[int]) -> None
     for batch in batches:
         local = batch.num_items / decision.num_items
         share = WindowShare(local, equal, equal[0], torch.ones((), dtype=torch.float64), len(sizes))
-        scalar = several.attach(batch, decision, share=share)
+        scalar = surrogate_loss(batch, decision, share)
         scalar.backward()
         total += float(scalar.detach())
     several.step()

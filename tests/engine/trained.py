@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
+from hf_bilb.engine.weighting import surrogate_loss
 from hf_bilb.losses.contract import TaskLosses
 from tests.engine.algorithm_2 import X_RATE, D, Network, Part, flat, part, trainable
 
@@ -49,7 +50,7 @@ class Trained:
         batches = [TaskLosses(*self.model(part)) for part in parts]
         decision = self.balancer.decide(batches)
         for batch in batches:
-            self.balancer.attach(batch, decision).backward()
+            surrogate_loss(batch, decision).backward()
         self.optimizer.step()
 
     @property
