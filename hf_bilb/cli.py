@@ -224,7 +224,7 @@ def _write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     type=click.Path(),
     help="Folder of the comparison.  [default: the recipe's trainer.output_dir with _compare behind it]",
 )
-@click.option("--launcher", help="Runs each cell: 'accelerate launch --num_processes 2'.  [default: this Python]")
+@click.option("--launcher", help="Starts each run: 'accelerate launch --num_processes 2'.  [default: this Python]")
 @click.option("--base", help="What the others are related to.  [default: ls where it is there, else the first]")
 @click.option("--split-by-seed", is_flag=True, help="Each seed splits the data in its own way, too (data.seed).")
 def compare(
@@ -243,8 +243,8 @@ def compare(
     \b
         hf-bilb compare recipes/qm9/mlp_ls.yaml --balancers ls,si,uw,bilb --seeds 0,1,2
 
-    Every cell is checked before the first one starts. The same command goes on after an interruption: what is finished
-    stays, what has a checkpoint goes on from it. A cell that fails is named, the others go on, and the exit code is 1.
+    Every run is checked before the first one starts. The same command goes on after an interruption: what is finished
+    stays, what has a checkpoint goes on from it. A run that fails is named, the others go on, and the exit code is 1.
     In the folder: comparison.md, .csv, .tex, .json, tasks.png, progress.png, and a run for each cell.
     """
     with _one_line_errors():
@@ -270,7 +270,7 @@ def compare(
             raise click.exceptions.Exit(128 + stopped.signal_number) from None
     if failed or comparison is None:
         names = ", ".join(run.title for run in failed)
-        click.echo(f"hf-bilb: error: {len(failed)} of {len(planned.runs)} cells failed: {names}", err=True)
+        click.echo(f"hf-bilb: error: {len(failed)} of {len(planned.runs)} runs failed: {names}", err=True)
         raise click.exceptions.Exit(1)
 
 

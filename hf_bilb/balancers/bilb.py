@@ -160,7 +160,6 @@ class BilbOptions(BalancerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(self)
         if not isinstance(self.discrepancy_weight, EdgeFraction) and self.discrepancy_weight < 0:
             raise OptionError(f"discrepancy_weight: {self.discrepancy_weight} is not valid, expected a number >= 0")
         if self.clamp is not None and not 0 <= self.clamp[0] < self.clamp[1]:

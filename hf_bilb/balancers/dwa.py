@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.config.options import bounded, check_bounds
+from hf_bilb.config.options import bounded
 from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
@@ -51,7 +51,6 @@ class DwaOptions(BalancerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(self)
         if self.window != "epoch" and self.window < 1:
             raise OptionError(f'window: {self.window} is not valid, expected "epoch" or an integer >= 1')
         if self.normalization == "log":

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import initial_values
-from hf_bilb.config.options import bounded, check_bounds
+from hf_bilb.config.options import bounded
 from hf_bilb.engine.objective import ObjectiveValue, ProgressObjective, StepProgress
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
@@ -55,7 +55,6 @@ class FamoOptions(BalancerOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive_normalization("famo")
-        check_bounds(self)
         bounds = self.min_losses if isinstance(self.min_losses, list) else [self.min_losses]
         if self.normalization != "none" and any(bounds):
             raise OptionError(

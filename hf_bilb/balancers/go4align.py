@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.config.options import bounded, check_bounds
+from hf_bilb.config.options import bounded
 from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
 
@@ -56,7 +56,6 @@ class Go4AlignOptions(BalancerOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive_normalization("go4align")
-        check_bounds(self)
 
 
 @register_balancer("go4align", options=Go4AlignOptions, paper="Shen et al., NeurIPS 2024 (arXiv 2404.06486)")
@@ -93,10 +92,10 @@ class Go4Align(HistoryObjective):
             weights = lloyd_means(indicator, active, order[: self._num_groups])
         return ObjectiveValue(masked_sum(weights * losses, active))
 
-    def end_update(self) -> None:
+    def end_step(self) -> None:
         """The next update begins its search again; a frozen method always from the same tasks."""
         if self.starts is not None and self.training:
-            self.starts.end_update()
+            self.starts.end_step()
 
     def _indicator(self, losses: Tensor, active: Tensor) -> Tensor:
         """w `[K]`, zero where not active, by way of logarithms: q of a task may be as small as it likes."""

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import initial_values
-from hf_bilb.config.options import bounded, check_bounds, nearest
+from hf_bilb.config.options import bounded, nearest
 from hf_bilb.config.user_code import check_reference, load_reference
 from hf_bilb.engine.objective import HistoryObjective, LookAheadObjective, ObjectiveValue, Scalar, StepProgress
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
@@ -106,7 +106,6 @@ class MarigoldOptions(BalancerOptions):
         super().__post_init__()
         if self.parametrization == "softmax_over_loss":
             self.require_positive_normalization("marigold", "divides by the losses, but for parametrization: softmax")
-        check_bounds(self)
         if self.estimator == "two_point" and self.mode != "exact":
             raise OptionError(
                 f"estimator: 'two_point' is not valid with mode: {self.mode!r}, whose only step is the model's; "
@@ -186,10 +185,10 @@ class Marigold(HistoryObjective, LookAheadObjective):
         drawn = torch.where(active & self.trainable, self.draws(losses), 0.0)
         self.direction.copy_(drawn / drawn.norm().clamp(min=torch.finfo(drawn.dtype).tiny))
 
-    def end_update(self) -> None:
+    def end_step(self) -> None:
         """The next update draws again, as long as anything is drawn."""
         if self.training:
-            self.draws.end_update()
+            self.draws.end_step()
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F = sum_k lambda_k l_k over the `active` tasks, in `commit` and `lagged` with lambda + r u while it learns;

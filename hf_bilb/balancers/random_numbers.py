@@ -29,7 +29,7 @@ class NormalDraws(nn.Module):
         # From ordinary memory a copy of this size is staged at once; a blocking one would wait for the device.
         return drawn.to(like.dtype).to(like.device, non_blocking=True)
 
-    def end_update(self) -> None:
+    def end_step(self) -> None:
         """The next update draws again."""
         self._updates += 1
 

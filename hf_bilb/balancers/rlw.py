@@ -47,6 +47,6 @@ class RandomWeighting(HistoryObjective):
         weights = masked_softmax(self.draws(losses), active)
         return ObjectiveValue(masked_sum(weights * losses, active), weights=weights)
 
-    def end_update(self) -> None:
+    def end_step(self) -> None:
         """The next update draws again."""
-        self.draws.end_update()
+        self.draws.end_step()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.balancers.router import initial_values
-from hf_bilb.config.options import bounded, check_bounds
+from hf_bilb.config.options import bounded
 from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
 from hf_bilb.errors import OptionError
@@ -53,7 +53,6 @@ class StchOptions(BalancerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(self)
         if self.preference is not None and not all(value > 0 for value in self.preference):
             raise OptionError(f"preference: {self.preference} is not valid, expected numbers > 0")
         if self.warmup_epochs is None:

@@ -429,7 +429,7 @@ class LossBalancer:
         if taken is not None:
             self._monitor.learn(taken, self._last.losses)
         if self._history is not None and self._open and self.phase != "warmup":
-            self._history.end_update()
+            self._history.end_step()
         self._open, self._learns, self._before_trials = False, False, None
 
     def look_ahead(

@@ -100,7 +100,7 @@ class HistoryObjective(Objective):
         """
         return
 
-    def end_update(self) -> None:
+    def end_step(self) -> None:
         """An update has ended, balancing or frozen; not called for an update that is dropped."""
         return
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.engine.weighting import CoefficientScale
 from hf_bilb.errors import OptionError
@@ -33,9 +34,9 @@ class BalancerOptions:
     learning_rate: LearningRate = 1e-3
     optimizer: Literal["adam", "sgd"] = "adam"
     normalization: NormalizationKind = "none"
-    power: float = 0.5
+    power: float = bounded(0.5, above=0)
     reference: ReferenceKind | MeanOf = "first_step"
-    coefficient_floor: float | None = None
+    coefficient_floor: float | None = bounded(None, at_least=0, at_most=1, expected="a share in [0, 1]")
     coefficient_scale: CoefficientScale = "as_defined"
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -43,10 +44,7 @@ class BalancerOptions:
     def __post_init__(self) -> None:
         if self.learning_rate != "follow_model" and self.learning_rate < 0:
             raise OptionError(f"learning_rate: {self.learning_rate} is not valid, expected a number >= 0")
-        if not self.power > 0:
-            raise OptionError(f"power: {self.power} is not valid, expected a number > 0")
-        if self.coefficient_floor is not None and not 0 <= self.coefficient_floor <= 1:
-            raise OptionError(f"coefficient_floor: {self.coefficient_floor} is not valid, expected a share in [0, 1]")
+        check_bounds(self)
 
     def require_positive_normalization(self, name: str, why: str = "takes the logarithm itself") -> None:
         """Raise `OptionError` for `normalization: log` (negative values) in a method that takes logarithms."""

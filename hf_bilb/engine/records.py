@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.engine.reduction import GlobalBatch
-from hf_bilb.errors import OptionError
 
 #: Share of l0 below which a task counts as solved under `power`.
 SOLVED = 1e-6
@@ -35,11 +35,10 @@ NormalizationKind = Literal["none", "initial", "rescaled", "log", "power"]
 class MeanOf:
     """`reference: {mean_of: n}`: l0 is the mean of a task's first n observed losses (the running mean until then)."""
 
-    mean_of: int
+    mean_of: int = bounded(at_least=1)
 
     def __post_init__(self) -> None:
-        if self.mean_of < 1:
-            raise OptionError(f"mean_of: {self.mean_of} is not valid, expected an integer >= 1")
+        check_bounds(self)
 
 
 ReferenceKind = Literal["first_step", "every_epoch"]

@@ -47,7 +47,7 @@ def run_comparison(plan: ComparisonPlan) -> tuple[Comparison | None, list[Planne
     with _alone(plan.output) as lock:
         states = [state_of(run) for run in plan.runs]
         shared = plan.output / f"{plan.recipe.name}.yaml"
-        write_text(shared, f"# what all cells of this comparison share\n{dump_recipe(plan.recipe)}")
+        write_text(shared, f"# what all runs of this comparison share\n{dump_recipe(plan.recipe)}")
         failed = _train_all(plan, states, shared, lock)
         return _report(plan), failed
 

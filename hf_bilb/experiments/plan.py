@@ -314,7 +314,7 @@ def state_of(run: PlannedRun) -> State:
     if valued:
         raise OptionError(
             f"{folder}: holds {valued[0]!r}, but neither {FILE_NAME} nor a checkpoint to go on from: move it away to "
-            "train this cell from the beginning"
+            "train this run from the beginning"
         )
     return "fresh"
 

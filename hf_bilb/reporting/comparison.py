@@ -203,7 +203,7 @@ def compare_methods(
     """
     methods = [(name, by_seed) for name, by_seed in runs.items() if by_seed]
     if not methods:
-        raise OptionError("no cell is finished, so there is nothing to compare")
+        raise OptionError("no run is finished, so there is nothing to compare")
     titled = {f"{name}, seed {seed}": run for name, by_seed in methods for seed, run in by_seed.items()}
     check_comparable(list(titled.values()), list(titled))
     single, incomplete = _single_task_figures(next(iter(titled.values())), single_task)
@@ -307,7 +307,9 @@ def _line(
 def _base_source(first: RunResults, own: Mapping[str, Figure], lines: Sequence[MetricLine]) -> str:
     if not any(line.base is not None for line in lines):
         return ""
-    return "this study's models of one task each" if own else first.base_source or "the data set's single-task values"
+    return (
+        "this comparison's models of one task each" if own else first.base_source or "the data set's single-task values"
+    )
 
 
 def _diverged(comparison: Comparison) -> list[str]:

@@ -46,7 +46,7 @@ def _missing(runs: Mapping[str, Runs], seeds: Sequence[int]) -> list[str]:
 def _epochs(runs: Sequence[RunResults]) -> str:
     epochs = [run.training.get("epochs") for run in runs]
     steps = [run.training.get("steps") for run in runs]
-    return f"each cell trained {_range(epochs)} epochs ({_range(steps)} updates); longer training can turn the order"
+    return f"each run trained {_range(epochs)} epochs ({_range(steps)} steps); longer training can turn the order"
 
 
 def _range(values: Sequence[Any]) -> str:
@@ -62,7 +62,7 @@ def _selection(first: RunResults) -> str:
     if not trainer.get("load_best_model_at_end"):
         return f"no checkpoint was selected: the model after the last update is the one measured on {first.split}"
     metric = trainer.get("metric_for_best_model") or "loss"
-    chosen = f"each cell's checkpoint is the one with the best {metric} on the validation part"
+    chosen = f"each run's checkpoint is the one with the best {metric} on the validation part"
     if first.split == "validation":
         return f"{chosen}, which is also what was measured: the figures are too good"
     return f"{chosen}; the {first.split} part was measured once, with that one"

@@ -172,7 +172,7 @@ class RecordedStarts(torch.nn.Module):
             draws[k] = rank - len(self.rows[0])
         return draws
 
-    def end_update(self) -> None:
+    def end_step(self) -> None:
         self.update += 1
 
 

@@ -205,7 +205,7 @@ def test_cells_run_through_the_launcher_and_tables_and_plots_are_written(folder,
     assert written == names | {"small.yaml"}
     out = capsys.readouterr().out
     assert re.search(r"\[4/10\] stl steep, seed 0: begins \(\d s so far, about \d+ s to go\)", out)
-    assert "Δm relates to this study's models of one task each" in out and "single task" in out
+    assert "Δm relates to this comparison's models of one task each" in out and "single task" in out
     assert comparison.methods[0].name == "ls" and comparison.reference == "ls"
     assert "loading" not in out, "the cells' own output belongs to the log where there is no terminal"
     log = (folder / "run_compare/ls/seed-0/train.log").read_text().splitlines()
@@ -243,7 +243,7 @@ def test_the_command_ends_with_exit_code_1_after_a_failed_cell(folder):
     arguments = ["small.yaml", "--balancers", "ls,bilb", "--launcher", f"{sys.executable} stand_in.py"]
     result = CliRunner().invoke(main, ["compare", *arguments], catch_exceptions=False)
     assert result.exit_code == 1
-    assert result.stderr == "hf-bilb: error: 1 of 2 cells failed: bilb, seed 0\n"
+    assert result.stderr == "hf-bilb: error: 1 of 2 runs failed: bilb, seed 0\n"
     assert "test MAE of small" in result.stdout
     behave()
     assert CliRunner().invoke(main, ["compare", *arguments], catch_exceptions=False).exit_code == 0

@@ -63,7 +63,7 @@ class MicroBatchLoop:
         else:
             self.step_own(slopes)
         if isinstance(self.objective, HistoryObjective):
-            self.objective.end_update()
+            self.objective.end_step()
 
     def micro_batch(
         self, outputs: Any, present: Tensor, losses: Tensor, items: Tensor, fraction: Tensor

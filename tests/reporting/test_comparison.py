@@ -1,4 +1,4 @@
-"""A study's figures against figures worked out by hand and against scipy's paired t-test."""
+"""A comparison's figures against figures worked out by hand and against scipy's paired t-test."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_delta_m_against_the_studys_own_single_task_models():
     comparison = compare_methods(runs(base={}), own, "ls")
     assert [line.base for line in comparison.lines] == [50.0, 40.0, 15.0]
     assert method(comparison, "ls").delta_m.values[0] == pytest.approx((100 + 0 + 100) / 3)
-    assert comparison.base_source == "this study's models of one task each"
+    assert comparison.base_source == "this comparison's models of one task each"
     # a published base says which metrics count, not what they relate to
     partly = compare_methods(runs(base={"homo": 1.0}), own, "ls")
     assert [line.base for line in partly.lines] == [50.0, None, None]
@@ -174,7 +174,7 @@ def test_a_method_without_a_finished_cell_is_left_out_and_the_reference_may_be_i
     assert [m.name for m in comparison.methods] == ["near", "half"]
     assert comparison.reference is None
     assert all(m.difference is None and m.error_ratio is None for m in comparison.methods)
-    with pytest.raises(OptionError, match="no cell is finished"):
+    with pytest.raises(OptionError, match="no run is finished"):
         compare_methods({"ls": {}}, {}, "ls")
 
 
@@ -230,4 +230,4 @@ def test_another_form_is_no_base_that_could_be_missing():
     for of_task in own.values():
         of_task[0].metrics[1] = dataclasses.replace(of_task[0].metrics[1], value=0.0)
     comparison = compare_methods(with_second_form(runs(base={})), own, "ls")
-    assert comparison.notes == () and comparison.base_source == "this study's models of one task each"
+    assert comparison.notes == () and comparison.base_source == "this comparison's models of one task each"

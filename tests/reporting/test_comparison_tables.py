@@ -1,4 +1,4 @@
-"""What a study's tables, notes and plots say."""
+"""What a comparison's tables, notes and plots say."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_notes_say_what_the_figures_rest_on():
     comparison = compare_methods(cells_of, {}, "ls")
     notes = "\n".join(comparison_notes(comparison, cells_of, (0, 1, 2), False))
     assert "not finished, so not in here: half seed 2" in notes
-    assert "each cell trained 20 epochs (400 updates)" in notes
+    assert "each run trained 20 epochs (400 steps)" in notes
     assert "the best loss on the validation part; the test part was measured once" in notes
     assert "seeds 0, 1, 2 of initial weights" in notes and "the split stays the same (data.seed=3)" in notes
     assert "Δm relates to the paper" in notes and "(U0, U)" in notes

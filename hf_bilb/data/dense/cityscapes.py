@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hf_bilb.config.options import bounded, check_bounds
 from hf_bilb.data.dense.cityscapes_files import IMAGES, is_official, official_columns
 from hf_bilb.data.dense.data_set import DenseFacts, DensePart, dense_task_data, mtan_part
 from hf_bilb.data.dense.files import MTAN_FOLDERS
@@ -53,13 +54,12 @@ class CityscapesOptions(DenseOptions):
     """
 
     num_classes: Literal[7, 19] = 7
-    depth_scale: float = 1.0
+    depth_scale: float = bounded(1.0, above=0, expected="a number above 0")
     depth_under_zoom: Literal["divide", "multiply"] = "divide"
 
     def __post_init__(self) -> None:
         self.check(TASKS)
-        if not self.depth_scale > 0:
-            raise OptionError(f"depth_scale: {self.depth_scale} is not valid, expected a number above 0")
+        check_bounds(self)
 
 
 def load_cityscapes(options: CityscapesOptions) -> TaskData:
