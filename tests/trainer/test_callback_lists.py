@@ -136,3 +136,32 @@ def test_a_callback_may_replace_the_control_and_stop_training(tmp_path: Path) ->
             return control
 
     assert run(tmp_path, trainer_arguments={"callbacks": [Stop()]}).trainer.state.global_step == 2
+
+
+class Reruns(TrainerCallback):
+    """How many micro-batches could be run once more, before the optimizer's step and at the end of the step."""
+
+    def __init__(self) -> None:
+        self.trainer: BilevelMTLTrainer | None = None
+        self.found: list[tuple[str, int]] = []
+
+    def note(self, event: str) -> None:
+        assert self.trainer is not None
+        self.found.append((event, len(self.trainer.reevaluations())))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.note("before")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.note("end")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_nothing_is_run_again_once_a_step_is_over(accumulation: int, tmp_path: Path) -> None:
+    reruns = Reruns()
+    args = arguments(tmp_path, balancer="famo", max_steps=2, gradient_accumulation_steps=accumulation)
+    rows = build_data(4 * BATCH, dtype=FLOAT)
+    trainer = BilevelMTLTrainer(build_model(FLOAT), args, train_dataset=rows, callbacks=[reruns])
+    reruns.trainer = trainer
+    trainer.train()
+    assert reruns.found == 2 * [("before", accumulation), ("end", 0)]
