@@ -159,7 +159,9 @@ class Reruns(TrainerCallback):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_nothing_is_run_again_once_a_step_is_over(accumulation: int, tmp_path: Path) -> None:
     reruns = Reruns()
-    args = arguments(tmp_path, balancer="famo", max_steps=2, gradient_accumulation_steps=accumulation)
+    args = arguments(
+        tmp_path, balancer="famo", max_steps=2, gradient_accumulation_steps=accumulation, balance_over="window"
+    )
     rows = build_data(4 * BATCH, dtype=FLOAT)
     trainer = BilevelMTLTrainer(build_model(FLOAT), args, train_dataset=rows, callbacks=[reruns])
     reruns.trainer = trainer
