@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 ObjectiveClass = TypeVar("ObjectiveClass", bound="type[Objective]")
 
 #: Methods of this package, each in the file of its name; imported when it is asked for.
-BUILT_IN = ("bilb", "dwa", "famo", "gls", "go4align", "imtl_l", "ls", "marigold", "rlw", "si", "stch", "uw")
+LOSS_METHODS = ("bilb", "dwa", "famo", "gls", "go4align", "imtl_l", "ls", "marigold", "rlw", "si", "stch", "uw")
+#: Those that look at the tasks' gradients, in the folder `gradient`.
+GRADIENT_METHODS = (
+    "aligned_mtl", "cagrad", "fairgrad", "graddrop", "gradnorm", "gradvac", "imtl_g", "mgda", "moco", "modo",
+    "nash_mtl", "pcgrad", "sdmgrad", "torchjd", "upgrad",
+)  # fmt: skip
+BUILT_IN = (*LOSS_METHODS, *GRADIENT_METHODS)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def list_balancers() -> list[str]:
 
 
 def _module_of(name: str) -> str:
-    return f"{__package__}.{name}"
+    return f"{__package__}.gradient.{name}" if name in GRADIENT_METHODS else f"{__package__}.{name}"
 
 
 def balancer_module(name: str) -> str | None:

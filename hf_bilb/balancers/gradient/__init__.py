@@ -1,0 +1,1 @@
+"""Methods that look at the gradients of the tasks, one file each."""
