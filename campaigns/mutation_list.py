@@ -899,4 +899,65 @@ MUTATIONS: tuple[Mutation, ...] = (
         "if False:",
         ("trainer/test_nonfinite_gradient.py", *TRAINER),
     ),
+    # --- between the parts ---
+    Mutation(
+        "a step stays begun",
+        "        step.begun = False\n",
+        "",
+        ("trainer/test_callback_lists.py", *TRAINER),
+    ),
+    Mutation(
+        "a rollback leaves what the step under way would teach",
+        "        self._learns = False\n        self._epoch = int",
+        "        self._epoch = int",
+        ("engine", "trainer/test_nonfinite.py", "balancers", "trainer"),
+    ),
+    Mutation(
+        "a look at a loss changes what the step under way teaches",
+        "self._counted, self._open, self._learns = counted, is_open, learns",
+        "self._counted, self._open = counted, is_open",
+        ("trainer/test_looks.py", "engine", "balancers", "trainer"),
+    ),
+    Mutation(
+        "methods that look back see no batch",
+        "self._begins = self.needs_model or compares or self._history is not None",
+        "self._begins = False",
+        ("balancers/test_dwa.py", "balancers"),
+    ),
+    Mutation(
+        "nobody knows of the auxiliary loss",
+        "has_auxiliary=whole.has_auxiliary,",
+        "has_auxiliary=False,",
+        ("trainer/test_logs.py", "trainer/test_losses.py", "trainer"),
+    ),
+    Mutation(
+        "a short window is not filled up",
+        "return [Filler() for _ in range(num_batches - len(batches))] + batches",
+        "return batches",
+        ("trainer/test_window.py", "trainer/test_streams.py", "trainer"),
+    ),
+    Mutation(
+        "ranges are not looked at",
+        "        if not bounds.hold(value):",
+        "        if False:",
+        ("config", "contract"),
+    ),
+    Mutation(
+        "private names are not looked for",
+        "    missing = missing_names(untested)\n",
+        "    missing: list[str] = []\n",
+        ("trainer/test_compat.py", "trainer"),
+    ),
+    Mutation(
+        "the weighting forgets the ranks",
+        "            ranks=whole.ranks,\n",
+        "            ranks=1,\n",
+        RANKS,
+    ),
+    Mutation(
+        "every micro-batch has the first one's share",
+        "step.window.share(max(step.number, 0))",
+        "step.window.share(0)",
+        ("trainer/test_window.py", *TRAINER),
+    ),
 )

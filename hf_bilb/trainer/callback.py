@@ -7,6 +7,7 @@ it, before the callbacks, so that these see the finished step.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ class BalancerCallbackHandler(CallbackHandler):
 
     def __init__(self, before: CallbackHandler, trainer: BilevelMTLTrainer) -> None:
         self.__dict__.update(vars(before))
-        self._trainer = trainer
+        # A trainer that nobody holds is gone at once, with its model and the workers of its loader.
+        self._trainer = weakref.proxy(trainer)
         self._dropped = False
         self._takes: dict[tuple[type, str], bool] = {}
 

@@ -9,6 +9,7 @@ dropped updates) there is nothing to measure.
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ class LowerLevelDiagnostics(TrainerCallback):
     """
 
     def __init__(self, trainer: BilevelMTLTrainer, options: DiagnosticsOptions) -> None:
-        self._trainer = trainer
+        self._trainer = weakref.proxy(trainer)
         self._options = options
         self._watch = RouterWatch()
         self._report: LowerLevelReport | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -90,12 +91,13 @@ class TaskLossTrainer(DataTrainer):
         self.task_names = resolve_task_names(self)
         self.args.settle_best_metric(self.task_names, evaluation_names(self.eval_dataset))
         check_losses(self)
+        trainer = weakref.proxy(self)
         self._columns = ForwardColumns(self.model, self.label_names, withhold_labels=self.task_loss_func is not None)
         self._missing_columns = MissingColumns(
             self._columns,
             self.label_names,
             self.args.remove_unused_columns,
-            lambda: (self.train_dataset, self.eval_dataset),
+            lambda: (trainer.train_dataset, trainer.eval_dataset),
         )
         counts = self._task_item_counts
         if counts is not None:

@@ -115,6 +115,19 @@ def test_the_first_comparison_after_the_warm_up_may_be_with_a_held_loss() -> Non
     torch.testing.assert_close(coefficients[[0, 2]], expected[[0, 2]], rtol=1e-12, atol=0)
 
 
+def test_a_held_loss_is_no_nadir_where_the_task_itself_comes_back() -> None:
+    # Task 1 is not there in the nadir's epoch, and is there again in the first step after it.
+    rows, balancer = random_losses(3, 3), stch(warmup_epochs=1, mu=0.5, absent_tasks="hold")
+    counts = torch.ones(3, 3, dtype=torch.float64)
+    counts[1] = SOME
+    for epoch in range(3):
+        balancer.on_epoch_begin(epoch)
+        found = advance(balancer, rows[epoch].where(counts[epoch] > 0, torch.nan), counts[epoch])
+    nadir = torch.stack([rows[1, 0], rows[2, 1], rows[1, 2]])
+    expected = 3 * torch.softmax(2 * (rows[2] / nadir).log(), 0) / rows[2]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
 def test_a_frozen_schedule_goes_no_further() -> None:
     balancer, rows = stch(warmup_epochs=0), random_losses(3, 6)
     follow(balancer, rows[:2], 2)

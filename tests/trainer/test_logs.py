@@ -106,11 +106,13 @@ def test_accumulation_logs_of_a_linear_method_are_those_of_the_whole_batch(tmp_p
         assert parts.logged(key) == pytest.approx(whole.logged(key), rel=1e-12)
 
 
-def test_accumulation_logs_the_windows_f_to_first_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("balancer", [{**BILB, "learning_rate": 0.0}, "si"], ids=["bilb", "si"])
+def test_accumulation_logs_the_windows_f_to_first_order(balancer: Any, tmp_path: Path) -> None:
+    # `si` is not homogeneous: there the share of all items shows.
     # Micro-batch m with the share f_m of all items and e_mk of task k's: f_m F_m + sum_k c_mk l_mk (e_mk - f_m), in
     # which the part of F that is linear in the losses is exact.
     data = build_data(6 * BATCH, dtype=FLOAT, missing=0.5)
-    frozen: dict[str, Any] = {"data": data, "balancer": {**BILB, "learning_rate": 0.0}, "learning_rate": 0.0}
+    frozen: dict[str, Any] = {"data": data, "balancer": balancer, "learning_rate": 0.0}
     single, window = run(tmp_path, **frozen), run(tmp_path, **frozen, gradient_accumulation_steps=2)
     items = data.labels.view(6, BATCH, -1).isfinite().sum(1).to(FLOAT)
     losses = torch.stack([loss for loss, _ in recorded_losses(single, data)])
