@@ -144,6 +144,7 @@ def build_balancer(
     task_priors: Sequence[float] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    shared_parameters: Sequence[str | torch.nn.Parameter] | None = None,
     **options: Any,
 ) -> LossBalancer:
     """Build a loss balancer.
@@ -157,6 +158,7 @@ def build_balancer(
             else `skip`.
         task_priors: K fixed factors that the user gives the tasks; they multiply the coefficients, whatever the method.
         device, dtype: of the K numbers it works on (default float32); float64 where the model trains in float64.
+        shared_parameters: of gradient methods, names or patterns; or the parameters themselves, in place of `bind`.
         **options: the method's options, checked by name and type (see the method's options class).
 
     Returns:
@@ -168,7 +170,12 @@ def build_balancer(
     import torch
 
     from hf_bilb.engine.balancer import LossBalancer
+    from hf_bilb.engine.gradient_balancer import GradientBalancer
+    from hf_bilb.engine.gradient_method import GradientMethod
 
+    parameters = [] if shared_parameters is None else [p for p in shared_parameters if isinstance(p, torch.Tensor)]
+    if shared_parameters is not None and not parameters:
+        options["shared_parameters"] = shared_parameters
     given = dict(balancer) if isinstance(balancer, Mapping) else {"name": balancer}
     if "name" not in given:
         raise OptionError(f"balancer.name: is required, expected one of {', '.join(list_balancers())}")
@@ -181,7 +188,10 @@ def build_balancer(
         objective.set_task_names(names)
     except OptionError as error:
         raise OptionError(f"balancer.{error}") from None
-    return LossBalancer(
+    by_gradients = isinstance(objective, GradientMethod)
+    if parameters and not by_gradients:
+        raise OptionError(f"balancer.shared_parameters: balancer {name!r} does not look at gradients")
+    balancer = (GradientBalancer if by_gradients else LossBalancer)(
         name,
         objective,
         resolved,
@@ -191,6 +201,9 @@ def build_balancer(
         device=device,
         dtype=torch.float32 if dtype is None else dtype,
     )
+    if isinstance(balancer, GradientBalancer) and parameters:
+        balancer.share(parameters)
+    return balancer
 
 
 def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> tuple[str, ...]:

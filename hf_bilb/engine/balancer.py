@@ -141,8 +141,14 @@ class LossBalancer:
         self._looks_at_features = objective.num_features > 0
         compares = self._follower is not None and self._follower.progress is not None
         self._begins = self.needs_model or compares or self._history is not None
+        self._moves_early = self._follower is not None or self._history is not None
 
     # --- description ---------------------------------------------------------------------------------------------
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `decide` looks at the gradients of the tasks in this step (`GradientBalancer`)."""
+        return False
 
     @property
     def num_tasks(self) -> int:
@@ -227,6 +233,7 @@ class LossBalancer:
         router_features: Tensor | None = None,
         backward: Callable[[Tensor], object] | None = None,
         process_group: dist.ProcessGroup | None = None,
+        shared_features: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         """One backward pass through the model, with the coefficients of the global batch; also the router's gradient.
 
@@ -237,6 +244,7 @@ class LossBalancer:
             router_features: `[B, D]`, for feature routers.
             backward: called with the scalar to differentiate, for example `accelerator.backward`; default its own.
             process_group: the ranks that share the batch; default the initialised default group, if any.
+            shared_features: what the heads are given, for gradient methods with `gradients: features`.
 
         Returns:
             F, detached, the same on every rank.
@@ -250,10 +258,12 @@ class LossBalancer:
             raise OptionError(
                 "mode: 'exact' needs balancer.look_ahead(lambda: model(batch)) before balancer.backward()"
             )
-        batch = as_task_losses(losses, num_items, self.task_names, router_features=router_features)
+        batch = as_task_losses(
+            losses, num_items, self.task_names, router_features=router_features, shared_features=shared_features
+        )
         last = self._last
         # A record, or the method's parameters by a comparison with the last update, has moved before F is known.
-        before = None if self._follower is None and self._history is None else self.snapshot()
+        before = self.snapshot() if self._moves_early else None
         surrogate, weighting = self.surrogate(batch, process_group)
         if not bool(weighting.valid):
             self._last = last
@@ -292,9 +302,7 @@ class LossBalancer:
         if self.phase == "warmup":
             result = self._plain_sum(whole)
         else:
-            # Just observed, where they are valid: those of the present tasks are among the last known ones.
-            last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
-            result = differentiate(self.objective, self.normalization, last, active, features)
+            result = self._evaluate(whole, active, micro_batches, process_group, alone)
         if balancing:
             losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
             if self._follower is None:  # whose parameters do not follow dF/dtheta
@@ -342,6 +350,19 @@ class LossBalancer:
             self._monitor.learn(usable, whole.losses)
         history.observe(losses, whole.num_items, known, self._epoch)
 
+    def _evaluate(
+        self,
+        whole: GlobalBatch,
+        active: Tensor,
+        micro_batches: Sequence[TaskLosses],
+        process_group: dist.ProcessGroup | None,
+        alone: bool,
+    ) -> Derivatives:
+        """F at the global losses, and its derivatives; the other arguments as in `decide`."""
+        # Just observed, where they are valid: those of the present tasks are among the last known ones.
+        last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
+        return differentiate(self.objective, self.normalization, last, active, features)
+
     def _plain_sum(self, whole: GlobalBatch) -> Derivatives:
         ones = whole.present.to(self.dtype)
         return Derivatives(ObjectiveValue(torch.dot(ones, whole.losses)), ones, ())
@@ -365,7 +386,17 @@ class LossBalancer:
         Cost: one all-reduce; no device synchronisation. The router's gradient is kept for `step`.
         """
         weighting = self.decide([batch], process_group)
-        return surrogate_loss(batch, weighting, share), weighting
+        return self.apply(batch, weighting, share), weighting
+
+    def apply(self, batch: TaskLosses, weighting: Weighting, share: WindowShare | None = None) -> Tensor:
+        """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
+
+        Args:
+            batch: this rank's losses, attached to the graph, and counts.
+            weighting: the last one that was decided on: of the global batch, or of the whole accumulation window.
+            share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
+        """
+        return surrogate_loss(batch, weighting, share)
 
     def preview(self, batch: TaskLosses, share: WindowShare | None = None, alone: bool = True) -> Tensor:
         """What `surrogate` would return; the balancer is as before afterwards.
@@ -378,7 +409,7 @@ class LossBalancer:
         """
         with self._no_trace():
             weighting = self.decide([batch], alone=alone)
-        return surrogate_loss(batch, weighting, share)
+            return self.apply(batch, weighting, share)
 
     @contextmanager
     def _no_trace(self) -> Iterator[None]:

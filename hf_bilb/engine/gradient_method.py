@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_bilb.config.options import bounded
 from hf_bilb.engine.objective import Objective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
+from hf_bilb.errors import OptionError
 
 HeadWeights = Literal["sum", "weights"]
 
@@ -38,6 +39,8 @@ class GradientOptions(BalancerOptions):
         heads: what the parameters of one task alone descend: the plain `sum` of the losses, or their sum with the same
             `weights` as the shared ones.
         max_norm: the gradient of the shared parameters is clipped to this norm; null: not at all.
+        tasks_per_pass: so many tasks go through the backward pass at once, which is faster and takes as many times the
+            memory of the activations' gradients; 1: one after the other; null: as many as are fastest.
     """
 
     gradients: Literal["parameters", "features"] = "parameters"
@@ -46,6 +49,20 @@ class GradientOptions(BalancerOptions):
     every_n_steps: int = bounded(1, at_least=1)
     heads: HeadWeights = "weights"
     max_norm: float | None = bounded(None, above=0)
+    tasks_per_pass: int | None = bounded(None, at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shared_module is not None and self.gradients != "features":
+            raise OptionError("shared_module: is the module whose output gradients: 'features' looks at, expected null")
+        if self.gradients == "features" and self.shared_parameters is not None:
+            raise OptionError("shared_parameters: no parameters are looked at with gradients: 'features', expected null")
+        for key, used in {"gradients: 'features'": self.gradients == "features", "every_n_steps": self.every_n_steps > 1}.items():
+            if self.max_norm is not None and used:
+                raise OptionError(
+                    f"max_norm: is not valid with {key}, where the norm is not known; expected null (max_grad_norm of "
+                    "the Trainer clips the whole gradient)"
+                )
 
 
 class GradientMethod(Objective):
@@ -63,6 +80,10 @@ class GradientMethod(Objective):
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """The sum of the losses of the `active` tasks."""
         return ObjectiveValue(masked_sum(losses, active))
+
+    def end_step(self) -> None:
+        """A step has ended, balancing or frozen; not called for one that is dropped."""
+        return
 
 
 class GramianMethod(GradientMethod):

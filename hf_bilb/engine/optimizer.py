@@ -71,7 +71,7 @@ class OwnOptimizer:
         Args:
             squares: scalar, the sum of the squares of the losses that they are of.
         """
-        if self._optimizer is None:
+        if self._optimizer is None or not gradients:
             return
         weight = num_items.sum()
         self.has_gradient = True

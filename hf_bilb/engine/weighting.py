@@ -24,6 +24,7 @@ class WindowShare(NamedTuple):
         rows: scalar, what its rows count where a feature router's features are averaged: `fraction` when the weighting
             is the micro-batch's own, one when it is the whole window's.
         num_micro_batches: how many micro-batches the window has.
+        number: of this one, from 0.
     """
 
     local: Tensor
@@ -31,6 +32,7 @@ class WindowShare(NamedTuple):
     fraction: Tensor
     rows: Tensor
     num_micro_batches: int
+    number: int
 
 
 class Weighting(NamedTuple):
@@ -64,12 +66,11 @@ class Weighting(NamedTuple):
     valid: Tensor
 
 
-def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: int) -> WindowShare:
-    """A micro-batch's share where the weighting is the whole window's: F is reported in equal
-    parts."""
+def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: int, number: int) -> WindowShare:
+    """A micro-batch's share where the weighting is the whole window's: F is reported in equal parts."""
     part = torch.ones_like(weighting.value) / num_micro_batches
     local = batch.num_items / weighting.num_items.clamp(min=1)
-    return WindowShare(local, part.expand_as(local), part, torch.ones_like(part), num_micro_batches)
+    return WindowShare(local, part.expand_as(local), part, torch.ones_like(part), num_micro_batches, number)
 
 
 def surrogate_loss(batch: TaskLosses, weighting: Weighting, share: WindowShare | None = None) -> Tensor:
@@ -87,7 +88,12 @@ def surrogate_loss(batch: TaskLosses, weighting: Weighting, share: WindowShare |
     if per_feature is not None:
         rows = ranks if share is None else ranks * share.rows
         per_feature = per_feature * rows / weighting.num_rows.clamp(min=1)
-    total = local_share(batch, coefficients * local, per_feature)
+    return with_value_of_f(local_share(batch, coefficients * local, per_feature), batch, weighting, share)
+
+
+def with_value_of_f(total: Tensor, batch: TaskLosses, weighting: Weighting, share: WindowShare | None) -> Tensor:
+    """The scalar `total`, whose backward pass is the tasks' part of the gradient, and the auxiliary loss as it is; its
+    value becomes F."""
     reported = weighting.value if share is None else _part_of_window(weighting, share)
     if batch.auxiliary_loss is not None:
         parts = 1 if share is None else share.num_micro_batches

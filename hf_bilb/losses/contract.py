@@ -10,7 +10,7 @@ task without valid items has loss 0, count 0, and stays connected to the graph w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class TaskLosses:
         auxiliary_loss: scalar that is added to the objective as it is, or None.
         complete: False when tasks of a dict were missing or constant: their heads are not connected to `losses`.
         counted: False where `num_items` was not known for some task and the batch size stands in.
+        shared_features: what the heads are given, attached to the graph, for gradient methods with `gradients:
+            features`; one tensor or several, the examples of the batch along the first dimension.
     """
 
     losses: Tensor
@@ -38,6 +40,13 @@ class TaskLosses:
     auxiliary_loss: Tensor | None = None
     complete: bool = True
     counted: bool = True
+    shared_features: tuple[Tensor, ...] = ()
+
+    def detach(self) -> TaskLosses:
+        """The same numbers without their graph."""
+        parts = {name: getattr(self, name) for name in ("losses", "router_features", "auxiliary_loss")}
+        free = {name: None if part is None else part.detach() for name, part in parts.items()}
+        return replace(self, **free, shared_features=())
 
 
 def as_task_losses(
@@ -48,6 +57,7 @@ def as_task_losses(
     default_items: float = 1.0,
     router_features: Tensor | None = None,
     auxiliary_loss: Tensor | None = None,
+    shared_features: Tensor | Sequence[Tensor] | None = None,
 ) -> TaskLosses:
     """Bring losses and counts of either form to vectors `[K]`.
 
@@ -82,7 +92,10 @@ def as_task_losses(
         raise TaskLossError(f"losses: got dtype {vector.dtype}, expected a floating point tensor")
     if auxiliary_loss is not None and auxiliary_loss.numel() != 1:
         raise TaskLossError(f"auxiliary_loss: got shape {tuple(auxiliary_loss.shape)}, expected a scalar")
-    return TaskLosses(vector, counts, router_features, auxiliary_loss, complete, counted=num_items is not None)
+    features = [shared_features] if isinstance(shared_features, Tensor) else shared_features or ()
+    return TaskLosses(
+        vector, counts, router_features, auxiliary_loss, complete, num_items is not None, tuple(features)
+    )
 
 
 def _as_counts(

@@ -46,7 +46,8 @@ class AccumulationWindow:
         totals = self.everywhere.sum(dim=0).clamp(min=1)
         everywhere = self.everywhere[micro_batch]
         fraction = everywhere.sum() / self.everywhere.sum().clamp(min=1)
-        return WindowShare(self.local[micro_batch] / totals, everywhere / totals, fraction, fraction, len(self.local))
+        local = self.local[micro_batch] / totals
+        return WindowShare(local, everywhere / totals, fraction, fraction, len(self.local), micro_batch)
 
 
 def _stack(counts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:

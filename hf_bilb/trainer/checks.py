@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 from hf_bilb.balancers.bilb import BilbOptions
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.config.options import nearest, unknown_name
+from hf_bilb.engine.gradient_balancer import GradientBalancer
 from hf_bilb.engine.objective import ProgressObjective
 from hf_bilb.engine.records import AbsentTasks
 from hf_bilb.errors import MissingPackageError, OptionError
@@ -173,6 +174,24 @@ def check_balancer(trainer: BilevelMTLTrainer) -> None:
             raise OptionError(f"{key}: an inner loop over z is not valid with use_reentrant: true, expected false")
     if balancer.needs_reevaluation or balancer.needs_look_ahead:
         _check_second_look(trainer, kind)
+    if isinstance(balancer, GradientBalancer):
+        _check_gradients(trainer, kind)
+
+
+def _check_gradients(trainer: BilevelMTLTrainer, sharded: str | None) -> None:
+    """Raise `OptionError` where the gradients of single tasks cannot be had."""
+    args, name = trainer.args, trainer.balancer.name
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    problems = {
+        f"{sharded}, which shards the parameters": sharded is not None,
+        "use_reentrant: true, under which torch gives no gradients of single tasks; expected false": reentrant,
+        "fp16, whose scaled gradients would be those of no task; use bf16 or float32": args.fp16,
+        "torch_compile: true, whose graphs can be walked back only once; expected false": args.torch_compile,
+        "ddp_static_graph: true, which counts backward passes; expected false": args.ddp_static_graph,
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise OptionError(f"balancer: {name!r} looks at the gradients of the tasks; it is not valid with {problem}")
 
 
 def _check_second_look(trainer: BilevelMTLTrainer, sharded: str | None) -> None:

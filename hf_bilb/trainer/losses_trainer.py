@@ -48,7 +48,7 @@ from hf_bilb.trainer.schedules import step_schedule, updates_per_epoch
 logger = logging.getLogger(__name__)
 
 #: Output fields of the contract; they are no predictions.
-CONTRACT_FIELDS = ["losses", "num_items", "router_features", "auxiliary_loss"]
+CONTRACT_FIELDS = ["losses", "num_items", "router_features", "auxiliary_loss", "shared_features"]
 
 TaskLossFunc = Callable[[Any, Mapping[str, Any]], Any]
 TaskItemCounts = Callable[[Mapping[str, Any]], Tensor]
@@ -238,6 +238,7 @@ class TaskLossTrainer(DataTrainer):
             self.task_names,
             router_features=fields.get("router_features"),
             auxiliary_loss=fields.get("auxiliary_loss"),
+            shared_features=fields.get("shared_features"),
         )
         if counts is None or not counts.assumed:
             return batch

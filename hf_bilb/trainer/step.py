@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.replay import RandomState, Snapshot, run_as_before, unchanged
@@ -114,16 +116,25 @@ class OptimizerStep:
             self._random_states.append(RandomState.capture(self._device))
         self.calls = 0
 
-    def first_pass(self, model: nn.Module) -> list[TaskLosses]:
-        """Run every micro-batch without gradients; the passes that follow draw the same random numbers.
+    def first_pass(self, model: nn.Module, look: Callable[[TaskLosses], None] | None = None) -> list[TaskLosses]:
+        """Run every micro-batch; the passes that follow draw the same random numbers.
+
+        Args:
+            model: the model, wrapped or not.
+            look: is given the losses of each with their graph; without it there is none.
 
         Cost: one forward pass of each; a copy of the model's buffers.
         """
         losses = []
-        with torch.no_grad(), unchanged(model):
+        # What comes back here is no pass that DistributedDataParallel should wait for.
+        quiet = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+        with torch.set_grad_enabled(look is not None), unchanged(model), quiet:
             for batch in self.batches:
                 self._random_states.append(RandomState.capture(self._device))
-                losses.append(self._forward(model, batch))
+                found = self._forward(model, batch)
+                if look is not None:
+                    look(found)
+                losses.append(found.detach())
         return losses
 
     def runs(self, model: nn.Module) -> list[Callable[[], TaskLosses]]:

@@ -23,10 +23,11 @@ from transformers.trainer_utils import TrainOutput, default_compute_objective
 from hf_bilb.balancers.registry import build_balancer
 from hf_bilb.engine import reduction
 from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.gradient_balancer import GradientBalancer
 from hf_bilb.engine.gradient_check import tasks_with_nonfinite_slope
 from hf_bilb.engine.records import Phase
 from hf_bilb.engine.replay import unchanged
-from hf_bilb.engine.weighting import share_of_window, surrogate_loss
+from hf_bilb.engine.weighting import share_of_window
 from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
 from hf_bilb.losses.contract import TaskLosses, short_names
 from hf_bilb.trainer import checkpointing, compat
@@ -322,7 +323,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return
         if self._ordinary is not False and self._is_ordinary(model, step.batches[0]):
             return
-        losses = step.first_pass(model) if over_window else []
+        look = self.balancer.gather if isinstance(self.balancer, GradientBalancer) else None
+        losses = step.first_pass(model, look if self.balancer.needs_gradients else None) if over_window else []
         if self.balancer.needs_look_ahead:
             self._look_ahead(step)
         if over_window:
@@ -403,8 +405,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return self.balancer.preview(batch)
         step.calls += 1
         if step.weighting is not None:
-            share = share_of_window(batch, step.weighting, len(step.batches))
-            loss = surrogate_loss(batch, step.weighting, share)
+            share = share_of_window(batch, step.weighting, len(step.batches), max(step.number, 0))
+            loss = self.balancer.apply(batch, step.weighting, share)
         else:
             loss = self._weigh_micro_batch(batch, step)
         if not batch.complete:

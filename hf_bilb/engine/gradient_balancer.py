@@ -1,0 +1,462 @@
+"""The balancer of gradient methods: the weighting comes from the tasks' gradients, not from dF/dl.
+
+Everything else is that of `LossBalancer`: the global losses, their normalization, absent tasks, warm-up and freezing,
+floor, scale and priors of the coefficients, state. A step without accumulation takes three things: the Jacobian of the
+shared parameters, K backward passes; the decision on K x K numbers, on the CPU; and the gradients of the parameters of
+one task alone, one pass through the heads. The shared parameters get J^T c, for which nothing is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
+from hf_bilb.engine.objective import Derivatives
+from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
+from hf_bilb.engine.task_gradients import (
+    GlobalGradients,
+    RunningGradients,
+    SharedParameters,
+    given_gradients,
+    reduce_gradients,
+)
+from hf_bilb.engine.weighting import Weighting, WindowShare, surrogate_loss, with_value_of_f
+from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.losses.contract import TaskLosses
+
+#: Prefix of the shared parameters' entries in the state.
+SHARED_PARAMETERS = "shared_parameters."
+
+
+class GradientMemory(nn.Module):
+    """What is remembered between two steps that look at the gradients.
+
+    State: `weights [K]`, the last ones found, NaN for a task that had no loss so far; `gramian [K, K]`, its last known
+    entries, for `absent_tasks: hold`; `steps`, how many there have been, on the host.
+    """
+
+    weights: Tensor
+    gramian: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self.register_buffer("gramian", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
+        self.steps = 0
+
+    def get_extra_state(self) -> Tensor:
+        """The number of steps, as a part of the state."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the number of steps."""
+        self.steps = int(state)
+
+
+class Found(NamedTuple):
+    """What was found with a decision, for applying it.
+
+    Attributes:
+        gradients: of the global batch; None in a step between two looks at them.
+        direction: by parameter `[n]`, of a `JacobianMethod`.
+        slopes: dF/dl `[K]`, what the heads descend under `heads: sum`.
+        single: whether the decision is on one micro-batch, whose J is that of the whole decision.
+    """
+
+    gradients: GlobalGradients | None
+    direction: list[Tensor] | None
+    slopes: Tensor
+    single: bool
+
+
+class GradientBalancer(LossBalancer):
+    """A balancer whose weights come from the gradients of the tasks. `bind(model)` lets it know the parameters.
+
+    Without `bind`, on one process, the parameters are those that the graph of the losses leads to.
+
+    State: in addition to that of `LossBalancer` the last weights, the last Gramian, and, once a model is bound, two
+    bytes for each of its trainable parameters' entries. Cost of a step that looks at the gradients: K backward passes
+    through the shared part and the heads, K d numbers of memory, an all-reduce of K d numbers; with `gradients:
+    features` K passes through the heads, one ordinary backward pass, and K (K + 1) numbers. One host read of K x K.
+    """
+
+    objective: GradientMethod
+    options: GradientOptions
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        options = self.options
+        self._memory_of_gradients = GradientMemory(self.num_tasks)
+        self._parts["gradients"] = self._memory_of_gradients
+        self._shared = SharedParameters(self.num_tasks, options.shared_parameters)
+        self._of_features = options.gradients == "features"
+        self._takes_jacobian = isinstance(self.objective, JacobianMethod)
+        self._running: list[RunningGradients] = []
+        self._num_gathered = 0
+        self._found: Found | None = None
+        self._output_of_module: tuple[Tensor, ...] = ()
+        self._moves_early = True
+        self._bound_to: nn.Module | None = None
+        self.to(self.device, self.dtype)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether this step looks at the gradients of the tasks: every `every_n_steps` steps, not in a warm-up."""
+        return self.phase != "warmup" and self._memory_of_gradients.steps % self.options.every_n_steps == 0
+
+    def bind(self, model: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None) -> LossBalancer:
+        """As in `LossBalancer.bind`; the model's trainable parameters become known, the same ones keep what is known.
+
+        Raises:
+            OptionError: a pattern of `shared_parameters` that fits no parameter, a `shared_module` that is none.
+        """
+        super().bind(model, optimizer)
+        if model is None:
+            return self
+        self._shared.bind(model)
+        if self._takes_jacobian:
+            self.objective.allocate(sum(p.numel() for p in self._shared.parameters))
+        name = self.options.shared_module
+        if self._of_features and name is not None and model is not self._bound_to:
+            modules = dict(model.named_modules())
+            if name not in modules:
+                raise OptionError(f"shared_module: {name!r} is no module of the model, expected one of its names")
+            modules[name].register_forward_hook(self._keep_output)
+        self._bound_to = model
+        return self
+
+    def share(self, parameters: Sequence[nn.Parameter]) -> LossBalancer:
+        """Say which parameters are shared, in place of `bind`: all of `parameters` are; returns self."""
+        self._shared.take(list(parameters))
+        return self
+
+    def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self._output_of_module = tuple(x for x in _tensors(output) if x.requires_grad)
+
+    # --- the gradients -------------------------------------------------------------------------------------------
+
+    def gather(self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+        """Take in the gradients of a micro-batch, whose graph is kept; `decide` then uses what has been gathered.
+
+        Cost: K backward passes from the losses to the shared parameters or features.
+        """
+        local = [bool(here) for here in (batch.num_items > 0).tolist()]
+        present = self._whole_presence(local, batch, process_group, alone)
+        self._shared.look(batch.losses, local, present, process_group, alone)
+        number = min(self.objective.samples, 1 if self._of_features else self.objective.samples)
+        sample = self._num_gathered % number
+        if sample == len(self._running):
+            self._running.append(RunningGradients())
+        inputs = self._features_of(batch) if self._of_features else self._looked_at()
+        self._running[sample].add(batch, inputs, self._of_features, self.options.tasks_per_pass)
+        self._num_gathered += 1
+
+    def _looked_at(self) -> list[nn.Parameter]:
+        return self._shared.parameters if self._takes_jacobian else self._shared.looked_at
+
+    def _whole_presence(self, local: list[bool], batch: TaskLosses, group: Any, alone: bool) -> list[bool]:
+        if bool(self._shared.known.all()):
+            return local  # nothing is new: nobody looks
+        counts = batch.num_items if alone else all_reduce_sum(batch.num_items.detach(), group)
+        return [bool(here) for here in (counts > 0).tolist()]
+
+    def _features_of(self, batch: TaskLosses) -> tuple[Tensor, ...]:
+        features = batch.shared_features or self._output_of_module
+        if not features:
+            raise TaskLossError(
+                "gradients: 'features' needs what the heads are given: the field shared_features of the model's "
+                "output, or the option shared_module with the name of a module, and balancer.bind(model)"
+            )
+        return features
+
+    def _evaluate(
+        self,
+        whole: GlobalBatch,
+        active: Tensor,
+        micro_batches: Sequence[TaskLosses],
+        process_group: dist.ProcessGroup | None,
+        alone: bool,
+    ) -> Derivatives:
+        plain = super()._evaluate(whole, active, micro_batches, process_group, alone)
+        single = not self._running
+        if not self.needs_gradients:
+            self._found = Found(None, None, plain.coefficients, single)
+            return self._weighted(plain._replace(parameter_gradients=()), self._known_weights(), active)
+        if single:
+            for batch in micro_batches:
+                self.gather(batch, process_group, alone)
+        gradients = reduce_gradients(self._running, process_group, alone)
+        single = single and self._num_gathered == 1
+        self._running, self._num_gathered = [], 0
+        if self._takes_jacobian:
+            return self._decide_by_jacobian(gradients, plain, whole, active, single)
+        return self._decide_by_gramian(gradients, plain, whole, active, single)
+
+    def _weighted(self, plain: Derivatives, weights: Tensor, active: Tensor) -> Derivatives:
+        weights = torch.where(active, weights.to(self.device, self.dtype), 0.0)
+        return plain._replace(
+            output=plain.output._replace(weights=weights), coefficients=weights * plain.coefficients
+        )
+
+    def _known_weights(self) -> Tensor:
+        """The last weights; a task that has none yet gets the mean of the others'."""
+        weights = self._memory_of_gradients.weights
+        known = ~weights.isnan()
+        mean = torch.where(known, weights, 0.0).sum() / known.sum().clamp(min=1)
+        return torch.where(known, weights, torch.where(known.any(), mean, 1.0))
+
+    def _decide_by_gramian(
+        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor, single: bool
+    ) -> Derivatives:
+        assert isinstance(self.objective, GramianMethod)
+        memory = self._memory_of_gradients
+        raw = gradients.gramian.to(memory.gramian.device)
+        # With several samples the Gramian is none of one point: nothing stands in for a task that is absent.
+        holds = len(gradients.sample_items) == 1
+        here = whole.present[:, None] & whole.present
+        if self.phase == "balancing" and holds:
+            memory.gramian.copy_(torch.where(here & raw.isfinite().all(), raw, memory.gramian))
+        given = torch.where(here, raw, memory.gramian.double()) if holds else raw
+        slopes = plain.coefficients
+        numbers = torch.cat([given.double(), torch.stack([t.double() for t in (slopes, active, whole.present)])]).cpu()
+        gramian, (slope, is_active, is_present) = numbers[: self.num_tasks], numbers[self.num_tasks :].unbind()
+        tasks = ((is_active > 0) if holds else (is_present > 0) & (is_active > 0)).nonzero().flatten()
+        found = torch.zeros(self.num_tasks, dtype=torch.float64)
+        own: tuple[Tensor, ...] = plain.parameter_gradients
+        if len(tasks):
+            chosen = (gramian * slope * slope[:, None])[tasks][:, tasks]
+            if holds and bool((is_present[tasks] == 0).any()):
+                chosen = _nearest_gramian(chosen)
+            weights, own = self._weights_of(chosen, tasks, plain)
+            found[tasks] = weights
+            if self.phase == "balancing":
+                memory.weights.index_copy_(0, tasks.to(memory.weights.device), weights.to(memory.weights))
+        self._found = Found(gradients, None, slopes, single)
+        return self._weighted(plain, found, active)._replace(parameter_gradients=own)
+
+    def _weights_of(self, gramian: Tensor, tasks: Tensor, plain: Derivatives) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """w `[A]`, and the gradient of the method's own parameters."""
+        method = self.objective
+        assert isinstance(method, GramianMethod)
+        if not bool(gramian.isfinite().all()):
+            return torch.full((len(tasks),), torch.nan, dtype=torch.float64), plain.parameter_gradients
+        losses = self._normalised().double().cpu()[tasks]
+        with torch.no_grad():
+            weights = method.weights(gramian, losses, tasks)
+        parameters = list(method.parameters())
+        if not parameters:
+            return weights, plain.parameter_gradients
+        with torch.enable_grad():
+            loss = method.parameter_loss(gramian, losses, tasks)
+            own = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        return weights, own
+
+    def _normalised(self) -> Tensor:
+        with torch.no_grad():
+            return self.normalization(self._memory.last_losses)
+
+    def _decide_by_jacobian(
+        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor, single: bool
+    ) -> Derivatives:
+        assert isinstance(self.objective, JacobianMethod)
+        rows = gradients.samples[0]
+        slopes = plain.coefficients
+        factors = slopes * self._rules.task_priors.to(slopes)
+        tasks = (whole.present & active).cpu().nonzero().flatten()
+        sizes = [u.shape[1] for u in rows]
+        jacobian = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+        direction = jacobian.new_zeros(jacobian.shape[1])
+        if len(tasks) and bool(jacobian.isfinite().all()):
+            chosen = tasks.to(jacobian.device)
+            scaled = jacobian[chosen] * factors.to(jacobian)[chosen, None]
+            with torch.no_grad():
+                direction = self.objective.direction(scaled, self._normalised().double().cpu()[tasks], tasks).gradient
+        elif len(tasks):
+            direction = torch.full_like(direction, torch.nan)
+            plain = plain._replace(coefficients=torch.full_like(slopes, torch.nan))
+        self._found = Found(gradients, list(direction.split(sizes)), slopes, single)
+        return plain
+
+    # --- how the weighting is applied ----------------------------------------------------------------------------
+
+    def apply(self, batch: TaskLosses, weighting: Weighting, share: WindowShare | None = None) -> Tensor:
+        """As in `LossBalancer`. The backward pass of the scalar gives each parameter the gradient found for it; where
+        shared parameters and heads descend the same sum, it is an ordinary one."""
+        found = self._found
+        if self.phase == "warmup" or found is None:
+            return surrogate_loss(batch, weighting, share)
+        clip = self._clip(found, weighting)
+        same = self.options.heads == "weights" and clip is None and found.direction is None
+        direct = found.gradients is not None and not self._of_features and found.single and self._covers()
+        samples = 1 if found.gradients is None else len(found.gradients.sample_items)
+        if same and not direct and samples < 3:
+            return surrogate_loss(batch, weighting, share)
+        shared, of_one = self._shared.of_several, self._shared.of_one
+        local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
+        if found.direction is not None:
+            pairs = self._direction_pairs(found.direction, clip, share, weighting)
+            return self._emit(pairs, of_one, found.slopes, local, batch, weighting, share)
+        coefficients = weighting.coefficients if clip is None else weighting.coefficients * clip
+        if direct:
+            assert found.gradients is not None
+            part = coefficients if share is None else coefficients * share.everywhere
+            pairs = [
+                (p, part.to(u.dtype) @ u)
+                for p, u in zip(self._shared.looked_at, found.gradients.samples[0], strict=True)
+            ]
+        else:
+            of_shared = local
+            if samples == 3 and found.gradients is not None:
+                of_shared = self._share_of_sample(batch, found.gradients, share)
+            gradients = _gradients_of(batch, coefficients * of_shared * weighting.ranks, shared)
+            pairs = list(zip(shared, gradients, strict=True))
+        heads = weighting.coefficients if self.options.heads == "weights" else self._plain(found, weighting)
+        return self._emit(pairs, of_one, heads, local, batch, weighting, share)
+
+    def _covers(self) -> bool:
+        return self.options.shared_parameters is None or len(self._shared.looked_at) == len(self._shared.of_several)
+
+    def _plain(self, found: Found, weighting: Weighting) -> Tensor:
+        slopes = found.slopes * self._rules.task_priors.to(found.slopes)
+        return torch.where(weighting.present, slopes, 0.0)
+
+    def _direction_pairs(
+        self, direction: list[Tensor], clip: Tensor | None, share: WindowShare | None, weighting: Weighting
+    ) -> list[tuple[nn.Parameter, Tensor | None]]:
+        several = {id(parameter) for parameter in self._shared.of_several}
+        fraction: Tensor | float = 1.0 if share is None else share.fraction
+        factor = fraction if clip is None else fraction * clip
+        return [
+            (p, d * factor)
+            for p, d in zip(self._shared.parameters, direction, strict=True)
+            if id(p) in several
+        ]
+
+    def _share_of_sample(self, batch: TaskLosses, gradients: GlobalGradients, share: WindowShare | None) -> Tensor:
+        """`[K]`: this rank's items over those of the third sample, which alone is descended; zero for the others."""
+        if share is None or share.number % 3 != 2:
+            return torch.zeros_like(batch.num_items)
+        return batch.num_items / gradients.sample_items[2].to(batch.num_items).clamp(min=1)
+
+    def _emit(
+        self,
+        pairs: Sequence[tuple[nn.Parameter, Tensor | None]],
+        of_one: Sequence[nn.Parameter],
+        heads: Tensor,
+        local: Tensor,
+        batch: TaskLosses,
+        weighting: Weighting,
+        share: WindowShare | None,
+    ) -> Tensor:
+        own = _gradients_of(batch, heads * local * weighting.ranks, of_one)
+        given = given_gradients(weighting.value, [*pairs, *zip(of_one, own, strict=True)])
+        return with_value_of_f(given.to(batch.losses.dtype), batch, weighting, share)
+
+    def _clip(self, found: Found, weighting: Weighting) -> Tensor | None:
+        """What brings the gradient of the shared parameters to `max_norm`; None where it is off."""
+        limit = self.options.max_norm
+        if limit is None or found.gradients is None:
+            return None
+        if found.direction is not None:
+            square = torch.stack([d.double().square().sum() for d in found.direction]).sum()
+        else:
+            c = weighting.coefficients.double()
+            square = c @ found.gradients.gramian.to(c) @ c
+        norm = square.clamp(min=0).sqrt()
+        return (limit / (norm + 1e-6)).clamp(max=1.0).to(self.dtype)
+
+    # --- steps and state -----------------------------------------------------------------------------------------
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """As in `LossBalancer.step`; the number of steps, on which `every_n_steps` goes, is one more."""
+        counts = self._open and self.phase != "warmup"
+        super().step(*args, **kwargs)
+        self._found = None
+        if counts:
+            self._memory_of_gradients.steps += 1
+            if self._history is None:  # else `LossBalancer` has said so
+                self.objective.end_step()
+
+    def discard(self) -> None:
+        """As in `LossBalancer.discard`; what has been gathered is forgotten."""
+        super().discard()
+        self._running, self._num_gathered, self._found = [], 0, None
+
+    def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
+        """As in `LossBalancer.rollback`; what has been gathered is forgotten."""
+        super().rollback(snapshot)
+        self._running, self._num_gathered = [], 0
+
+    @contextmanager
+    def _no_trace(self) -> Iterator[None]:
+        running, gathered, found, output = self._running, self._num_gathered, self._found, self._output_of_module
+        self._running, self._num_gathered = [], 0
+        try:
+            with self._shared.unchanged(), super()._no_trace():
+                yield
+        finally:
+            self._running, self._num_gathered, self._found = running, gathered, found
+            self._output_of_module = output
+
+    def describe_invalid(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:
+        """As in `LossBalancer`; names the tasks whose gradient is not finite, where the losses are."""
+        finite = bool(weighting.losses.isfinite().all()) and bool(weighting.auxiliary_loss.isfinite())
+        gradients = None if self._found is None else self._found.gradients
+        if finite and gradients is not None:
+            bad = (~gradients.gramian.diagonal().isfinite()).tolist()
+            names = [name for name, is_bad in zip(self.task_names, bad, strict=True) if is_bad]
+            if names:
+                where = "" if step is None else f" at step {step}"
+                shown = ", ".join(repr(name) for name in names[:8])
+                return f"the gradient of task {shown} is not finite{where}, though its loss is", names[0], False
+        return super().describe_invalid(weighting, step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As in `LossBalancer.state_dict`; once a model is bound with what is known of its parameters."""
+        known = {f"{SHARED_PARAMETERS}{name}": tensor for name, tensor in self._shared.state_dict().items()}
+        return {**super().state_dict(), **known}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As in `LossBalancer.load_state_dict`."""
+        self.check_state_dict(state)
+        prefix = SHARED_PARAMETERS
+        known = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if known:
+            self._shared.load_state_dict(known)
+        self.rollback({name: tensor for name, tensor in state.items() if not name.startswith(prefix)})
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """As in `LossBalancer.start_from`; which parameters are shared is found again."""
+        super().start_from({name: x for name, x in state.items() if not name.startswith(SHARED_PARAMETERS)})
+
+
+def _gradients_of(
+    batch: TaskLosses, weights: Tensor, parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of sum_k w_k l_k; the graph is kept."""
+    if not parameters:
+        return ()
+    connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
+    total = torch.dot(weights.to(connected.dtype), connected)
+    return torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
+
+
+def _nearest_gramian(matrix: Tensor) -> Tensor:
+    """A matrix put together from entries of several steps, without its negative eigenvalues."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return (vectors * values.clamp(min=0)) @ vectors.T
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

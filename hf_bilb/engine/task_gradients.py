@@ -1,0 +1,387 @@
+"""The gradients of the K tasks: of which parameters, how they are found, and how they are added up.
+
+    U_k = sum over this rank's micro-batches of N_k * grad l_k,   J_k = sum over ranks of U_k / N_k of the global batch
+
+so that J is the Jacobian of the global losses, whatever rows and labels a rank has. It is reduced before anything that
+is not linear is done to it. With respect to features, every example has entries of its own: there J is never put
+together, and its Gramian is a sum over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_bilb.config.options import nearest
+from hf_bilb.engine.reduction import all_reduce_sum, data_parallel_size
+from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.losses.contract import TaskLosses
+
+#: In `owners`: an entry that no task's loss has reached so far, and one of a parameter that several reach.
+NOBODY, SHARED = -1, -2
+
+
+# --- which parameters ----------------------------------------------------------------------------------------------
+
+
+class SharedParameters:
+    """Finds the parameters that more than one task's loss reaches.
+
+    A parameter whose entries each belong to one task (heads that are stacked in one tensor) is not shared. What a loss
+    reaches is seen by sending a NaN back through the graph: a weight that is zero, or a gradient that is, hides nothing
+    then. A batch in which a task is seen for the first time is looked at, once for each such task.
+
+    State: `owners`, one int16 for every entry of the trainable parameters, once a model is bound; `known [K]`.
+
+    Args:
+        num_tasks: K.
+        patterns: names of the parameters whose gradients are looked at, with `*`; None: all shared ones.
+    """
+
+    def __init__(self, num_tasks: int, patterns: Sequence[str] | None) -> None:
+        self._patterns = patterns
+        self.parameters: list[nn.Parameter] = []
+        self._names: list[str] = []
+        self._owners: list[Tensor] = []
+        self.known = torch.zeros(num_tasks, dtype=torch.bool)
+        self.bound = False
+        self._looked_at: list[int] = []
+        self._of_several: list[int] = []
+
+    def bind(self, model: nn.Module) -> None:
+        """Take the trainable parameters of `model`; those of the same model keep what is known of them.
+
+        Raises:
+            OptionError: a pattern that fits no parameter, or no trainable one.
+        """
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if self.bound and [id(p) for p in named.values()] == [id(p) for p in self.parameters]:
+            return
+        for pattern in self._patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise OptionError(
+                    f"shared_parameters: {pattern!r} fits no trainable parameter{nearest(pattern, list(named))}"
+                )
+        self._take(list(named.values()), list(named))
+        self.bound = True
+
+    def take(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take these parameters as the shared ones, all of them; those of one task alone are then not known."""
+        self._take(list(parameters), [str(i) for i in range(len(parameters))])
+        self._owners = [torch.full_like(owner, SHARED) for owner in self._owners]
+        self.known.fill_(True)
+        self.bound = True
+        self._sort()
+
+    def _take(self, parameters: list[nn.Parameter], names: list[str]) -> None:
+        self.parameters, self._names = parameters, names
+        self._owners = [torch.full((p.numel(),), NOBODY, dtype=torch.int16, device=p.device) for p in parameters]
+        self.known.zero_()
+        self._sort()
+
+    def look(self, losses: Tensor, here: Sequence[bool], present: Sequence[bool], group: Any, alone: bool) -> None:
+        """Look at the tasks that are seen for the first time.
+
+        Args:
+            losses: `[K]`, attached to the graph. here: which tasks have items on this rank.
+            present: which have on any rank: the same on all.
+            group, alone: the ranks, as in `reduce_losses`.
+
+        Raises:
+            OptionError: on several ranks, where no model is bound.
+            TaskLossError: no parameter is reached by more than one task's loss.
+
+        Cost: nothing where every task is known; else a backward pass for each of the new ones, and on several ranks an
+        all-reduce of three numbers for every trainable parameter.
+        """
+        new = [k for k, there in enumerate(present) if there and not self.known[k]]
+        if not new:
+            return
+        ranks = 1 if alone else data_parallel_size(group)
+        if not self.bound:
+            if ranks > 1:
+                raise OptionError("gradient methods on several ranks need balancer.bind(model)")
+            self._discover(losses)
+        for k in new:
+            if here[k]:
+                self._mark(losses[k], k)
+        if ranks > 1:
+            self._agree(group)
+        self._owners = [torch.full_like(o, SHARED) if bool((o == SHARED).any()) else o for o in self._owners]
+        self.known[new] = True
+        self._sort()
+        if not self._of_several and int(self.known.sum()) > 1:
+            raise TaskLossError(
+                "no parameter is reached by the losses of more than one task: there is nothing to balance by gradients"
+            )
+
+    def _discover(self, losses: Tensor) -> None:
+        """Without a model: the parameters that the graph leads to, and what is known of those seen before."""
+        former = {id(p): owner for p, owner in zip(self.parameters, self._owners, strict=True)}
+        found = leaves_of(losses)
+        merged = [*self.parameters, *(p for p in found if id(p) not in former)]
+        known = self.known.clone()
+        self._take(merged, [str(i) for i in range(len(merged))])
+        self._owners = [former.get(id(p), owner) for p, owner in zip(merged, self._owners, strict=True)]
+        self.known.copy_(known)
+
+    def _mark(self, loss: Tensor, task: int) -> None:
+        with torch.autograd.set_detect_anomaly(False):  # which would stop at the NaN
+            probe = torch.full_like(loss, torch.nan)
+            found = torch.autograd.grad(loss, self.parameters, probe, retain_graph=True, allow_unused=True)
+        for i, gradient in enumerate(found):
+            if gradient is None:
+                continue
+            reached = (gradient.to_dense() if gradient.is_sparse else gradient).isnan().reshape(-1)
+            owner = self._owners[i]
+            other = (owner != NOBODY) & (owner != task)
+            self._owners[i] = torch.where(reached, torch.where(other, SHARED, task), owner).to(torch.int16)
+
+    def _agree(self, group: dist.ProcessGroup | None) -> None:
+        owners = torch.cat(self._owners).int()
+        far = 2**15
+        numbers = torch.stack(
+            [owners, torch.where(owners >= 0, -owners, -far), torch.where(owners == SHARED, 1, 0)]
+        ).contiguous()
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+        highest, lowest, shared = numbers[0], -numbers[1], numbers[2] > 0
+        differs = (highest >= 0) & (lowest != highest)
+        agreed = torch.where(shared | differs, SHARED, highest.clamp(min=NOBODY)).to(torch.int16)
+        self._owners = list(agreed.split([p.numel() for p in self.parameters]))
+
+    def _sort(self) -> None:
+        self._of_several = [i for i, owner in enumerate(self._owners) if len(owner) and bool(owner[0] == SHARED)]
+        if self._patterns is None or not self._names:
+            self._looked_at = self._of_several
+            return
+        chosen = [any(fnmatchcase(name, pattern) for pattern in self._patterns) for name in self._names]
+        self._looked_at = [i for i, here in enumerate(chosen) if here]
+        self._of_several = [i for i in range(len(chosen)) if chosen[i] or i in self._of_several]
+
+    @property
+    def looked_at(self) -> list[nn.Parameter]:
+        """Those whose gradients the method is given; all that are reached as long as none is known to be shared."""
+        return [self.parameters[i] for i in self._looked_at] or self._reached()
+
+    @property
+    def of_several(self) -> list[nn.Parameter]:
+        """Those that the weighted gradients are for."""
+        return [self.parameters[i] for i in self._of_several] or self._reached()
+
+    @property
+    def of_one(self) -> list[nn.Parameter]:
+        """The rest: parameters of one task alone, and such that nobody has reached."""
+        several = {id(parameter) for parameter in self.of_several}
+        return [parameter for parameter in self.parameters if id(parameter) not in several]
+
+    def _reached(self) -> list[nn.Parameter]:
+        return [p for p, o in zip(self.parameters, self._owners, strict=True) if bool((o != NOBODY).any())]
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Whatever is looked at inside, what is known is as before afterwards."""
+        known, owners = self.known.clone(), list(self._owners)
+        lists = self.parameters, self._names, self._looked_at, self._of_several
+        try:
+            yield
+        finally:
+            self.known.copy_(known)
+            self._owners = owners
+            self.parameters, self._names, self._looked_at, self._of_several = lists
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`known` and, once a model is bound, `owners`."""
+        if not self.bound:
+            return {}
+        owners = torch.cat(self._owners) if self._owners else torch.zeros(0, dtype=torch.int16)
+        return {"known": self.known.clone(), "owners": owners.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `state_dict()`."""
+        self.known.copy_(state["known"])
+        parts = state["owners"].split([p.numel() for p in self.parameters])
+        self._owners = [part.to(owner.device).clone() for part, owner in zip(parts, self._owners, strict=True)]
+        self._sort()
+
+
+def leaves_of(losses: Tensor) -> list[nn.Parameter]:
+    """The tensors that need a gradient and that the graph of `losses` leads to, each once, in a fixed order."""
+    found: list[nn.Parameter] = []
+    stack, seen = [losses.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        stack.extend(following for following, _ in reversed(node.next_functions))
+    return found
+
+
+# --- the gradients -------------------------------------------------------------------------------------------------
+
+
+class RunningGradients:
+    """What the micro-batches of a step on this rank add up to; one for each independent sample of the batch.
+
+    Attributes:
+        sums: U, for each parameter `[K, n]`; empty with respect to features.
+        gramian: with respect to features, sum over micro-batches of U U^T `[K, K]`; else None.
+        num_items: `[K]`.
+    """
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+        self.gramian: Tensor | None = None
+        self.num_items: Tensor | None = None
+
+    def add(self, batch: TaskLosses, inputs: Sequence[Tensor], of_features: bool, tasks_per_pass: int | None) -> None:
+        """Take in a micro-batch."""
+        rows = gradient_rows(batch, inputs, tasks_per_pass)
+        items = batch.num_items.detach()
+        self.num_items = items.clone() if self.num_items is None else self.num_items + items
+        if of_features:
+            gramian = gramian_of(rows, rows)
+            self.gramian = gramian if self.gramian is None else self.gramian + gramian
+        elif self.sums:
+            # Not in place: a gradient may be a view of something smaller.
+            self.sums = list(torch._foreach_add(self.sums, rows))
+        else:
+            self.sums = rows
+
+
+def gradient_rows(batch: TaskLosses, inputs: Sequence[Tensor], tasks_per_pass: int | None) -> list[Tensor]:
+    """N_k grad l_k for every task, for each input `[K, n]`, in float32 at least; zero for tasks without items here.
+
+    Args:
+        batch: losses, attached to the graph, and counts.
+        inputs: the parameters or features.
+        tasks_per_pass: so many tasks go through the graph at once; 1: one after the other; None: all.
+
+    Cost: K backward passes through the graph from the losses to the inputs, which is kept.
+    """
+    num_tasks = len(batch.losses)
+    connected = torch.where(batch.num_items > 0, batch.losses * batch.num_items.to(batch.losses.dtype), 0.0)
+    size = num_tasks if tasks_per_pass is None else tasks_per_pass
+    one_hot = torch.eye(num_tasks, dtype=connected.dtype, device=connected.device)
+    if size == 1 or num_tasks == 1:
+        return _one_by_one(connected, one_hot, inputs)
+    parts = []
+    for start in range(0, num_tasks, size):
+        found = torch.autograd.grad(
+            connected, inputs, one_hot[start : start + size], retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        parts.append([_row(gradient, x, len(one_hot[start : start + size])) for gradient, x in zip(found, inputs)])
+    return parts[0] if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
+
+
+def _one_by_one(connected: Tensor, one_hot: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    rows = [
+        torch.empty(len(one_hot), x.numel(), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for x in inputs
+    ]
+    for k, chosen in enumerate(one_hot):
+        found = torch.autograd.grad(connected, inputs, chosen, retain_graph=True, allow_unused=True)
+        for row, gradient in zip(rows, found, strict=True):
+            if gradient is None:
+                row[k] = 0.0
+            else:
+                row[k] = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
+    return rows
+
+
+def _row(gradient: Tensor | None, x: Tensor, size: int) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if gradient is None:
+        return torch.zeros(size, x.numel(), dtype=dtype, device=x.device)
+    return gradient.reshape(size, -1).to(dtype)
+
+
+def gramian_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """J_left J_right^T `[K, K]`, float64, of Jacobians that are given by parameter."""
+    total = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(left, right, strict=True):
+        total = total.to(a.device) + (a @ b.T).double()
+    return total
+
+
+class GlobalGradients(NamedTuple):
+    """The gradients of the global batch.
+
+    Attributes:
+        samples: for each independent sample J, by parameter `[K, n]`; empty with respect to features.
+        gramian: J_a J_b^T `[K, K]`, float64: of the first two samples, or of the only one.
+        sample_items: `[S, K]`, the items of each sample.
+    """
+
+    samples: list[list[Tensor]]
+    gramian: Tensor
+    sample_items: Tensor
+
+
+def reduce_gradients(running: Sequence[RunningGradients], group: Any, alone: bool) -> GlobalGradients:
+    """From this rank's sums to the global batch; see the top of the file.
+
+    Cost: one all-reduce of S K (d + 1) numbers, with respect to features of K (K + 1).
+    """
+    alone = alone or data_parallel_size(group) == 1
+    items = torch.stack([each.num_items for each in running if each.num_items is not None])
+    if running[0].gramian is not None:
+        gramian = torch.stack([each.gramian for each in running if each.gramian is not None]).sum(0)
+        items = items.sum(0, keepdim=True).double()
+        if not alone:
+            gramian, items = all_reduce_sum(torch.cat([gramian, items.to(gramian.device)]), group).split(
+                [len(gramian), 1]
+            )
+        scale = 1 / items[0].clamp(min=1)
+        return GlobalGradients([], gramian * scale * scale[:, None], items)
+    sums = [each.sums for each in running]
+    if not alone:
+        flat = torch.cat([items.reshape(-1).to(sums[0][0].dtype), *(u.reshape(-1) for rows in sums for u in rows)])
+        sizes = [items.numel(), *(u.numel() for rows in sums for u in rows)]
+        counts, *parts = all_reduce_sum(flat, group).split(sizes)
+        items = counts.reshape(items.shape)
+        shapes = [u.shape for rows in sums for u in rows]
+        whole = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
+        sums = [[next(whole) for _ in rows] for rows in sums]
+    samples = []
+    for rows, count in zip(sums, items, strict=True):
+        samples.append([u / count.clamp(min=1).to(u.dtype)[:, None] for u in rows])
+    gramian = gramian_of(samples[0], samples[min(1, len(samples) - 1)])
+    return GlobalGradients(samples, gramian, items)
+
+
+# --- how the result reaches the parameters -------------------------------------------------------------------------
+
+
+class _Given(torch.autograd.Function):
+    """A value whose backward pass gives each parameter the gradient that was found for it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        factor = incoming[0]
+        return (None, None, *(gradient * factor.to(gradient.dtype) for gradient in ctx.gradients))
+
+
+def given_gradients(value: Tensor, found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Tensor:
+    """The scalar `value` whose backward pass adds to each parameter's `.grad` what was `found`, times what comes in.
+
+    So accelerate's scaling, the hooks of DistributedDataParallel and accumulation see an ordinary backward pass.
+    """
+    pairs = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
+    parameters = [parameter for parameter, _ in pairs]
+    gradients = [gradient.reshape(p.shape).to(p.dtype) for p, gradient in pairs]
+    return _Given.apply(value, gradients, *parameters)
