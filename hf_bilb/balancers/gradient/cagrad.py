@@ -75,7 +75,9 @@ def conflict_averse(gramian: Tensor, c: float) -> Tensor:
     if radius <= 1e-12 * c:  # the mean is zero up to rounding errors, or c is
         return torch.zeros_like(linear)
     low, high = 0.0, 1 / radius
-    ratio, support, weights = min(1 / c, high), None, None
+    ratio = min(1 / c, high)
+    support: Tensor | None = None
+    weights: Tensor | None = None
     for _ in range(_ROUNDS):
         weights = simplex_minimum(gramian, ratio * linear, weights)
         norm = float((weights @ gramian @ weights).clamp_min(0)) ** 0.5

@@ -28,10 +28,10 @@ class FairGradOptions(GradientOptions):
     """Options of `fairgrad`.
 
     Attributes:
-        alpha: of the fairness, from 0.05 (nearly the plain sum) to 20 (nearly only the worst task).
+        alpha: of the fairness, from 0.1 (nearly the plain sum) to 10 (nearly only the worst task).
     """
 
-    alpha: float = bounded(1.0, at_least=0.05, at_most=20)
+    alpha: float = bounded(1.0, at_least=0.1, at_most=10)
     heads: HeadWeights = "sum"
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 _TOLERANCE = 1e-13
 #: A gradient counts as zero where its squared norm is below this share of the largest.
 _ZERO = 1e-24
-#: What is added to the diagonal of the cosines in `fair_weights`, so that there always is a solution.
-_RIDGE = 1e-12
+#: About how many times the weight that a task would have alone `fair_weights` gives it at most.
+_MOST = 1e4
 _NEWTON_STEPS = 100
-_EXCHANGES = 40
+_EXCHANGES = 15
 
 
 def normalised(gramian: Tensor) -> tuple[Tensor, float]:
@@ -45,6 +45,7 @@ def without_zero_gradients(gramian: Tensor, solve: Callable[[Tensor], Tensor]) -
 
 def project_to_simplex(point: Tensor) -> Tensor:
     """The nearest w to `point [A]` with w >= 0 and sum 1."""
+    point = point - point.max()  # of large numbers only the differences count
     ranked = point.sort(descending=True).values
     excess = (ranked.cumsum(0) - 1) / torch.arange(1, len(point) + 1, dtype=point.dtype)
     count = int((ranked > excess).sum())
@@ -62,7 +63,12 @@ def simplex_minimum(gramian: Tensor, linear: Tensor | None = None, start: Tensor
         linear: p `[A]`.
         start: the solution of a problem nearby, to begin with its support; default: the best single task.
     """
-    linear = torch.zeros_like(gramian[0]) if linear is None else linear
+    if linear is None:
+        linear = torch.zeros_like(gramian[0])
+        if len(linear) > 4:  # a good guess pays
+            # The min-norm point is the minimum of 1/2 x^T G x + 1/2 (sum x - 1)^2 over x >= 0, scaled to sum 1.
+            guess, left = _exchange(gramian + 1, torch.full_like(gramian[:1], -1.0))
+            start = start if len(left) else guess[0].clamp_min(0) / guess[0].clamp_min(0).sum()
     if start is None:
         start = torch.zeros_like(linear)
         start[(gramian.diagonal() / 2 + linear).argmin()] = 1
@@ -133,30 +139,37 @@ def _solve_on(hessian: Tensor, linear: Tensor, on_simplex: bool) -> Tensor | Non
 
 
 def smallest_above(gramian: Tensor, bounds: Tensor) -> Tensor:
-    """argmin of v^T G v over v >= u for each row u of `bounds [M, A]`; G must be positive definite.
-
-    All rows at once by exchanging blocks of the active set (Judice and Pires); a row that has not come to rest after
-    some rounds is solved by itself.
-    """
+    """argmin of v^T G v over v >= u for each row u of `bounds [M, A]`; G must be positive definite."""
     slopes = bounds @ gramian
-    limit = -_TOLERANCE * max(1.0, float(slopes.abs().max()))
-    free = slopes < limit
-    moves, identity = torch.zeros_like(bounds), torch.eye(len(gramian), dtype=gramian.dtype)
-    open_rows = torch.arange(len(bounds))
-    for _ in range(_EXCHANGES):
-        inside = free[open_rows]
-        equations = torch.where(inside[:, :, None] & inside[:, None, :], gramian, identity)
-        solved, _ = torch.linalg.solve_ex(equations, torch.where(inside, -slopes[open_rows], 0.0))
-        moves[open_rows] = solved
-        wrong = torch.where(inside, solved < 0, solved @ gramian + slopes[open_rows] < limit)
-        left = wrong.any(dim=1)
-        open_rows = open_rows[left]
-        if not len(open_rows):
-            return bounds + moves
-        free[open_rows] ^= wrong[left]
-    for row in open_rows.tolist():
+    moves, left = _exchange(gramian, slopes)
+    for row in left.tolist():
         moves[row] = nonnegative_minimum(gramian, slopes[row])
     return bounds + moves
+
+
+def _exchange(hessian: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+    """argmin of 1/2 x^T H x + p^T x over x >= 0 for each row p of `linear [M, A]`, and the rows without result.
+
+    All rows at once by exchanging blocks of the active set (Judice and Pires), which takes few rounds where it comes to
+    rest; that is not certain.
+    """
+    limit = -_TOLERANCE * max(1.0, float(linear.abs().max()))
+    free = linear < limit
+    moves, identity = torch.zeros_like(linear), torch.eye(len(hessian), dtype=hessian.dtype)
+    left = torch.arange(len(linear))
+    for _ in range(_EXCHANGES):
+        inside = free[left]
+        equations = torch.where(inside[:, :, None] & inside[:, None, :], hessian, identity)
+        solved = torch.linalg.solve_ex(equations, torch.where(inside, -linear[left], 0.0)).result
+        moves[left] = solved
+        # Written so that NaN, of singular equations, is wrong.
+        wrong = ~torch.where(inside, solved >= 0, solved @ hessian + linear[left] >= limit)
+        kept = wrong.any(dim=1)
+        left = left[kept]
+        if not len(left):
+            break
+        free[left] ^= wrong[kept]
+    return moves, left
 
 
 # ------------------------------------------------------------------------------------------- fairness
@@ -165,55 +178,73 @@ def smallest_above(gramian: Tensor, bounds: Tensor) -> Tensor:
 def fair_weights(gramian: Tensor, power: float) -> Tensor:
     """w > 0 with G w = w^-power: the minimum of 1/2 w^T G w - sum_k (the integral of w_k^-power), which is convex.
 
-    By Newton's method with a line search, in units in which every gradient alone has the weight 1. There is no
-    solution where some weights >= 0 bring the gradients to zero, as with opposite ones: the weights would grow without
-    end. 1e-12 on the diagonal of the cosines ends that, at |w_k g_k| = sqrt(K) 1e6 for `power` = 1.
+    There is no solution where some weights >= 0 bring the gradients to zero, as with opposite ones: the weights would
+    grow without end, and cancel each other to rounding errors. Where a weight exceeds 1e4 times what its task would
+    have alone, 1e4^-(1 + power) times |g_k|^2 is added to the diagonal of G, which bounds them about there.
     """
-    return without_zero_gradients(gramian, lambda there: _newton(there, power))
+
+    def bounded(there: Tensor) -> Tensor:
+        scaled, scale = normalised(there)
+        squares = scaled.diagonal()
+        norms = squares.sqrt()
+        cosines = scaled / norms[:, None] / norms
+        alone = squares ** (-1 / (1 + power))
+        share = _fair_shares(cosines, alone * norms, power)
+        if share is None:
+            cosines.diagonal().add_(_MOST ** -(1 + power))
+            share = _fair_shares(cosines, alone * norms, power, most=torch.inf)
+        return torch.ones_like(squares) if share is None else share * alone * scale ** (-1 / (1 + power))
+
+    return without_zero_gradients(gramian, bounded)
 
 
-def _newton(gramian: Tensor, power: float) -> Tensor:
-    scaled, scale = normalised(gramian)
-    squares = scaled.diagonal()
-    alone = squares ** (-1 / (1 + power))
-    norms = squares.sqrt()
-    cosines = scaled / (norms[:, None] * norms)
-    cosines.diagonal().add_(_RIDGE)
-    size = alone * norms  # |w_k g_k| where w is what the task alone would have
-    one = torch.ones_like(size)
+def _fair_shares(cosines: Tensor, size: Tensor, power: float, most: float = _MOST) -> Tensor | None:
+    """u, by Newton's method with a line search; None where one exceeds `most`.
+
+    Args:
+        cosines: C `[A, A]`, of the gradients.
+        size: v `[A]`, |w_k g_k| where w_k is what the task would have alone; in these units G w = w^-power reads
+            C (v u) = v u^-power.
+    """
 
     def value(at: Tensor) -> Tensor:
         integral = at.log() if power == 1 else at ** (1 - power) / (1 - power)
-        return (size * at) @ (cosines @ (size * at)) / 2 - size.square() @ integral
+        return (size * at) @ cosines @ (size * at) / 2 - size.square() @ integral
 
-    # The best point on the ray of equal shares: the curvature is that of the quadratic form there.
-    share = one * (size.square().sum() / (size @ cosines @ size)).clamp(1e-30, 1e12) ** (1 / (1 + power))
-    current = value(share)
+    # The best of the equal shares.
+    curvature = size.square().sum() / (size @ cosines @ size).clamp_min(1e-300)
+    share = torch.ones_like(size) * curvature.clamp_max(1e3 ** (1 + power)) ** (1 / (1 + power))
+    current, stalled = value(share), 0
     for _ in range(_NEWTON_STEPS):
         inverse = share**-power
         slope = cosines @ (size * share) - size * inverse
-        if (slope.abs() <= 1e-15 * size * inverse).all():
-            break
         curved = cosines + torch.diag(power * inverse / share)
         change = -torch.linalg.solve_ex(curved, slope).result / size
         gain = float(slope @ (size * change))
-        if not gain < 0:
+        if not gain < 0 or (change.abs() <= 1e-15 * share).all():
             break
         step = min(1.0, 0.95 / max(float((-change / share).max()), 1e-300))
-        share, current, moved = _line_search(value, share, current, change, gain, step)
-        if not moved or (step * change.abs() <= 1e-16 * share).all():
+        found = _line_search(value, share, current, change, gain, step)
+        if found is None:
             break
-    return share * alone * scale ** (-1 / (1 + power))
+        # The value ends in rounding errors two steps before the point does.
+        stalled += int(found[1] >= current)
+        share, current = found
+        if share.max() > 10 * most:
+            return None
+        if stalled > 2:
+            break
+    return share if share.isfinite().all() and share.max() <= most else None
 
 
 def _line_search(
     value: Callable[[Tensor], Tensor], point: Tensor, current: Tensor, change: Tensor, gain: float, step: float
-) -> tuple[Tensor, Tensor, bool]:
+) -> tuple[Tensor, Tensor] | None:
     """Halve the step until the value falls by a fair share of what its slope promises, rounding errors aside."""
     for _ in range(40):
         trial = point + step * change
         reached = value(trial)
         if reached <= current + 1e-4 * step * gain + 4e-16 * abs(current):
-            return trial, reached, True
+            return trial, reached
         step /= 2
-    return point, current, False
+    return None

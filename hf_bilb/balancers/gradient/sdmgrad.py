@@ -1,0 +1,75 @@
+"""SDMGrad, stochastic direction-oriented multi-objective gradient. Xiao, Ban, Ji, NeurIPS 2023 (arXiv 2305.18409).
+
+    A = J_1 J_2^T / s^2,   s = mean_k sqrt(max(0, (J_1 J_2^T)_kk))
+    `iterations` times:  v <- momentum v + A (a + lambda 1 / K),   a <- P(a - rate v)     v = 0 before each
+    the shared parameters descend J_3^T (a + lambda 1 / K) / (1 + lambda)
+
+J_1, J_2, J_3 -> the gradients of three independent samples, as in `modo`; a -> shares, 1 / K at the start, which each
+step begins from; P projects on the simplex, lambda -> regularization, rate -> step_size. lambda draws the direction to
+that of the plain mean: 0 is MGDA, large is the mean. LibMTL and its scripts: rate 5, momentum 0.5, 20 iterations,
+lambda 0.3, as here; torchjd has a rate of 10. Both add 1e-8 to s^2 (we: where it is zero).
+
+In a step with absent tasks a is that of the present ones, scaled to sum 1; the absent ones' stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_bilb.balancers.gradient.modo import SharesMethod
+from hf_bilb.balancers.gradient.solvers import project_to_simplex
+from hf_bilb.balancers.registry import Cost, register_balancer
+from hf_bilb.config.options import bounded
+from hf_bilb.engine.gradient_method import GradientOptions, HeadWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdmGradOptions(GradientOptions):
+    """Options of `sdmgrad`.
+
+    Attributes:
+        regularization: lambda, how strongly the direction is drawn to the mean gradient.
+        step_size: of the shares' inner steps.
+        momentum: of these steps.
+        iterations: how many there are in an update.
+    """
+
+    regularization: float = bounded(0.3, at_least=0)
+    step_size: float = bounded(5.0, above=0)
+    momentum: float = bounded(0.5, at_least=0, below=1)
+    iterations: int = bounded(20, at_least=1)
+    heads: HeadWeights = "sum"
+
+
+@register_balancer(
+    "sdmgrad",
+    options=SdmGradOptions,
+    paper="Xiao et al., NeurIPS 2023 (arXiv 2305.18409)",
+    costs=(Cost(1, "K", memory="3 K d"),),
+)
+class SdmGrad(SharesMethod):
+    """SDMGrad. State: `shares [K]`."""
+
+    def __init__(self, num_tasks: int, options: SdmGradOptions) -> None:
+        super().__init__(num_tasks)
+        self._options = options
+
+    @torch.no_grad()
+    def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
+        """(a + lambda / A) / (1 + lambda) `[A]`, for the third sample."""
+        options = self._options
+        scale = gramian.diagonal().clamp_min(0).sqrt().mean().square()
+        # Independent samples may disagree in every sign: then the largest entry stands in.
+        scale = scale if scale > 0 else gramian.abs().max()
+        matrix = gramian / torch.where(scale > 0, scale, 1.0)
+        shares = self.known_shares(gramian, tasks)
+        even = options.regularization / len(shares)
+        velocity = torch.zeros_like(shares)
+        for _ in range(options.iterations):
+            velocity = options.momentum * velocity + matrix @ (shares + even)
+            shares = project_to_simplex(shares - options.step_size * velocity)
+        self.remember(shares, tasks)
+        return (shares + even) / (1 + options.regularization)
