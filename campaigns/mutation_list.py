@@ -910,7 +910,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "a rollback leaves what the step under way would teach",
         "        self._learns = False\n        self._epoch = int",
         "        self._epoch = int",
-        ("engine", "trainer/test_nonfinite.py", "balancers", "trainer"),
+        ("engine/test_phases.py", "engine", "trainer/test_nonfinite.py", "balancers", "trainer"),
     ),
     Mutation(
         "a look at a loss changes what the step under way teaches",
