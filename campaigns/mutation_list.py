@@ -865,7 +865,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "labels of many entries count along the batch alone",
-        "valid.sum(dim=[dim for dim in range(valid.ndim) if dim != 1])",
+        "valid.sum(dim=(0, *range(2, valid.ndim)))",
         "valid.flatten(2).any(dim=2).sum(dim=0) if valid.ndim > 2 else valid.sum(dim=0)",
         ("trainer/test_item_counts.py", *TRAINER),
     ),
@@ -910,7 +910,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "a rollback leaves what the step under way would teach",
         "        self._learns = False\n        self._epoch = int",
         "        self._epoch = int",
-        ("engine", "trainer/test_nonfinite.py", "balancers", "trainer"),
+        ("engine/test_phases.py", "engine", "trainer/test_nonfinite.py", "balancers", "trainer"),
     ),
     Mutation(
         "a look at a loss changes what the step under way teaches",

@@ -84,7 +84,7 @@ class ItemCounter:
         columns = label_columns(batch, self._label_names, self._task_names)
         if isinstance(columns, Tensor):
             valid = valid_labels(columns, self._ignore_index)
-            return ItemCounts(valid.sum(dim=[dim for dim in range(valid.ndim) if dim != 1]), ())
+            return ItemCounts(valid.sum(dim=(0, *range(2, valid.ndim))), ())
         told = _valid_numbers(list(columns.values()), self._ignore_index)
         if len(columns) == num_tasks:
             return ItemCounts(told, ())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class OptimizerStep:
 
     Args:
         batches: the inputs of each micro-batch.
-        forward: runs a model on one of them and returns its losses.
+        forward: a weak reference to what runs a model on one of them and returns its losses: the Trainer's, which holds
+            this step.
         device: whose random generator the model draws from.
         replayed: remember the random states, so that `runs` can be called after the pass that counts.
 
@@ -74,7 +76,7 @@ class OptimizerStep:
     """
 
     def __init__(
-        self, batches: Sequence[Mapping[str, Any]], forward: Forward, device: torch.device, replayed: bool
+        self, batches: Sequence[Mapping[str, Any]], forward: WeakMethod[Forward], device: torch.device, replayed: bool
     ) -> None:
         self.batches = batches
         self.number = -1
@@ -84,7 +86,7 @@ class OptimizerStep:
         self.weighting: Weighting | None = None
         self.parts: list[Part] = []
         self.gradient_norm: Tensor | None = None
-        self._forward = forward
+        self._weak_forward = forward
         self._device = device
         self._replayed = replayed
         self._random_states: list[RandomState] = []
@@ -150,6 +152,12 @@ class OptimizerStep:
         if len(self._random_states) == len(self.batches):
             return self.runs(model)
         return [partial(self._forward, model, batch) for batch in self.batches]
+
+    def _forward(self, model: nn.Module, batch: Mapping[str, Any]) -> TaskLosses:
+        forward = self._weak_forward()
+        if forward is None:
+            raise RuntimeError("the Trainer of this step is gone")
+        return forward(model, batch)
 
     # --- what is decided -----------------------------------------------------------------------------------------
 

@@ -266,10 +266,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         """These are the micro-batches of the next step, which `training_step` gets one after the other."""
         balancer = self.balancer
         replayed = balancer.needs_reevaluation or balancer.needs_look_ahead or self.args.diagnostics is not None
-        trainer = weakref.proxy(self)
-        self.current_step = OptimizerStep(
-            batches, lambda model, batch: trainer._forward(model, batch), self.args.device, replayed
-        )
+        self.current_step = OptimizerStep(batches, weakref.WeakMethod(self._forward), self.args.device, replayed)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         # Counting labels for the model's own loss scaling would cost a gather; our shares come from the task counts.

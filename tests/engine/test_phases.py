@@ -137,6 +137,20 @@ def test_frozen_goes_on_weighting_and_learns_nothing(case: Case) -> None:
         assert not torch.equal(found[0], found[1])
 
 
+def test_a_dropped_step_teaches_nothing_after_it_is_frozen() -> None:
+    balancer, rows = build_balancer("famo", K, dtype=torch.float64), random_losses(K, 3)
+    after = rows[2]
+    balancer.backward(rows[0].clone().requires_grad_())
+    balancer.step(reevaluate=lambda: after)
+    before = balancer.snapshot()
+    balancer.backward(rows[1].clone().requires_grad_())
+    balancer.rollback(before)  # the step is dropped, and the next one is frozen
+    balancer.phase = "frozen"
+    balancer.backward(rows[1].clone().requires_grad_())
+    balancer.step(reevaluate=lambda: after)
+    assert torch.equal(balancer.objective.logits, before["objective.logits"])
+
+
 @pytest.mark.parametrize("reference", ["first_step", "every_epoch", {"mean_of": 3}], ids=str)
 def test_frozen_keeps_references_but_a_late_task_gets_one(reference: Any) -> None:
     balancer = build_balancer("bilb", K, dtype=torch.float64, reference=reference, absent_tasks="skip")
