@@ -122,7 +122,7 @@ class GradientBalancer(LossBalancer):
             return self
         self._shared.bind(model)
         if self._takes_jacobian:
-            self.objective.allocate(sum(p.numel() for p in self._shared.parameters))
+            self.objective.allocate(sum(p.numel() for p in self._looked_at()))
         name = self.options.shared_module
         if self._of_features and name is not None and model is not self._bound_to:
             modules = dict(model.named_modules())
@@ -160,7 +160,9 @@ class GradientBalancer(LossBalancer):
         self._num_gathered += 1
 
     def _looked_at(self) -> list[nn.Parameter]:
-        return self._shared.parameters if self._takes_jacobian else self._shared.looked_at
+        # A direction always has the same length, whatever is known to be shared.
+        everything = self._takes_jacobian and self.options.shared_parameters is None
+        return self._shared.parameters if everything else self._shared.looked_at
 
     def _whole_presence(self, local: list[bool], batch: TaskLosses, group: Any, alone: bool) -> list[bool]:
         if bool(self._shared.known.all()):
@@ -202,9 +204,7 @@ class GradientBalancer(LossBalancer):
 
     def _weighted(self, plain: Derivatives, weights: Tensor, active: Tensor) -> Derivatives:
         weights = torch.where(active, weights.to(self.device, self.dtype), 0.0)
-        return plain._replace(
-            output=plain.output._replace(weights=weights), coefficients=weights * plain.coefficients
-        )
+        return plain._replace(output=plain.output._replace(weights=weights), coefficients=weights * plain.coefficients)
 
     def _known_weights(self) -> Tensor:
         """The last weights; a task that has none yet gets the mean of the others'."""
@@ -267,23 +267,30 @@ class GradientBalancer(LossBalancer):
         self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor, single: bool
     ) -> Derivatives:
         assert isinstance(self.objective, JacobianMethod)
-        rows = gradients.samples[0]
-        slopes = plain.coefficients
-        factors = slopes * self._rules.task_priors.to(slopes)
+        memory, slopes = self._memory_of_gradients, plain.coefficients
+        # Of the features, whatever has the same Gramian gives the same weights.
+        rows = gradients.samples[0] if gradients.samples else [_root(gradients.gramian)]
         tasks = (whole.present & active).cpu().nonzero().flatten()
-        sizes = [u.shape[1] for u in rows]
+        self._found = Found(gradients, None, slopes, single)
+        if not len(tasks):
+            return self._weighted(plain, torch.zeros(self.num_tasks), active)
         jacobian = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
-        direction = jacobian.new_zeros(jacobian.shape[1])
-        if len(tasks) and bool(jacobian.isfinite().all()):
-            chosen = tasks.to(jacobian.device)
-            scaled = jacobian[chosen] * factors.to(jacobian)[chosen, None]
-            with torch.no_grad():
-                direction = self.objective.direction(scaled, self._normalised().double().cpu()[tasks], tasks).gradient
-        elif len(tasks):
-            direction = torch.full_like(direction, torch.nan)
-            plain = plain._replace(coefficients=torch.full_like(slopes, torch.nan))
-        self._found = Found(gradients, list(direction.split(sizes)), slopes, single)
-        return plain
+        if not bool(jacobian.isfinite().all()):
+            return plain._replace(coefficients=torch.full_like(slopes, torch.nan))
+        chosen = tasks.to(jacobian.device)
+        scaled = jacobian[chosen] * slopes.to(jacobian)[chosen, None]
+        losses = self._normalised().double().cpu()[tasks]
+        with torch.no_grad():
+            gradient, weights = self.objective.direction(scaled, losses, tasks)
+        if weights is None:
+            direction = list(gradient.split([u.shape[1] for u in rows]))
+            self._found = self._found._replace(direction=direction)
+            return plain
+        found = torch.zeros(self.num_tasks, dtype=torch.float64)
+        found[tasks] = weights.double().cpu()
+        if self.phase == "balancing":
+            memory.weights.index_copy_(0, tasks.to(memory.weights.device), found[tasks].to(memory.weights))
+        return self._weighted(plain, found, active)
 
     # --- how the weighting is applied ----------------------------------------------------------------------------
 
@@ -302,15 +309,20 @@ class GradientBalancer(LossBalancer):
         shared, of_one = self._shared.of_several, self._shared.of_one
         local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
         if found.direction is not None:
-            pairs = self._direction_pairs(found.direction, clip, share, weighting)
-            return self._emit(pairs, of_one, found.slopes, local, batch, weighting, share)
+            pairs = self._direction_pairs(found.direction, clip, share)
+            given = {id(parameter) for parameter, _ in pairs}
+            # What is shared and not looked at descends the plain sum, as the parameters of one task do.
+            rest = [*of_one, *(parameter for parameter in shared if id(parameter) not in given)]
+            return self._emit(pairs, rest, self._plain(found, weighting), local, batch, weighting, share)
         coefficients = weighting.coefficients if clip is None else weighting.coefficients * clip
         if direct:
             assert found.gradients is not None
+            several = {id(parameter) for parameter in shared}
             part = coefficients if share is None else coefficients * share.everywhere
             pairs = [
                 (p, part.to(u.dtype) @ u)
-                for p, u in zip(self._shared.looked_at, found.gradients.samples[0], strict=True)
+                for p, u in zip(self._looked_at(), found.gradients.samples[0], strict=True)
+                if id(p) in several
             ]
         else:
             of_shared = local
@@ -329,16 +341,13 @@ class GradientBalancer(LossBalancer):
         return torch.where(weighting.present, slopes, 0.0)
 
     def _direction_pairs(
-        self, direction: list[Tensor], clip: Tensor | None, share: WindowShare | None, weighting: Weighting
+        self, direction: list[Tensor], clip: Tensor | None, share: WindowShare | None
     ) -> list[tuple[nn.Parameter, Tensor | None]]:
-        several = {id(parameter) for parameter in self._shared.of_several}
+        shared = {id(parameter) for parameter in self._shared.of_several}
         fraction: Tensor | float = 1.0 if share is None else share.fraction
         factor = fraction if clip is None else fraction * clip
-        return [
-            (p, d * factor)
-            for p, d in zip(self._shared.parameters, direction, strict=True)
-            if id(p) in several
-        ]
+        looked_at = self._looked_at()
+        return [(p, d * factor) for p, d in zip(looked_at, direction, strict=True) if id(p) in shared]
 
     def _share_of_sample(self, batch: TaskLosses, gradients: GlobalGradients, share: WindowShare | None) -> Tensor:
         """`[K]`: this rank's items over those of the third sample, which alone is descended; zero for the others."""
@@ -438,9 +447,7 @@ class GradientBalancer(LossBalancer):
         super().start_from({name: x for name, x in state.items() if not name.startswith(SHARED_PARAMETERS)})
 
 
-def _gradients_of(
-    batch: TaskLosses, weights: Tensor, parameters: Sequence[nn.Parameter]
-) -> tuple[Tensor | None, ...]:
+def _gradients_of(batch: TaskLosses, weights: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
     """The gradient of sum_k w_k l_k; the graph is kept."""
     if not parameters:
         return ()
@@ -453,6 +460,14 @@ def _nearest_gramian(matrix: Tensor) -> Tensor:
     """A matrix put together from entries of several steps, without its negative eigenvalues."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * values.clamp(min=0)) @ vectors.T
+
+
+def _root(gramian: Tensor) -> Tensor:
+    """A matrix `[K, K]` whose Gramian is the given one."""
+    if not bool(gramian.isfinite().all()):
+        return gramian
+    values, vectors = torch.linalg.eigh((gramian + gramian.T) / 2)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def _tensors(output: Any) -> list[Tensor]:

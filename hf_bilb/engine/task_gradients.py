@@ -9,6 +9,7 @@ together, and its Gramian is a sum over micro-batches and ranks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 from hf_bilb.config.options import nearest
 from hf_bilb.engine.reduction import all_reduce_sum, data_parallel_size
-from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import TaskLosses
+
+logger = logging.getLogger(__name__)
 
 #: In `owners`: an entry that no task's loss has reached so far, and one of a parameter that several reach.
 NOBODY, SHARED = -1, -2
@@ -50,7 +53,7 @@ class SharedParameters:
         self._names: list[str] = []
         self._owners: list[Tensor] = []
         self.known = torch.zeros(num_tasks, dtype=torch.bool)
-        self.bound = False
+        self.bound = self._said = False
         self._looked_at: list[int] = []
         self._of_several: list[int] = []
 
@@ -95,7 +98,6 @@ class SharedParameters:
 
         Raises:
             OptionError: on several ranks, where no model is bound.
-            TaskLossError: no parameter is reached by more than one task's loss.
 
         Cost: nothing where every task is known; else a backward pass for each of the new ones, and on several ranks an
         all-reduce of three numbers for every trainable parameter.
@@ -116,9 +118,11 @@ class SharedParameters:
         self._owners = [torch.full_like(o, SHARED) if bool((o == SHARED).any()) else o for o in self._owners]
         self.known[new] = True
         self._sort()
-        if not self._of_several and int(self.known.sum()) > 1:
-            raise TaskLossError(
-                "no parameter is reached by the losses of more than one task: there is nothing to balance by gradients"
+        if not self._of_several and int(self.known.sum()) > 1 and not self._said:
+            self._said = True
+            logger.warning(
+                "no parameter is reached by the losses of more than one task: the gradients of all parameters are "
+                "looked at, and share no direction"
             )
 
     def _discover(self, losses: Tensor) -> None:
@@ -269,6 +273,8 @@ def gradient_rows(batch: TaskLosses, inputs: Sequence[Tensor], tasks_per_pass: i
     Cost: K backward passes through the graph from the losses to the inputs, which is kept.
     """
     num_tasks = len(batch.losses)
+    if not inputs:  # no task has had a loss so far
+        return []
     connected = torch.where(batch.num_items > 0, batch.losses * batch.num_items.to(batch.losses.dtype), 0.0)
     size = num_tasks if tasks_per_pass is None else tasks_per_pass
     one_hot = torch.eye(num_tasks, dtype=connected.dtype, device=connected.device)
@@ -277,7 +283,12 @@ def gradient_rows(batch: TaskLosses, inputs: Sequence[Tensor], tasks_per_pass: i
     parts = []
     for start in range(0, num_tasks, size):
         found = torch.autograd.grad(
-            connected, inputs, one_hot[start : start + size], retain_graph=True, allow_unused=True, is_grads_batched=True
+            connected,
+            inputs,
+            one_hot[start : start + size],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
         )
         parts.append([_row(gradient, x, len(one_hot[start : start + size])) for gradient, x in zip(found, inputs)])
     return parts[0] if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
@@ -307,10 +318,8 @@ def _row(gradient: Tensor | None, x: Tensor, size: int) -> Tensor:
 
 def gramian_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """J_left J_right^T `[K, K]`, float64, of Jacobians that are given by parameter."""
-    total = torch.zeros((), dtype=torch.float64)
-    for a, b in zip(left, right, strict=True):
-        total = total.to(a.device) + (a @ b.T).double()
-    return total
+    products = [(a @ b.T).double() for a, b in zip(left, right, strict=True)]
+    return torch.stack(products).sum(0) if products else torch.zeros((), dtype=torch.float64)
 
 
 class GlobalGradients(NamedTuple):
@@ -345,7 +354,8 @@ def reduce_gradients(running: Sequence[RunningGradients], group: Any, alone: boo
         return GlobalGradients([], gramian * scale * scale[:, None], items)
     sums = [each.sums for each in running]
     if not alone:
-        flat = torch.cat([items.reshape(-1).to(sums[0][0].dtype), *(u.reshape(-1) for rows in sums for u in rows)])
+        like = sums[0][0] if sums[0] else items
+        flat = torch.cat([items.reshape(-1).to(like.dtype), *(u.reshape(-1) for rows in sums for u in rows)])
         sizes = [items.numel(), *(u.numel() for rows in sums for u in rows)]
         counts, *parts = all_reduce_sum(flat, group).split(sizes)
         items = counts.reshape(items.shape)
@@ -356,6 +366,8 @@ def reduce_gradients(running: Sequence[RunningGradients], group: Any, alone: boo
     for rows, count in zip(sums, items, strict=True):
         samples.append([u / count.clamp(min=1).to(u.dtype)[:, None] for u in rows])
     gramian = gramian_of(samples[0], samples[min(1, len(samples) - 1)])
+    if not samples[0]:
+        gramian = torch.zeros(items.shape[1], items.shape[1], dtype=torch.float64, device=items.device)
     return GlobalGradients(samples, gramian, items)
 
 

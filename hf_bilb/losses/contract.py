@@ -93,9 +93,7 @@ def as_task_losses(
     if auxiliary_loss is not None and auxiliary_loss.numel() != 1:
         raise TaskLossError(f"auxiliary_loss: got shape {tuple(auxiliary_loss.shape)}, expected a scalar")
     features = [shared_features] if isinstance(shared_features, Tensor) else shared_features or ()
-    return TaskLosses(
-        vector, counts, router_features, auxiliary_loss, complete, num_items is not None, tuple(features)
-    )
+    return TaskLosses(vector, counts, router_features, auxiliary_loss, complete, num_items is not None, tuple(features))
 
 
 def _as_counts(
