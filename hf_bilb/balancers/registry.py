@@ -130,6 +130,7 @@ def resolve_options(name: str, options: Mapping[str, Any], path: str = "balancer
         OptionError: one line with the key path, the value and what was expected.
     """
     cls = get_balancer_spec(name, path).options
+    options = cls.prepared(options)
     preset = options.get("preset")
     given = dict(cls.presets.get(preset, {})) if isinstance(preset, str) else {}
     return parse_options(cls, {**given, **options}, path)
@@ -191,7 +192,7 @@ def build_balancer(
     by_gradients = isinstance(objective, GradientMethod)
     if parameters and not by_gradients:
         raise OptionError(f"balancer.shared_parameters: balancer {name!r} does not look at gradients")
-    balancer = (GradientBalancer if by_gradients else LossBalancer)(
+    built = (GradientBalancer if by_gradients else LossBalancer)(
         name,
         objective,
         resolved,
@@ -201,9 +202,9 @@ def build_balancer(
         device=device,
         dtype=torch.float32 if dtype is None else dtype,
     )
-    if isinstance(balancer, GradientBalancer) and parameters:
-        balancer.share(parameters)
-    return balancer
+    if isinstance(built, GradientBalancer) and parameters:
+        built.share(parameters)
+    return built
 
 
 def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -122,6 +122,7 @@ class GradientBalancer(LossBalancer):
             return self
         self._shared.bind(model)
         if self._takes_jacobian:
+            assert isinstance(self.objective, JacobianMethod)
             self.objective.allocate(sum(p.numel() for p in self._looked_at()))
         name = self.options.shared_module
         if self._of_features and name is not None and model is not self._bound_to:
@@ -256,6 +257,7 @@ class GradientBalancer(LossBalancer):
             return weights, plain.parameter_gradients
         with torch.enable_grad():
             loss = method.parameter_loss(gramian, losses, tasks)
+            assert loss is not None, "a method with parameters has a loss for them"
             own = torch.autograd.grad(loss, parameters, materialize_grads=True)
         return weights, own
 

@@ -56,18 +56,18 @@ class GradientOptions(BalancerOptions):
         if self.shared_module is not None and self.gradients != "features":
             raise OptionError("shared_module: is the module whose output gradients: 'features' looks at, expected null")
         if self.gradients == "features" and self.shared_parameters is not None:
-            raise OptionError(
-                "shared_parameters: no parameters are looked at with gradients: 'features', expected null"
-            )
-        for key, used in {
+            raise OptionError("shared_parameters: are not looked at with gradients: 'features', expected null")
+        if self.max_norm is None:
+            return
+        unknown = {
             "gradients: 'features'": self.gradients == "features",
-            "every_n_steps": self.every_n_steps > 1,
-        }.items():
-            if self.max_norm is not None and used:
-                raise OptionError(
-                    f"max_norm: is not valid with {key}, where the norm is not known; expected null (max_grad_norm of "
-                    "the Trainer clips the whole gradient)"
-                )
+            f"every_n_steps: {self.every_n_steps}": self.every_n_steps > 1,
+        }
+        for key in [key for key, holds in unknown.items() if holds]:
+            raise OptionError(
+                f"max_norm: {self.max_norm} is not valid with {key}, where the norm of the shared parameters' gradient "
+                "is not known; expected null (the Trainer's max_grad_norm clips the whole gradient)"
+            )
 
 
 class GradientMethod(Objective):

@@ -46,6 +46,11 @@ class BalancerOptions:
             raise OptionError(f"learning_rate: {self.learning_rate} is not valid, expected a number >= 0")
         check_bounds(self)
 
+    @classmethod
+    def prepared(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options of a recipe as fields of this class, for a method that takes keys which are none."""
+        return options
+
     def require_positive_normalization(self, name: str, why: str = "takes the logarithm itself") -> None:
         """Raise `OptionError` for `normalization: log` (negative values) in a method that takes logarithms."""
         if self.normalization == "log":

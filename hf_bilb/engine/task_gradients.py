@@ -138,7 +138,9 @@ class SharedParameters:
     def _mark(self, loss: Tensor, task: int) -> None:
         with torch.autograd.set_detect_anomaly(False):  # which would stop at the NaN
             probe = torch.full_like(loss, torch.nan)
-            found = torch.autograd.grad(loss, self.parameters, probe, retain_graph=True, allow_unused=True)
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, self.parameters, probe, retain_graph=True, allow_unused=True
+            )
         for i, gradient in enumerate(found):
             if gradient is None:
                 continue
@@ -282,15 +284,11 @@ def gradient_rows(batch: TaskLosses, inputs: Sequence[Tensor], tasks_per_pass: i
         return _one_by_one(connected, one_hot, inputs)
     parts = []
     for start in range(0, num_tasks, size):
-        found = torch.autograd.grad(
-            connected,
-            inputs,
-            one_hot[start : start + size],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=True,
+        chosen = one_hot[start : start + size]
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            connected, inputs, chosen, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
-        parts.append([_row(gradient, x, len(one_hot[start : start + size])) for gradient, x in zip(found, inputs)])
+        parts.append([_row(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
     return parts[0] if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
 
 
@@ -300,7 +298,9 @@ def _one_by_one(connected: Tensor, one_hot: Tensor, inputs: Sequence[Tensor]) ->
         for x in inputs
     ]
     for k, chosen in enumerate(one_hot):
-        found = torch.autograd.grad(connected, inputs, chosen, retain_graph=True, allow_unused=True)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            connected, inputs, chosen, retain_graph=True, allow_unused=True
+        )
         for row, gradient in zip(rows, found, strict=True):
             if gradient is None:
                 row[k] = 0.0

@@ -66,7 +66,7 @@ class Weighting(NamedTuple):
     valid: Tensor
 
 
-def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: int, number: int) -> WindowShare:
+def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: int, number: int = 0) -> WindowShare:
     """A micro-batch's share where the weighting is the whole window's: F is reported in equal parts."""
     part = torch.ones_like(weighting.value) / num_micro_batches
     local = batch.num_items / weighting.num_items.clamp(min=1)

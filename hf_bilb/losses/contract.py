@@ -44,9 +44,14 @@ class TaskLosses:
 
     def detach(self) -> TaskLosses:
         """The same numbers without their graph."""
-        parts = {name: getattr(self, name) for name in ("losses", "router_features", "auxiliary_loss")}
-        free = {name: None if part is None else part.detach() for name, part in parts.items()}
-        return replace(self, **free, shared_features=())
+        features, auxiliary = self.router_features, self.auxiliary_loss
+        return replace(
+            self,
+            losses=self.losses.detach(),
+            router_features=None if features is None else features.detach(),
+            auxiliary_loss=None if auxiliary is None else auxiliary.detach(),
+            shared_features=(),
+        )
 
 
 def as_task_losses(

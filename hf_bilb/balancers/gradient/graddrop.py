@@ -39,9 +39,7 @@ class VectorOptions(GradientOptions):
         if self.heads != "sum":
             raise OptionError(f"heads: {self.heads!r} is not valid, expected 'sum': this method has no weights")
         if self.gradients != "parameters":
-            raise OptionError(
-                f"gradients: {self.gradients!r} is not valid, expected 'parameters': there are no weights"
-            )
+            raise OptionError(f"gradients: {self.gradients!r} is not valid, expected 'parameters': it has no weights")
         if self.every_n_steps != 1:
             raise OptionError(f"every_n_steps: {self.every_n_steps} is not valid, expected 1: there are no weights")
 

@@ -57,6 +57,11 @@ class TorchjdOptions(GradientOptions):
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     heads: HeadWeights = "sum"
 
+    @classmethod
+    def prepared(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keys that are none of ours become arguments of the class."""
+        return split_torchjd_options(options)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_arguments(self.aggregator, self.options)
