@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
@@ -120,6 +121,8 @@ class GradientBalancer(LossBalancer):
         super().bind(model, optimizer)
         if model is None:
             return self
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # whose names the patterns are of
         self._shared.bind(model)
         if self._takes_jacobian:
             assert isinstance(self.objective, JacobianMethod)

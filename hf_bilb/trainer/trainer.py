@@ -158,6 +158,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
         learned = None if former is None or former.method != settings.method else self.balancer.snapshot()
         self.balancer = self._build_balancer(settings)
         check_balancer(self)
+        if isinstance(self.balancer, GradientBalancer):
+            self.balancer.bind(self.model)  # part of its state is of the parameters' size
         if learned is not None:
             self.balancer.rollback(learned)
         elif self.args.balancer_init_from is not None:

@@ -165,6 +165,33 @@ def all_cases() -> list[Case]:
 CASES = all_cases()
 
 
+#: Gradient methods without weights, which have neither weights to keep nor to give the heads.
+DIRECTIONS = ("graddrop", "moco")
+
+
+def gradient_cases() -> list[Case]:
+    """Every gradient method x options that all of them have."""
+    cases = []
+    for name in GRADIENT_METHODS:
+        kind = "initial" if name == "gradnorm" else "log"  # gradnorm divides by the first losses
+        cases += [
+            Case(name, "default"),
+            Case(name, kind, {"normalization": kind}),
+            Case(name, "max_norm", {"max_norm": 0.5}),
+        ]
+        if name not in DIRECTIONS:
+            other = "sum" if get_balancer_spec(name).options().heads == "weights" else "weights"
+            cases += [
+                Case(name, "every_3", {"every_n_steps": 3}),
+                Case(name, "features", {"gradients": "features"}),
+                Case(name, other, {"heads": other}),
+            ]
+    return cases
+
+
+GRADIENT_CASES = gradient_cases()
+
+
 def random_losses(num_tasks: int, steps: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """`[steps, K]` positive losses of very different sizes, no two alike."""
     generator = torch.Generator().manual_seed(seed)

@@ -31,11 +31,13 @@ from tests.distributed.methods import (
     compares_updates,
     is_linear,
     looks_again,
+    looks_at_gradients,
     micro_batches_on_ranks,
     only_normalizes,
     over_micro_batches,
     over_window,
     refused,
+    takes_samples,
     windows_on_ranks,
     with_all_labels,
 )
@@ -146,6 +148,14 @@ def decides_on_parts(case: Case) -> bool:
     return not looks_again(case)
 
 
+def by_losses_alone(case: Case) -> bool:
+    return not looks_again(case) and not looks_at_gradients(case)
+
+
+def as_one_batch(case: Case) -> bool:
+    return not takes_samples(case)
+
+
 def accumulation_checks(parts: int) -> dict[str, Check]:
     """Of an update of eight rows in `parts` micro-batches, in one process."""
     return {
@@ -153,12 +163,13 @@ def accumulation_checks(parts: int) -> dict[str, Check]:
             "`window`",
             {f"window_{number}": partial(over_window, parts=number) for number in (1, parts)},
             partial(verify_window, parts),
+            as_one_batch,
         ),
         f"micro_batches_{parts}": Check(
             "`micro_batch`, plain loop",
             {f"micro_batches_{parts}": partial(over_micro_batches, parts=parts)},
             partial(verify_micro_batches, parts),
-            decides_on_parts,
+            by_losses_alone,
         ),
         f"all_labels_{parts}": Check(
             "`micro_batch`, linear",
@@ -173,7 +184,7 @@ CHECKS: dict[str, Check] = {
     "skip": on_ranks("two ranks, `skip`", "skip", partial(by_trainer, absent="skip")),
     "hold": on_ranks("two ranks, `hold`", "hold", partial(by_trainer, absent="hold")),
     "by_hand": on_ranks("two ranks, own loop", "by_hand", by_hand),
-    "windows": on_ranks("two ranks x 4, `window`", "windows", windows_on_ranks),
+    "windows": on_ranks("two ranks x 4, `window`", "windows", windows_on_ranks, applies=as_one_batch),
     "parts": on_ranks("two ranks x 2, `micro_batch`", "parts", micro_batches_on_ranks, applies=decides_on_parts),
     "refused": Check("`micro_batch` refused", {"refused": refused}, verify_refusal, looks_again),
     **accumulation_checks(2),
@@ -189,10 +200,18 @@ SAMPLE = (
     "dwa-epoch",
     "famo-default",
     "famo-next_batch",
+    "graddrop-default",
     "go4align-groups_2",
     "marigold-default",
     "marigold-exact",
+    "gradnorm-default",
+    "imtl_g-features",
     "marigold-lagged",
+    "mgda-default",
+    "moco-max_norm",
+    "modo-default",
+    "nash_mtl-every_3",
+    "pcgrad-weights",
     "stch-schedule_mu",
 )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.contract.cases import CASES, Case
+from hf_bilb.balancers.registry import GRADIENT_METHODS
+from tests.contract.cases import CASES, GRADIENT_CASES, Case
 from tests.distributed.micro_batch_loop import train_in_parts
 from tests.distributed.models import FeatureModel, build_feature_model
 from tests.distributed.training import SmallestGap, optimizer_settings, train, train_standalone, uneven_data
@@ -26,7 +27,7 @@ ADAM = optimizer_settings(torch.float64)
 
 def cases() -> dict[str, Case]:
     """Every case of the contract suite by name: registered method, variant of its options or normalization."""
-    return {str(case): case for case in CASES}
+    return {str(case): case for case in (*CASES, *GRADIENT_CASES)}
 
 
 def only_normalizes(case: Case) -> bool:
@@ -39,6 +40,15 @@ def looks_again(case: Case) -> bool:
     return (
         case.is_double_loop or case.option("reevaluate") == "same_batch" or case.option("mode") in ("exact", "commit")
     )
+
+
+def looks_at_gradients(case: Case) -> bool:
+    return case.name in GRADIENT_METHODS
+
+
+def takes_samples(case: Case) -> bool:
+    """Whether the micro-batches of an update are independent samples, so that their number counts."""
+    return case.name in ("modo", "sdmgrad") and case.option("gradients") == "parameters"
 
 
 def compares_updates(case: Case) -> bool:

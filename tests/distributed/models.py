@@ -21,6 +21,7 @@ class FeatureOutput(SyntheticOutput):
     """With features for a router."""
 
     router_features: Tensor | None = None
+    shared_features: Tensor | None = None
 
 
 class FeatureModel(SyntheticModel):
@@ -55,6 +56,7 @@ class FeatureModel(SyntheticModel):
             logits=logits,
             auxiliary_loss=weight * logits.square().mean() if weight else None,
             router_features=hidden[labels.isfinite().any(dim=1)],
+            shared_features=hidden,
         )
 
 

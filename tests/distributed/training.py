@@ -192,7 +192,8 @@ def train_standalone(
         balancer.look_ahead(rerun, process_group=group)
         found = losses_of(wrapped(*batch), balancer.task_names)
         optimizer.zero_grad()
-        values.append(balancer.backward(found.losses, found.num_items, found.router_features, process_group=group))
+        features = {"router_features": found.router_features, "shared_features": found.shared_features}
+        values.append(balancer.backward(found.losses, found.num_items, process_group=group, **features))
         optimizer.step()
         balancer.step(reevaluate=rerun, process_group=group)
     return {
@@ -213,7 +214,8 @@ def _rerun(model: nn.Module, batch: tuple[Tensor, Tensor], task_names: Sequence[
 
 
 def losses_of(outputs: Any, task_names: Sequence[str]) -> TaskLosses:
-    return as_task_losses(outputs.losses, outputs.num_items, task_names, router_features=outputs.get("router_features"))
+    features = {name: outputs.get(name) for name in ("router_features", "shared_features")}
+    return as_task_losses(outputs.losses, outputs.num_items, task_names, **features)
 
 
 def train_plain(model: nn.Module, data: SyntheticData, global_batch: int, steps: int, learning_rate: float) -> Tensor:

@@ -14,7 +14,8 @@ from hf_bilb.errors import OptionError
 from tests.balancers.gradient.reference import GRAMIAN, JACOBIAN, build, error, gradients
 
 STATEFUL = {
-    "gradvac": {}, "moco": {}, "modo": {"gamma": 0.05}, "sdmgrad": {"step_size": 0.1}, "gradnorm": {}, "pcgrad": {}, "graddrop": {},
+    "gradvac": {}, "moco": {}, "modo": {"gamma": 0.05}, "sdmgrad": {"step_size": 0.1}, "gradnorm": {},
+    "pcgrad": {}, "graddrop": {},
 }  # fmt: skip
 DRAWING = ["pcgrad", "graddrop", "gradvac"]
 
