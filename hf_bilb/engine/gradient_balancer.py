@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb.engine.balancer import LossBalancer
@@ -39,18 +40,31 @@ SHARED_PARAMETERS = "shared_parameters."
 class GradientMemory(nn.Module):
     """What is remembered between two steps that look at the gradients.
 
-    State: `weights [K]`, the last ones found, NaN for a task that had no loss so far; `gramian [K, K]`, its last known
+    State: `weights [K]`, the last ones found; `known [K]`, whether there are any; `gramian [K, K]`, its last known
     entries, for `absent_tasks: hold`; `steps`, how many there have been, on the host.
     """
 
     weights: Tensor
+    known: Tensor
     gramian: Tensor
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
-        self.register_buffer("weights", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self.register_buffer("weights", torch.zeros(num_tasks, dtype=torch.float64))
+        self.register_buffer("known", torch.zeros(num_tasks, dtype=torch.bool))
         self.register_buffer("gramian", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
         self.steps = 0
+
+    def remember(self, tasks: Tensor, weights: Tensor) -> None:
+        """Keep the `weights [A]` of the `tasks [A]`."""
+        at = tasks.to(self.weights.device)
+        self.weights.index_copy_(0, at, weights.to(self.weights))
+        self.known[at] = True
+
+    def last_weights(self) -> Tensor:
+        """The last weights `[K]`; a task that has none yet gets the mean of the others'."""
+        mean = torch.where(self.known, self.weights, 0.0).sum() / self.known.sum().clamp(min=1)
+        return torch.where(self.known, self.weights, torch.where(self.known.any(), mean, 1.0))
 
     def get_extra_state(self) -> Tensor:
         """The number of steps, as a part of the state."""
@@ -174,14 +188,14 @@ class GradientBalancer(LossBalancer):
         counts = batch.num_items if alone else all_reduce_sum(batch.num_items.detach(), group)
         return [bool(here) for here in (counts > 0).tolist()]
 
-    def _features_of(self, batch: TaskLosses) -> tuple[Tensor, ...]:
+    def _features_of(self, batch: TaskLosses) -> list[Tensor | GradientEdge]:
         features = batch.shared_features or self._output_of_module
         if not features:
             raise TaskLossError(
                 "gradients: 'features' needs what the heads are given: the field shared_features of the model's "
                 "output, or the option shared_module with the name of a module, and balancer.bind(model)"
             )
-        return features
+        return [_inside_wrapper(tensor) for tensor in features]
 
     def _evaluate(
         self,
@@ -195,7 +209,9 @@ class GradientBalancer(LossBalancer):
         single = not self._running
         if not self.needs_gradients:
             self._found = Found(None, None, plain.coefficients, single)
-            return self._weighted(plain._replace(parameter_gradients=()), self._known_weights(), active)
+            return self._weighted(
+                plain._replace(parameter_gradients=()), self._memory_of_gradients.last_weights(), active
+            )
         if single:
             for batch in micro_batches:
                 self.gather(batch, process_group, alone)
@@ -209,13 +225,6 @@ class GradientBalancer(LossBalancer):
     def _weighted(self, plain: Derivatives, weights: Tensor, active: Tensor) -> Derivatives:
         weights = torch.where(active, weights.to(self.device, self.dtype), 0.0)
         return plain._replace(output=plain.output._replace(weights=weights), coefficients=weights * plain.coefficients)
-
-    def _known_weights(self) -> Tensor:
-        """The last weights; a task that has none yet gets the mean of the others'."""
-        weights = self._memory_of_gradients.weights
-        known = ~weights.isnan()
-        mean = torch.where(known, weights, 0.0).sum() / known.sum().clamp(min=1)
-        return torch.where(known, weights, torch.where(known.any(), mean, 1.0))
 
     def _decide_by_gramian(
         self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor, single: bool
@@ -242,7 +251,7 @@ class GradientBalancer(LossBalancer):
             weights, own = self._weights_of(chosen, tasks, plain)
             found[tasks] = weights
             if self.phase == "balancing":
-                memory.weights.index_copy_(0, tasks.to(memory.weights.device), weights.to(memory.weights))
+                memory.remember(tasks, weights)
         self._found = Found(gradients, None, slopes, single)
         return self._weighted(plain, found, active)._replace(parameter_gradients=own)
 
@@ -294,7 +303,7 @@ class GradientBalancer(LossBalancer):
         found = torch.zeros(self.num_tasks, dtype=torch.float64)
         found[tasks] = weights.double().cpu()
         if self.phase == "balancing":
-            memory.weights.index_copy_(0, tasks.to(memory.weights.device), found[tasks].to(memory.weights))
+            memory.remember(tasks, found[tasks])
         return self._weighted(plain, found, active)
 
     # --- how the weighting is applied ----------------------------------------------------------------------------
@@ -465,6 +474,16 @@ def _nearest_gramian(matrix: Tensor) -> Tensor:
     """A matrix put together from entries of several steps, without its negative eigenvalues."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * values.clamp(min=0)) @ vectors.T
+
+
+def _inside_wrapper(tensor: Tensor) -> Tensor | GradientEdge:
+    """The place of `tensor` in the graph of the losses. With `find_unused_parameters` DistributedDataParallel returns
+    copies of the model's outputs, to which no loss leads back."""
+    node = tensor.grad_fn
+    if node is None or type(node).__name__ != "_DDPSinkBackward":
+        return tensor
+    inner, number = node.next_functions[tensor.output_nr]
+    return tensor if inner is None else GradientEdge(inner, number)
 
 
 def _root(gramian: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from hf_bilb.config.options import nearest
 from hf_bilb.engine.reduction import all_reduce_sum, data_parallel_size
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 
 logger = logging.getLogger(__name__)
@@ -249,9 +250,17 @@ class RunningGradients:
         self.gramian: Tensor | None = None
         self.num_items: Tensor | None = None
 
-    def add(self, batch: TaskLosses, inputs: Sequence[Tensor], of_features: bool, tasks_per_pass: int | None) -> None:
+    def add(
+        self,
+        batch: TaskLosses,
+        inputs: Sequence[Tensor] | Sequence[Tensor | GradientEdge],
+        of_features: bool,
+        tasks_per_pass: int | None,
+    ) -> None:
         """Take in a micro-batch."""
         rows = gradient_rows(batch, inputs, tasks_per_pass)
+        if of_features and not rows:
+            raise TaskLossError("shared_features: no loss leads back to them; give what the heads are given itself")
         items = batch.num_items.detach()
         self.num_items = items.clone() if self.num_items is None else self.num_items + items
         if of_features:
@@ -264,7 +273,9 @@ class RunningGradients:
             self.sums = rows
 
 
-def gradient_rows(batch: TaskLosses, inputs: Sequence[Tensor], tasks_per_pass: int | None) -> list[Tensor]:
+def gradient_rows(
+    batch: TaskLosses, inputs: Sequence[Tensor] | Sequence[Tensor | GradientEdge], tasks_per_pass: int | None
+) -> list[Tensor]:
     """N_k grad l_k for every task, for each input `[K, n]`, in float32 at least; zero for tasks without items here.
 
     Args:
@@ -280,40 +291,37 @@ def gradient_rows(batch: TaskLosses, inputs: Sequence[Tensor], tasks_per_pass: i
     connected = torch.where(batch.num_items > 0, batch.losses * batch.num_items.to(batch.losses.dtype), 0.0)
     size = num_tasks if tasks_per_pass is None else tasks_per_pass
     one_hot = torch.eye(num_tasks, dtype=connected.dtype, device=connected.device)
-    if size == 1 or num_tasks == 1:
-        return _one_by_one(connected, one_hot, inputs)
     parts = []
     for start in range(0, num_tasks, size):
         chosen = one_hot[start : start + size]
+        batched = len(chosen) > 1
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            connected, inputs, chosen, retain_graph=True, allow_unused=True, is_grads_batched=True
+            connected,
+            inputs,
+            chosen if batched else chosen[0],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
         )
-        parts.append([_row(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
-    return parts[0] if len(parts) == 1 else [torch.cat(rows) for rows in zip(*parts, strict=True)]
+        parts.append([_rows(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
+    if len(parts) == 1:
+        return [row for row in parts[0] if row is not None]
+    return [_joined(rows) for rows in zip(*parts, strict=True)]
 
 
-def _one_by_one(connected: Tensor, one_hot: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    rows = [
-        torch.empty(len(one_hot), x.numel(), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for x in inputs
-    ]
-    for k, chosen in enumerate(one_hot):
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            connected, inputs, chosen, retain_graph=True, allow_unused=True
-        )
-        for row, gradient in zip(rows, found, strict=True):
-            if gradient is None:
-                row[k] = 0.0
-            else:
-                row[k] = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
-    return rows
+def _rows(gradient: Tensor | None, x: Tensor | GradientEdge, size: int) -> Tensor | None:
+    """`[size, n]`; None where nothing is reached and the number of entries is not known."""
+    if gradient is not None:
+        whole = gradient.to_dense() if gradient.is_sparse else gradient
+        return whole.reshape(size, -1).to(torch.promote_types(whole.dtype, torch.float32))
+    if isinstance(x, GradientEdge):
+        return None
+    return torch.zeros(size, x.numel(), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
-def _row(gradient: Tensor | None, x: Tensor, size: int) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if gradient is None:
-        return torch.zeros(size, x.numel(), dtype=dtype, device=x.device)
-    return gradient.reshape(size, -1).to(dtype)
+def _joined(rows: Sequence[Tensor | None]) -> Tensor:
+    known = next(row for row in rows if row is not None)
+    return torch.cat([known.new_zeros(1, known.shape[1]) if row is None else row for row in rows])
 
 
 def gramian_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

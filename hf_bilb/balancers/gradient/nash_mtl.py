@@ -10,9 +10,9 @@ within about 1e-6; we need neither the rounds nor the last weights. Its `update_
 The original code clips the shared gradient to norm 1 after the backward pass (`max_norm: 1` here; the default is
 null); FAMO's and LDC-MTL's copies clip before it, which does nothing.
 
-There is no solution where a task's gradient is zero, or where gradients >= 0 cancel each other (opposite ones). A task
-with a zero gradient takes no part and gets the mean of the others' weights, for its head; for the rest see
-`solvers.fair_weights`: the shared direction stays below sqrt(K), the weights are large but finite.
+There is no solution where a task's gradient is zero, or where weights >= 0 make the gradients cancel (opposite ones). A
+task with a zero gradient takes no part and gets the mean of the others' weights, for its head. Where gradients cancel
+the weights are bounded (`solvers.fair_weights`): |a_k g_k| stays about below 1e4, the norm of J^T a below sqrt(K).
 """
 
 from __future__ import annotations

@@ -193,7 +193,8 @@ def fair_weights(gramian: Tensor, power: float) -> Tensor:
         if share is None:
             cosines.diagonal().add_(_MOST ** -(1 + power))
             share = _fair_shares(cosines, alone * norms, power, most=torch.inf)
-        return torch.ones_like(squares) if share is None else share * alone * scale ** (-1 / (1 + power))
+        share = torch.ones_like(squares) if share is None else share
+        return share * alone * scale ** (-1 / (1 + power))
 
     return without_zero_gradients(gramian, bounded)
 

@@ -125,6 +125,16 @@ def test_a_gramian_of_two_samples_may_be_anything(method: str, scale: float) -> 
             assert (objective.shares >= 0).all()
 
 
+def test_sdmgrad_does_not_see_the_scale_of_samples_that_disagree_either() -> None:
+    for cross in (gradients(4, 9) @ gradients(4, 9, 1).T, -gradients(4, 9) @ gradients(4, 9).T):
+        found = []
+        for scale in (1e-20, 1.0, 1e20):
+            objective = build("sdmgrad", 4, step_size=0.1)
+            found.append(objective.weights(scale * cross, torch.ones(4), torch.arange(4)))
+        assert max(error(one, found[1]) for one in found) < 1e-12
+        assert (found[1] - found[1][0]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("method", POWER_OF_SCALE)
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 @pytest.mark.parametrize("num_tasks", [3, 40])
@@ -169,6 +179,32 @@ def test_a_zero_gradient_takes_no_part_and_its_head_learns_on() -> None:
 def test_a_zero_gradient_is_mgda_s_answer() -> None:
     weights = weights_of(build("mgda", 3), jacobian_of("zero row"))
     torch.testing.assert_close(weights, torch.tensor([0.0, 3, 0], dtype=torch.float64))
+
+
+def test_mgda_does_not_see_the_unit_of_the_losses() -> None:
+    jacobian, losses = gradients(4, 9), torch.linspace(0.5, 2, 4, dtype=torch.float64)
+    for normalize in ("loss", "loss+"):
+        method = build("mgda", 4, normalize=normalize)
+        expected = weights_of(method, jacobian, losses)
+        for unit in (1e-12, 1e12):
+            assert error(weights_of(method, jacobian, unit * losses), expected) < 1e-9
+
+
+def test_imtl_g_of_gradients_that_depend_on_each_other_is_the_pseudoinverse_of_their_cosines() -> None:
+    for kind in ("opposite and another", "opposite, unequal", "parallel", "more tasks than parameters"):
+        jacobian = jacobian_of(kind)
+        units = jacobian / jacobian.norm(dim=1, keepdim=True)
+        expected = torch.linalg.pinv(units @ units.T, hermitian=True).sum(dim=1) / jacobian.norm(dim=1)
+        assert error(weights_of(build("imtl_g", len(jacobian)), jacobian), expected / expected.sum()) < 1e-9
+
+
+def test_gradvac_after_many_steps_of_equal_gradients() -> None:
+    method, jacobian = build("gradvac", 2), gradients(2, 9)
+    for _ in range(80):
+        weights_of(method, jacobian[[0, 0]])
+    assert method.targets[0, 1] > 1 - 1e-9
+    weights = weights_of(method, jacobian)
+    assert weights.isfinite().all() and weights.abs().max() < 1e5
 
 
 def test_all_gradients_zero() -> None:

@@ -70,6 +70,24 @@ def test_the_minimum_with_a_linear_part_is_the_best_of_all_supports(num_tasks: i
     torch.testing.assert_close(solvers.simplex_minimum(gramian, linear, start), found, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_nearly_equal_gradients_end_the_search_near_the_optimum(seed: int) -> None:
+    # The Gramian tells gradients apart to 1e-8 of their size.
+    num_tasks, size = 4 + seed % 13, 3 + seed % 7
+    jacobian = gradients(num_tasks, size, seed, spread=(seed % 3) / 2)
+    half = num_tasks // 2
+    jacobian[half : 2 * half] = jacobian[:half] * (1 + 10.0 ** -(4 + seed % 13) * gradients(half, size, seed + 1))
+    gramian, _ = solvers.normalised(jacobian @ jacobian.T)
+    linear = gradients(1, num_tasks, seed)[0] / 10
+    for point, slope in (
+        (w := solvers.simplex_minimum(gramian), gramian @ w),
+        (w := solvers.simplex_minimum(gramian, linear), gramian @ w + linear),
+    ):
+        assert (point >= 0).all() and abs(point.sum() - 1) < 1e-12
+        assert float(point @ slope - slope.min()) < 1e-8
+    assert conflict_averse(gramian, 0.4).isfinite().all()
+
+
 @shapes
 @pytest.mark.parametrize("seed", range(2))
 def test_projections_on_the_dual_cone_are_scipy_s(num_tasks: int, size: int, seed: int) -> None:
@@ -124,7 +142,11 @@ def test_fair_weights_are_bounded_where_there_is_no_solution(power: float, num_t
     alone = jacobian.norm(dim=1) ** (-2 / (1 + power))
     assert (weights > 0).all()
     assert (weights <= 1.01 * solvers._MOST * num_tasks * alone).all()
-    assert (weights @ jacobian).norm() < 10 * (weights * jacobian.norm(dim=1)).max()
+    if power <= 1:  # what is added to the diagonal is exact
+        gramian = jacobian @ jacobian.T
+        gramian.diagonal().mul_(1 + solvers._MOST ** -(1 + power))
+        terms = gramian.abs() @ weights
+        assert ((gramian @ weights - weights**-power).abs() < 1e-9 * terms).all()
 
 
 @shapes

@@ -14,8 +14,8 @@ from hf_bilb.errors import OptionError
 from tests.balancers.gradient.reference import GRAMIAN, JACOBIAN, build, error, gradients
 
 STATEFUL = {
-    "gradvac": {}, "moco": {}, "modo": {"gamma": 0.05}, "sdmgrad": {"step_size": 0.1}, "gradnorm": {},
-    "pcgrad": {}, "graddrop": {},
+    "gradvac": {}, "moco": {}, "modo": {"gamma": 0.05}, "sdmgrad": {"step_size": 0.1}, "gradnorm": {}, "pcgrad": {},
+    "graddrop": {},
 }  # fmt: skip
 DRAWING = ["pcgrad", "graddrop", "gradvac"]
 
@@ -54,7 +54,10 @@ def test_every_method_of_the_list_is_there_and_of_its_kind() -> None:
 @pytest.mark.parametrize("name", STATEFUL)
 def test_frozen_it_remembers_nothing_and_gives_the_same_again(name: str) -> None:
     method = made(name, 3, 9, **STATEFUL[name])
+    before = state_of(method.eval())
     run(method, gradients(3, 9))
+    assert all(torch.equal(value, before[key]) for key, value in state_of(method).items())
+    run(method.train(), gradients(3, 9))
     method.eval()
     before = state_of(method)
     first = run(method, gradients(3, 9, 1))
