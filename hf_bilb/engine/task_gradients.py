@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 #: In `owners`: an entry that no task's loss has reached so far, and one of a parameter that several reach.
 NOBODY, SHARED = -1, -2
 
+#: What gradients are taken of: tensors, or places in the graph.
+Inputs = Sequence[Any]
+
 
 # --- which parameters ----------------------------------------------------------------------------------------------
 
@@ -253,7 +256,7 @@ class RunningGradients:
     def add(
         self,
         batch: TaskLosses,
-        inputs: Sequence[Tensor] | Sequence[Tensor | GradientEdge],
+        inputs: Inputs,
         of_features: bool,
         tasks_per_pass: int | None,
     ) -> None:
@@ -273,9 +276,7 @@ class RunningGradients:
             self.sums = rows
 
 
-def gradient_rows(
-    batch: TaskLosses, inputs: Sequence[Tensor] | Sequence[Tensor | GradientEdge], tasks_per_pass: int | None
-) -> list[Tensor]:
+def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None) -> list[Tensor]:
     """N_k grad l_k for every task, for each input `[K, n]`, in float32 at least; zero for tasks without items here.
 
     Args:
