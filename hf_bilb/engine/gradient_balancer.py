@@ -137,12 +137,12 @@ class GradientBalancer(LossBalancer):
             return self
         if isinstance(model, DistributedDataParallel):
             model = model.module  # whose names the patterns are of
-        self._shared.bind(model)
-        if self._takes_jacobian:
-            assert isinstance(self.objective, JacobianMethod)
-            self.objective.allocate(sum(p.numel() for p in self._looked_at()))
+        others = self._shared.bind(model)
+        if model is self._bound_to and not others:
+            return self
+        self._allocate()
         name = self.options.shared_module
-        if self._of_features and name is not None and model is not self._bound_to:
+        if self._of_features and name is not None:
             modules = dict(model.named_modules())
             if name not in modules:
                 raise OptionError(f"shared_module: {name!r} is no module of the model, expected one of its names")
@@ -153,7 +153,12 @@ class GradientBalancer(LossBalancer):
     def share(self, parameters: Sequence[nn.Parameter]) -> LossBalancer:
         """Say which parameters are shared, in place of `bind`: all of `parameters` are; returns self."""
         self._shared.take(list(parameters))
+        self._allocate()
         return self
+
+    def _allocate(self) -> None:
+        if isinstance(self.objective, JacobianMethod):
+            self.objective.allocate(sum(p.numel() for p in self._looked_at()))
 
     def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
@@ -166,6 +171,8 @@ class GradientBalancer(LossBalancer):
 
         Cost: K backward passes from the losses to the shared parameters or features.
         """
+        if self.objective.needs_model and not self._shared.bound:
+            raise OptionError(f"balancer {self.name!r} remembers a gradient of the model's size: balancer.bind(model)")
         local = [bool(here) for here in (batch.num_items > 0).tolist()]
         present = self._whole_presence(local, batch, process_group, alone)
         self._shared.look(batch.losses, local, present, process_group, alone)

@@ -61,15 +61,15 @@ class SharedParameters:
         self._looked_at: list[int] = []
         self._of_several: list[int] = []
 
-    def bind(self, model: nn.Module) -> None:
-        """Take the trainable parameters of `model`; those of the same model keep what is known of them.
+    def bind(self, model: nn.Module) -> bool:
+        """Take the trainable parameters of `model`; the same ones keep what is known of them. Whether they are others.
 
         Raises:
             OptionError: a pattern that fits no parameter, or no trainable one.
         """
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if self.bound and [id(p) for p in named.values()] == [id(p) for p in self.parameters]:
-            return
+            return False
         for pattern in self._patterns or ():
             if not any(fnmatchcase(name, pattern) for name in named):
                 raise OptionError(
@@ -77,6 +77,7 @@ class SharedParameters:
                 )
         self._take(list(named.values()), list(named))
         self.bound = True
+        return True
 
     def take(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take these parameters as the shared ones, all of them; those of one task alone are then not known."""

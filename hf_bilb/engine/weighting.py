@@ -32,7 +32,7 @@ class WindowShare(NamedTuple):
     fraction: Tensor
     rows: Tensor
     num_micro_batches: int
-    number: int
+    number: int = 0
 
 
 class Weighting(NamedTuple):
