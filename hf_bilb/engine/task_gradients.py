@@ -308,15 +308,15 @@ def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None)
         parts.append([_rows(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
     if len(parts) == 1:
         return [row for row in parts[0] if row is not None]
-    return [_joined(rows) for rows in zip(*parts, strict=True)]
+    return [_joined(rows) for rows in zip(*parts, strict=True) if any(row is not None for row in rows)]
 
 
 def _rows(gradient: Tensor | None, x: Tensor | GradientEdge, size: int) -> Tensor | None:
-    """`[size, n]`; None where nothing is reached and the number of entries is not known."""
+    """`[size, n]`; None for features that are not reached."""
     if gradient is not None:
         whole = gradient.to_dense() if gradient.is_sparse else gradient
         return whole.reshape(size, -1).to(torch.promote_types(whole.dtype, torch.float32))
-    if isinstance(x, GradientEdge):
+    if isinstance(x, GradientEdge) or x.grad_fn is not None:  # features, to which no loss leads back
         return None
     return torch.zeros(size, x.numel(), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
