@@ -29,7 +29,14 @@ from hf_bilb.engine.task_gradients import (
     given_gradients,
     reduce_gradients,
 )
-from hf_bilb.engine.weighting import Weighting, WindowShare, surrogate_loss, with_value_of_f
+from hf_bilb.engine.weighting import (
+    Weighting,
+    WindowShare,
+    connected_losses,
+    own_share,
+    surrogate_loss,
+    with_value_of_f,
+)
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 
@@ -341,7 +348,7 @@ class GradientBalancer(LossBalancer):
         if same and not direct and samples < 3:
             return surrogate_loss(batch, weighting, share)
         shared, of_one = self._shared.of_several, self._shared.of_one
-        local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
+        local = own_share(batch, weighting, share)
         if found.direction is not None:
             pairs = self._direction_pairs(found.direction, clip, share)
             given = {id(parameter) for parameter, _ in pairs}
@@ -481,7 +488,7 @@ def _gradients_of(batch: TaskLosses, weights: Tensor, parameters: Sequence[nn.Pa
     """The gradient of sum_k w_k l_k; the graph is kept."""
     if not parameters:
         return ()
-    connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
+    connected = connected_losses(batch)
     total = torch.dot(weights.to(connected.dtype), connected)
     return torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
 
