@@ -302,15 +302,21 @@ class GradientBalancer(LossBalancer):
         if not bool(jacobian.isfinite().all()):
             return plain._replace(coefficients=torch.full_like(slopes, torch.nan))
         chosen = tasks.to(jacobian.device)
-        scaled = jacobian[chosen] * slopes.to(jacobian)[chosen, None]
+        # Priors multiply weights; where there are none, the gradients.
+        factors = slopes if self.objective.weighted else slopes * self._rules.task_priors.to(slopes)
+        scaled = jacobian[chosen] * factors.to(jacobian)[chosen, None]
         losses = self._normalised().double().cpu()[tasks]
         with torch.no_grad():
             gradient, weights = self.objective.direction(scaled, losses, tasks)
-        if weights is None:
+        found = None
+        if weights is not None:
+            found = torch.zeros(self.num_tasks, dtype=torch.float64)
+            found[tasks] = weights.double().cpu()
+        if not self.objective.weighted:
             self._found = self._found._replace(direction=self._by_parameter(gradient, sizes))
-            return plain
-        found = torch.zeros(self.num_tasks, dtype=torch.float64)
-        found[tasks] = weights.double().cpu()
+            shown = None if found is None else found.to(self.device, self.dtype)
+            return plain._replace(output=plain.output._replace(weights=shown))
+        assert found is not None, "a method that is weighted has weights"
         if self.phase == "balancing":
             memory.remember(tasks, found[tasks])
         return self._weighted(plain, found, active)

@@ -117,7 +117,7 @@ class Direction(NamedTuple):
 
     Attributes:
         gradient: `[d]`, what the shared parameters descend.
-        weights: `[A]`, where it is sum_k w_k g_k of these gradients or of their averages; None elsewhere.
+        weights: `[A]`, where the method has some.
     """
 
     gradient: Tensor
@@ -126,6 +126,9 @@ class Direction(NamedTuple):
 
 class JacobianMethod(GradientMethod):
     """A method whose result is a direction. It needs K x d numbers of memory."""
+
+    #: Whether the direction is sum_k w_k g_k of the gradients given and its weights, so that these stand for it.
+    weighted: bool = False
 
     @abstractmethod
     def direction(self, jacobian: Tensor, losses: Tensor, tasks: Tensor) -> Direction:

@@ -158,6 +158,7 @@ class Torchjd(JacobianMethod):
         self._options = options
         self._num_tasks = num_tasks
         self._kind = kind_of(options.aggregator, options.options)
+        self.weighted = self._kind != "vector"
         # In a tuple: no submodule, whose buffers would appear in the state and vanish from it.
         self._built: tuple[Any, Any] = (None, None)
         self._try_out()
