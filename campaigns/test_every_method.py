@@ -1,4 +1,4 @@
-"""Every registered loss balancer and variant: two ranks equal one process, accumulation both ways, kill and resume.
+"""Every registered balancer and variant: two ranks equal one process, accumulation both ways, kill and resume.
 
     python -m pytest campaigns/test_every_method.py               everything, and the report
     python -m pytest campaigns/test_every_method.py -k "famo"     what matches, without a report

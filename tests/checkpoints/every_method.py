@@ -1,4 +1,4 @@
-"""Kill and resume of every loss balancer, for the campaign.
+"""Kill and resume of every balancer, for the campaign.
 
     python -m tests.checkpoints.every_method kill FOLDER CASE ...
     python -m tests.checkpoints.every_method resume FOLDER CASE ...
@@ -33,10 +33,11 @@ def kinds_of(case: Case) -> tuple[str, ...]:
 def run_of(case: Case, kind: str) -> Run:
     """The run: killed within an epoch, in the second one; in the third where a record needs two."""
     kill_at, resumes_from = (29, 25) if case.name == "dwa" else (18, 15)
-    has_features = case.build(len(NAMES)).objective.num_features > 0
+    routed = case.build(len(NAMES)).objective.num_features > 0
+    has_features = routed or case.option("gradients") == "features"
     given: dict[str, Any] = {"task_names": NAMES, "features": has_features, "dropout": 0.3}
     settings: dict[str, Any] = {"balancer": balancer_of(case)}
-    if has_features:
+    if routed:
         settings["balancer"]["num_features"] = 8
     if kind == "window":
         settings["balance_over"] = "window"
