@@ -26,6 +26,8 @@ from hf_bilb.errors import (
 if TYPE_CHECKING:
     from hf_bilb.balancers.registry import build_balancer, list_balancers, register_balancer
     from hf_bilb.engine.balancer import LossBalancer
+    from hf_bilb.engine.gradient_balancer import GradientBalancer
+    from hf_bilb.engine.gradient_method import Direction, GradientOptions, GramianMethod, JacobianMethod
     from hf_bilb.engine.objective import (
         BilevelObjective,
         HistoryObjective,
@@ -52,9 +54,14 @@ __all__ = [
     "BilevelMTLTrainingArguments",
     "BilevelObjective",
     "CheckpointError",
+    "Direction",
     "FolderInUseError",
+    "GradientBalancer",
+    "GradientOptions",
+    "GramianMethod",
     "HfBilbError",
     "HistoryObjective",
+    "JacobianMethod",
     "LossBalancer",
     "MetricError",
     "MissingColumnError",
@@ -83,6 +90,8 @@ __all__ = [
 _NAMES = {
     "hf_bilb.balancers.registry": ("build_balancer", "list_balancers", "register_balancer"),
     "hf_bilb.engine.balancer": ("LossBalancer",),
+    "hf_bilb.engine.gradient_balancer": ("GradientBalancer",),
+    "hf_bilb.engine.gradient_method": ("Direction", "GradientOptions", "GramianMethod", "JacobianMethod"),
     "hf_bilb.engine.objective": (
         "BilevelObjective", "HistoryObjective", "Objective", "ObjectiveValue", "ProgressObjective",
     ),
