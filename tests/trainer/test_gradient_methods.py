@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from hf_bilb import BilevelMTLTrainer, build_balancer
+from hf_bilb.engine.gradient_balancer import GradientBalancer
 from hf_bilb.errors import OptionError
 from tests.synthetic import build_data, build_model, flat_parameters, relative_difference
 from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, arguments, assert_goes_on, batches, run
@@ -141,3 +143,26 @@ def test_what_is_refused_before_training(settings: dict[str, Any], message: str,
     args = arguments(tmp_path, balancer="mgda", **settings)
     with pytest.raises(OptionError, match=r"^balancer: 'mgda' looks at the gradients of the tasks.*" + message):
         BilevelMTLTrainer(build_model(FLOAT), args, train_dataset=build_data(8, dtype=FLOAT))
+
+
+def test_adapters_that_begin_with_zeros_are_shared(tmp_path: Path) -> None:
+    adapted = get_peft_model(build_model(FLOAT), LoraConfig(target_modules=["trunk.0"], modules_to_save=["heads"], r=2))
+    adapted = adapted.double()
+    args = arguments(tmp_path, balancer="nash_mtl", task_names=list(TASK_NAMES), gradient_accumulation_steps=2)
+    trainer = BilevelMTLTrainer(adapted, args, train_dataset=build_data(6 * BATCH, dtype=FLOAT, missing=0.2))
+    trainer.train()
+    assert isinstance(trainer.balancer, GradientBalancer)
+    names = {id(parameter): name for name, parameter in adapted.named_parameters()}
+    shared = [names[id(parameter)] for parameter in trainer.balancer._shared.of_several]
+    assert len(shared) == 2 and all("lora_" in name for name in shared)
+    assert (trainer.balancer.coefficients - 1).abs().max() > 1e-3
+
+
+def test_bf16_autocast(tmp_path: Path) -> None:
+    rows = build_data(4 * BATCH)
+    settings = {"balancer": "pcgrad", "bf16": True}
+    found = BilevelMTLTrainer(build_model(torch.float32), arguments(tmp_path, **settings), train_dataset=rows)
+    found.train()
+    exact = BilevelMTLTrainer(build_model(torch.float32), arguments(tmp_path, balancer="pcgrad"), train_dataset=rows)
+    exact.train()
+    assert relative_difference(flat_parameters(found.model), flat_parameters(exact.model)) <= 0.02
