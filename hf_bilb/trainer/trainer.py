@@ -42,6 +42,7 @@ from hf_bilb.trainer.checks import (
 )
 from hf_bilb.trainer.data_trainer import Filler
 from hf_bilb.trainer.diagnostics import LowerLevelDiagnostics
+from hf_bilb.trainer.early_stopping import evaluations_without_gain, values_of
 from hf_bilb.trainer.epochs import EpochDataset
 from hf_bilb.trainer.losses_trainer import (
     TaskItemCounts,
@@ -249,6 +250,19 @@ class BilevelMTLTrainer(TaskLossTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             split_batches=self.args.accelerator_config.split_batches,
         )
+
+    def has_stopped_improving(self) -> bool:
+        """Whether `early_stopping` ends the training here; the evaluation is in the log already."""
+        options = self.args.early_stopping_options()
+        metric = self.args.metric_for_best_model
+        if options is None or metric is None or not self.is_in_train:
+            return False
+        values = values_of(self.state.log_history, metric)
+        better = bool(self.args.greater_is_better)
+        without = evaluations_without_gain(values, better, options.threshold)
+        if without >= options.patience:
+            logger.info("early_stopping: %s was not better in the last %d evaluations", metric, without)
+        return without >= options.patience
 
     def begin_epoch(self, epoch: int, dataloader: Any) -> None:
         """Tell data set and task sampler which epoch comes, and how far into it a resumed run goes on."""
