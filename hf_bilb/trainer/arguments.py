@@ -13,7 +13,7 @@ from hf_bilb.config.options import check_value, nearest, parse_options
 from hf_bilb.engine.records import AbsentTasks
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
-from hf_bilb.trainer.diagnostics import DiagnosticsOptions
+from hf_bilb.trainer.diagnostics import DiagnosticsOptions, parse_diagnostics
 from hf_bilb.trainer.sampling import TaskSamplingOptions
 from hf_bilb.trainer.schedules import StepLROptions
 
@@ -48,8 +48,11 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             they are (it goes on weighting with them); null = never.
         balancer_init_from: a checkpoint, or a run's folder, whose balancer's parameters, moments, references and last
             losses this run begins with; same method, same tasks. A resumed run goes on with its own.
-        diagnostics: `{every_n_steps, inner_steps, inner_learning_rate}`: measure the term that the single loop of a
-            bilevel method leaves out (`hf_bilb.trainer.diagnostics`); null = never.
+        diagnostics: what is measured every n updates beside the training, which goes on as without; null = nothing.
+            `{gradients: {every_n_steps, parameters}}`: norms and cosines of the tasks' gradients, with any balancer
+            (`hf_bilb.trainer.gradient_diagnostics`). `{lower_level: {every_n_steps, inner_steps,
+            inner_learning_rate}}`, or these keys without `lower_level`: the term that the single loop of a bilevel
+            method leaves out (`hf_bilb.trainer.diagnostics`).
         task_sampling: `{strategy, temperature, batches, ranks, ...}`: which task a batch shows
             (`hf_bilb.trainer.sampling.TaskSamplingOptions`); null leaves it to `train_sampling_strategy`.
         step_lr: `{epochs, factor}`: multiply the learning rate by `factor` after every `epochs` epochs, in place of
@@ -96,7 +99,7 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     balancer_init_from: str | None = field(
         default=None, metadata={"help": "Checkpoint or run folder whose balancer this run begins with."}
     )
-    diagnostics: dict | str | None = field(default=None, metadata={"help": "Look at the lower level every n updates."})
+    diagnostics: dict | str | None = field(default=None, metadata={"help": "Look at gradients or lower level."})
     task_sampling: dict | str | None = field(default=None, metadata={"help": "Which task a training batch shows."})
     step_lr: dict | str | None = field(default=None, metadata={"help": "Learning rate times factor every n epochs."})
 
@@ -171,7 +174,7 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     def diagnostics_options(self) -> DiagnosticsOptions | None:
         """`diagnostics`, checked; None when it is off."""
         given: Any = self.diagnostics
-        return None if given is None else parse_options(DiagnosticsOptions, given, "diagnostics")
+        return None if given is None else parse_diagnostics(given, "diagnostics")
 
     def task_sampling_options(self) -> TaskSamplingOptions | None:
         """`task_sampling`, checked; None when it is off."""

@@ -44,6 +44,7 @@ from hf_bilb.trainer.checks import (
 from hf_bilb.trainer.data_trainer import Filler
 from hf_bilb.trainer.diagnostics import LowerLevelDiagnostics
 from hf_bilb.trainer.epochs import EpochDataset
+from hf_bilb.trainer.gradient_diagnostics import GradientDiagnostics
 from hf_bilb.trainer.losses_trainer import (
     TaskItemCounts,
     TaskLossFunc,
@@ -131,7 +132,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             task_item_counts=task_item_counts,
             **rarely,
         )
-        self._diagnostics: LowerLevelDiagnostics | None = None
+        self._diagnostics: list[TrainerCallback] = []
         self._dropped_in_a_row = 0
         self._overflow_said = False
         self._settings: RunSettings | None = None
@@ -176,12 +177,17 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._settings = settings  # last: what was refused on the way is refused again the next time
 
     def _settle_diagnostics(self) -> None:
-        if self._diagnostics in self.callback_handler.callbacks:
-            self.remove_callback(self._diagnostics)
+        for callback in self._diagnostics:
+            if callback in self.callback_handler.callbacks:
+                self.remove_callback(callback)
+        self._diagnostics = []
         options = self.args.diagnostics_options()
-        self._diagnostics = None if options is None else LowerLevelDiagnostics(self, options)
-        if self._diagnostics is not None:
-            self.add_callback(self._diagnostics)
+        if options is not None and options.lower_level is not None:
+            self._diagnostics.append(LowerLevelDiagnostics(self, options.lower_level))
+        if options is not None and options.gradients is not None:
+            self._diagnostics.append(GradientDiagnostics(self, options.gradients))
+        for callback in self._diagnostics:
+            self.add_callback(callback)
 
     def _adopt_callbacks(self) -> None:
         """Let the handler of callbacks do our part, too; one that was put in its place does it from the next run on."""
@@ -652,7 +658,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
         return self._ordinary is False
 
     def _writes_into_folder(self) -> bool:
-        return super()._writes_into_folder() or len(self.task_names) > MAX_TASKS_IN_LOG
+        looks = any(isinstance(callback, GradientDiagnostics) for callback in self._diagnostics)
+        return super()._writes_into_folder() or len(self.task_names) > MAX_TASKS_IN_LOG or looks
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
