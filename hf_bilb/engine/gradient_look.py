@@ -2,8 +2,7 @@
 
     J_k = grad l_k of the global batch,   norm_k = ||J_k||,   cosine_ab = J_a . J_b / (||J_a|| ||J_b||)
 
-with respect to the shared parameters. It changes nothing: parameters, `.grad`, buffers and random generators are as
-before. With parameters that are found, all of J_k that lies in the parameters of one task alone is left out.
+with respect to the shared parameters. It changes nothing: parameters, `.grad` and buffers are as before. With parameters that are found, all of J_k that lies in the parameters of one task alone is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_bilb.engine.reduction import all_reduce_sum
-from hf_bilb.engine.replay import MicroBatch, RandomState, run_as_before, unchanged
+from hf_bilb.engine.replay import MicroBatch, unchanged
 from hf_bilb.engine.task_gradients import GlobalGradients, RunningGradients, SharedParameters, reduce_gradients
 
 
@@ -74,7 +73,8 @@ class GradientLook:
 
         Args:
             model: the model that is run, without a wrapper; the parameters that are trainable now.
-            runs: for each micro-batch of this rank what runs the model on it; all ranks have equally many.
+            runs: for each micro-batch of this rank what runs the model on it and leaves the random generators alone; all
+                ranks have equally many.
             group: the ranks that share the batch.
 
         Cost: a forward pass of each micro-batch and, one after the other, K backward passes to the shared parameters; a
@@ -83,9 +83,8 @@ class GradientLook:
         read of K (K + 1).
         """
         self.bind(model)
-        device = self._shared.parameters[0].device
         with unchanged(model), _eager():
-            return run_as_before(RandomState.capture(device), self._measure, runs, group)
+            return self._measure(runs, group)
 
     def _measure(self, runs: Sequence[MicroBatch], group: dist.ProcessGroup | None) -> GradientReport:
         if self._finds and not bool(self._shared.known.all()):
