@@ -317,9 +317,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a look at the gradients takes the step's own log away",
-        "        self._trainer.log(logs)\n        # `log` has marked the step's own log as written, which is still to come.\n"
-        "        control.should_log = due\n",
-        "        self._trainer.log(logs)\n",
+        "        control.should_log = due\n        if state.is_world_process_zero:\n",
+        "        if state.is_world_process_zero:\n",
         GRADIENT_LOOKS,
     ),
     Mutation(

@@ -2,7 +2,8 @@
 
     J_k = grad l_k of the global batch,   norm_k = ||J_k||,   cosine_ab = J_a . J_b / (||J_a|| ||J_b||)
 
-with respect to the shared parameters. It changes nothing: parameters, `.grad` and buffers are as before. With parameters that are found, all of J_k that lies in the parameters of one task alone is left out.
+with respect to the shared parameters, which are found, or named. It changes nothing: parameters, `.grad` and buffers
+are as before.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class GradientLook:
 
         Args:
             model: the model that is run, without a wrapper; the parameters that are trainable now.
-            runs: for each micro-batch of this rank what runs the model on it and leaves the random generators alone; all
-                ranks have equally many.
+            runs: for each micro-batch of this rank what runs the model on it, and leaves the random generators alone;
+                all ranks have equally many.
             group: the ranks that share the batch.
 
         Cost: a forward pass of each micro-batch and, one after the other, K backward passes to the shared parameters; a
