@@ -70,6 +70,8 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/method_costs.py
 	$(BIN)/python benchmarks/exactness_cost.py
+	$(BIN)/python benchmarks/import_costs.py
+	$(BIN)/python benchmarks/step_tour.py
 	$(BIN)/python benchmarks/mpnn.py
 	$(BIN)/python benchmarks/molecule_preparation.py
 	$(BIN)/python benchmarks/image_loading.py

@@ -4,6 +4,7 @@
 
     window        F once per update, on the losses of all micro-batches together: one more forward pass of each
     diagnostics   the lower level's gradients at every update (in use: every 100 or so), N inner steps
+    gradients     norms and cosines of the K tasks' gradients at every update (in use: likewise), with `ls`
     double loop   the penalty form with N inner steps, over the window
 
 Four micro-batches an update. Runs alternate, and each is compared with its neighbours of `micro_batch`; CPU time of
@@ -40,6 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
     "micro_batch": {},
     "window": {"balance_over": "window"},
     "diagnostics": {"diagnostics": {"every_n_steps": 1, **DOUBLE_LOOP}},
+    "gradients": {"balancer": "ls", "diagnostics": {"gradients": {"every_n_steps": 1}}},
     "double_loop": {"balance_over": "window", "balancer": {"name": "bilb", "lower_level": DOUBLE_LOOP}},
 }
 
@@ -115,6 +117,7 @@ PASSES = {
     "micro_batch": "4 forward, 4 backward",
     "window": "8 forward, 4 backward",
     "diagnostics": f"4 + 8 + {INNER_STEPS} x 8 forward, 4 + {INNER_STEPS} x 4 backward",
+    "gradients": f"8 forward, 4 + {TASKS} x 4 backward",
     "double_loop": f"8 + 4 + {INNER_STEPS} x 8 forward, 4 + {INNER_STEPS} x 4 backward",
 }
 

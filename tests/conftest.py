@@ -40,8 +40,8 @@ LONG = (
 SLOW = tuple(
     f"trainer/test_{name}.py"
     for name in (
-        "diagnostics", "double_loop", "evaluation_metrics", "history_methods", "looks", "marigold", "seq2seq",
-        "streams", "task_sampler", "wrapped_models",
+        "diagnostics", "double_loop", "evaluation_metrics", "gradient_diagnostics", "history_methods", "looks",
+        "marigold", "seq2seq", "streams", "task_sampler", "wrapped_models",
     )
 )  # fmt: skip
 

@@ -50,10 +50,11 @@ class SharedParameters:
     Args:
         num_tasks: K.
         patterns: names of the parameters whose gradients are looked at, with `*`; None: all shared ones.
+        key: of the patterns, in messages.
     """
 
-    def __init__(self, num_tasks: int, patterns: Sequence[str] | None) -> None:
-        self._patterns = patterns
+    def __init__(self, num_tasks: int, patterns: Sequence[str] | None, key: str = "shared_parameters") -> None:
+        self._patterns, self._key = patterns, key
         self.parameters: list[nn.Parameter] = []
         self._names: list[str] = []
         self._owners: list[Tensor] = []
@@ -74,7 +75,7 @@ class SharedParameters:
         for pattern in self._patterns or ():
             if not any(fnmatchcase(name, pattern) for name in named):
                 raise OptionError(
-                    f"shared_parameters: {pattern!r} fits no trainable parameter{nearest(pattern, list(named))}"
+                    f"{self._key}: {pattern!r} fits no trainable parameter{nearest(pattern, list(named))}"
                 )
         self._take(list(named.values()), list(named))
         self.bound = True

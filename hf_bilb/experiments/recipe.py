@@ -24,6 +24,7 @@ import enum
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,19 +229,23 @@ def _resolve_trainer(section: Mapping[str, Any]) -> dict[str, Any]:
         path = f"trainer.{key}"
         resolved[key] = check_value(value, hints[key], path)
         _check_enum(resolved[key], hints[key], path)
-    for key, options in _nested_trainer_options().items():
+    for key, parse in _nested_trainer_options().items():
         if resolved.get(key) is not None:
-            parse_options(options, resolved[key], f"trainer.{key}")
+            parse(resolved[key], f"trainer.{key}")
     return resolved
 
 
-def _nested_trainer_options() -> dict[str, type[Any]]:
-    """Training arguments that are mappings with options of their own."""
-    from hf_bilb.trainer.diagnostics import DiagnosticsOptions
+def _nested_trainer_options() -> dict[str, Callable[[Any, str], object]]:
+    """Training arguments that are mappings with options of their own, and what checks these."""
+    from hf_bilb.trainer.diagnostics import parse_diagnostics
     from hf_bilb.trainer.sampling import TaskSamplingOptions
     from hf_bilb.trainer.schedules import StepLROptions
 
-    return {"diagnostics": DiagnosticsOptions, "step_lr": StepLROptions, "task_sampling": TaskSamplingOptions}
+    return {
+        "diagnostics": parse_diagnostics,
+        "step_lr": partial(parse_options, StepLROptions),
+        "task_sampling": partial(parse_options, TaskSamplingOptions),
+    }
 
 
 def _check_enum(value: Any, hint: Any, path: str) -> None:

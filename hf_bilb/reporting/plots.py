@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hf_bilb.reporting.files import save_figure
+from hf_bilb.reporting.gradient_plots import plot_gradients
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -299,7 +300,8 @@ def style_axes(axis: Axes) -> None:
 
 
 def plot_run(history: History, tasks: Sequence[str], run_dir: Path, title: str) -> list[Path]:
-    """Write `losses.png`, `weights.png` and, of a run with diagnostics, `levels.png` into its folder.
+    """Write `losses.png`, `weights.png` and, of a run with diagnostics, `levels.png` and `gradient_conflicts.png` into
+    its folder.
 
     Args:
         history: `trainer.state.log_history`.
@@ -327,4 +329,5 @@ def plot_run(history: History, tasks: Sequence[str], run_dir: Path, title: str) 
     levels = levels_figure(history, f"{title}: upper and lower level")
     if levels is not None:
         written.append(save_figure(levels, run_dir / "levels.png"))
-    return written
+    conflicts = plot_gradients(run_dir, f"{title}: gradients of the tasks")
+    return written if conflicts is None else [*written, conflicts]

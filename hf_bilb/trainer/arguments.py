@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
-from transformers import SchedulerType, TrainingArguments
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 
 from hf_bilb.balancers.registry import resolve_options
 from hf_bilb.config.options import check_value, nearest, parse_options
 from hf_bilb.engine.records import AbsentTasks
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
-from hf_bilb.trainer.diagnostics import DiagnosticsOptions
+from hf_bilb.trainer.diagnostics import DiagnosticsOptions, parse_diagnostics
+from hf_bilb.trainer.early_stopping import EarlyStoppingOptions
 from hf_bilb.trainer.sampling import TaskSamplingOptions
 from hf_bilb.trainer.schedules import StepLROptions
 
@@ -48,19 +49,29 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             they are (it goes on weighting with them); null = never.
         balancer_init_from: a checkpoint, or a run's folder, whose balancer's parameters, moments, references and last
             losses this run begins with; same method, same tasks. A resumed run goes on with its own.
-        diagnostics: `{every_n_steps, inner_steps, inner_learning_rate}`: measure the term that the single loop of a
-            bilevel method leaves out (`hf_bilb.trainer.diagnostics`); null = never.
+        diagnostics: what is measured every n updates beside the training, which goes on as without; null = nothing.
+            `{gradients: {every_n_steps, parameters}}`: norms and cosines of the tasks' gradients, with any balancer
+            (`hf_bilb.trainer.gradient_diagnostics`). `{lower_level: {every_n_steps, inner_steps,
+            inner_learning_rate}}`, or these keys without `lower_level`: the term that the single loop of a bilevel
+            method leaves out (`hf_bilb.trainer.diagnostics`).
         task_sampling: `{strategy, temperature, batches, ranks, ...}`: which task a batch shows
             (`hf_bilb.trainer.sampling.TaskSamplingOptions`); null leaves it to `train_sampling_strategy`.
         step_lr: `{epochs, factor}`: multiply the learning rate by `factor` after every `epochs` epochs, in place of
             `lr_scheduler_type` (which stays at its default, or `constant`); null = `lr_scheduler_type` decides.
+        learning_rates: `{pattern: rate}` for parts of the model (`{"head_*": 1e-3, encoder: 2e-5}`); the first pattern
+            that means a parameter counts, `learning_rate` is that of all others; schedules hold for all. A pattern is
+            the name of a parameter or of a module that it is in, with `*` (`hf_bilb.config.patterns`).
+        freeze: patterns of the parameters that are not trained.
+        early_stopping: `{patience, threshold}`, or a number, the patience: stop after so many evaluations in which
+            `metric_for_best_model` was not better than before by more than `threshold`; null = train to the end.
 
     Raises:
         OptionError: one line with the key, the value and what was expected.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS, "balancer", "diagnostics", "task_sampling", "step_lr",
+        *TrainingArguments._VALID_DICT_FIELDS, "balancer", "diagnostics", "task_sampling", "step_lr", "learning_rates",
+        "early_stopping",
     ]  # fmt: skip
 
     #: Whether nobody has said `greater_is_better`, so that it may still follow from the metric's name.
@@ -96,9 +107,14 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     balancer_init_from: str | None = field(
         default=None, metadata={"help": "Checkpoint or run folder whose balancer this run begins with."}
     )
-    diagnostics: dict | str | None = field(default=None, metadata={"help": "Look at the lower level every n updates."})
+    diagnostics: dict | str | None = field(default=None, metadata={"help": "Look at gradients or lower level."})
     task_sampling: dict | str | None = field(default=None, metadata={"help": "Which task a training batch shows."})
     step_lr: dict | str | None = field(default=None, metadata={"help": "Learning rate times factor every n epochs."})
+    learning_rates: dict | str | None = field(default=None, metadata={"help": "Rates for parts of the model."})
+    freeze: list[str] | None = field(default=None, metadata={"help": "Parts of the model that are not trained."})
+    early_stopping: dict | str | None = field(
+        default=None, metadata={"help": "Stop when metric_for_best_model has stopped getting better."}
+    )
 
     def __post_init__(self) -> None:
         # Trainer's rule looks at the end of the name alone; ours is applied where the tasks are known, too.
@@ -132,6 +148,9 @@ class BilevelMTLTrainingArguments(TrainingArguments):
         self.diagnostics_options()
         self.task_sampling_options()
         self.step_lr_options()
+        self.learning_rates_options()
+        self.freeze = check_value(self.freeze, list[str] | None, "freeze")
+        self.early_stopping_options()
         name, options = self.balancer_name_and_options()
         resolve_options(name, options)
         for key, value in options.items():
@@ -171,7 +190,7 @@ class BilevelMTLTrainingArguments(TrainingArguments):
     def diagnostics_options(self) -> DiagnosticsOptions | None:
         """`diagnostics`, checked; None when it is off."""
         given: Any = self.diagnostics
-        return None if given is None else parse_options(DiagnosticsOptions, given, "diagnostics")
+        return None if given is None else parse_diagnostics(given, "diagnostics")
 
     def task_sampling_options(self) -> TaskSamplingOptions | None:
         """`task_sampling`, checked; None when it is off."""
@@ -190,6 +209,33 @@ class BilevelMTLTrainingArguments(TrainingArguments):
                 "expected neither to be set"
             )
         return parse_options(StepLROptions, given, "step_lr")
+
+    def early_stopping_options(self) -> EarlyStoppingOptions | None:
+        """`early_stopping`, checked; None when it is off."""
+        given: Any = self.early_stopping
+        if given is None:
+            return None
+        if not isinstance(given, Mapping):  # the patience alone, also as text on a command line
+            given = {"patience": given}
+        options = parse_options(EarlyStoppingOptions, given, "early_stopping")
+        if IntervalStrategy(self.eval_strategy) == IntervalStrategy.NO:
+            raise OptionError("early_stopping: needs evaluations, expected eval_strategy: epoch or steps")
+        if self.metric_for_best_model is None:
+            raise OptionError(
+                "early_stopping: needs metric_for_best_model, or load_best_model_at_end: true, whose metric is the loss"
+            )
+        return options
+
+    def learning_rates_options(self) -> dict[str, float] | None:
+        """`learning_rates`, checked; None when there are none."""
+        given: Any = self.learning_rates
+        if given is None:
+            return None
+        rates: dict[str, float] = check_value(given, dict[str, float], "learning_rates")
+        for pattern, rate in rates.items():
+            if not rate >= 0:
+                raise OptionError(f"learning_rates.{pattern}: {rate} is not valid, expected a number >= 0")
+        return rates
 
     def balancer_name_and_options(self) -> tuple[str, dict[str, Any]]:
         """The balancer's name and its options, from either form of `balancer`."""

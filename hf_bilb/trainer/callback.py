@@ -81,6 +81,14 @@ class BalancerCallbackHandler(CallbackHandler):
             self._dropped = False
         return super().on_step_end(args, state, control, **kwargs)
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> TrainerControl:
+        """Stop where `early_stopping` says so."""
+        if self._trainer.has_stopped_improving():
+            control.should_training_stop = True
+        return super().on_evaluate(args, state, control, metrics, **kwargs)
+
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:

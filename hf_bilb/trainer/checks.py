@@ -29,6 +29,7 @@ from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
 from hf_bilb.trainer.columns import config_of, innermost, takes_any
+from hf_bilb.trainer.diagnostics import DiagnosticsOptions
 from hf_bilb.trainer.sampling import TaskSamplingOptions, example_tasks, refuse_other_sampling
 
 if TYPE_CHECKING:
@@ -160,9 +161,11 @@ def check_balancer(trainer: BilevelMTLTrainer) -> None:
     """Raise `OptionError` for settings under which a double loop, its diagnostics or a second look at a batch cannot
     work."""
     args, balancer = trainer.args, trainer.balancer
-    if args.diagnostics is not None and not balancer.has_levels:
-        raise OptionError(f"diagnostics: balancer {balancer.name!r} has no lower level to look at, expected bilb")
-    used = {"balancer.lower_level": balancer.needs_model, "diagnostics": args.diagnostics is not None}
+    looks = args.diagnostics_options() or DiagnosticsOptions()
+    section = "diagnostics.lower_level" if "lower_level" in (args.diagnostics or ()) else "diagnostics"
+    if looks.lower_level is not None and not balancer.has_levels:
+        raise OptionError(f"{section}: balancer {balancer.name!r} has no lower level to look at, expected bilb")
+    used = {"balancer.lower_level": balancer.needs_model, section: looks.lower_level is not None}
     sharded = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
     kind = next((kind for kind, enabled in sharded.items() if enabled), None)
     for key in [key for key, is_used in used.items() if is_used]:
@@ -175,23 +178,48 @@ def check_balancer(trainer: BilevelMTLTrainer) -> None:
     if balancer.needs_reevaluation or balancer.needs_look_ahead:
         _check_second_look(trainer, kind)
     if isinstance(balancer, GradientBalancer):
-        _check_gradients(trainer, kind)
+        who = f"balancer: {balancer.name!r} looks at the gradients of the tasks; it"
+        _check_gradients(
+            who,
+            {
+                **_without_gradients(trainer, kind),
+                "torch_compile: true, whose graphs can be walked back only once; expected false": args.torch_compile,
+                "ddp_static_graph: true, which counts backward passes; expected false": args.ddp_static_graph,
+            },
+        )
+    if looks.gradients is not None:
+        optimizer = _steps_early(args)
+        _check_gradients(
+            "diagnostics.gradients: a look at the gradients of the tasks",
+            {
+                **_without_gradients(trainer, kind),
+                f"optim: {optimizer}, which steps in the backward pass": optimizer is not None,
+            },
+        )
 
 
-def _check_gradients(trainer: BilevelMTLTrainer, sharded: str | None) -> None:
-    """Raise `OptionError` where the gradients of single tasks cannot be had."""
-    args, name = trainer.args, trainer.balancer.name
+def _without_gradients(trainer: BilevelMTLTrainer, sharded: str | None) -> dict[str, bool]:
+    """Where the gradients of single tasks cannot be had, and whether it is so."""
+    args = trainer.args
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    problems = {
+    return {
         f"{sharded}, which shards the parameters": sharded is not None,
-        "use_reentrant: true, under which torch gives no gradients of single tasks; expected false": reentrant,
+        "use_reentrant: true, under which torch gives no gradients of single tasks; expected false": bool(reentrant),
         "fp16, whose scaled gradients would be those of no task; use bf16 or float32": args.fp16,
-        "torch_compile: true, whose graphs can be walked back only once; expected false": args.torch_compile,
-        "ddp_static_graph: true, which counts backward passes; expected false": args.ddp_static_graph,
     }
+
+
+def _check_gradients(who: str, problems: Mapping[str, bool]) -> None:
+    """Raise `OptionError` for the first of `problems` that is there."""
     for problem, is_there in problems.items():
         if is_there:
-            raise OptionError(f"balancer: {name!r} looks at the gradients of the tasks; it is not valid with {problem}")
+            raise OptionError(f"{who} is not valid with {problem}")
+
+
+def _steps_early(args: BilevelMTLTrainingArguments) -> str | None:
+    """The optimizer, where it is one that steps in the backward pass."""
+    optimizer = OptimizerNames(args.optim).value
+    return optimizer if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise") else None
 
 
 def _check_second_look(trainer: BilevelMTLTrainer, sharded: str | None) -> None:
@@ -209,8 +237,8 @@ def _check_second_look(trainer: BilevelMTLTrainer, sharded: str | None) -> None:
         )
     if not trainer.balancer.needs_look_ahead:
         return
-    optimizer = OptimizerNames(args.optim).value
-    if optimizer in ("lomo", "adalomo") or optimizer.endswith("_layerwise"):
+    optimizer = _steps_early(args)
+    if optimizer is not None:
         raise OptionError(f"balancer.{what} is not valid with optim: {optimizer}, which steps in the backward pass")
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise OptionError(f"balancer.{what} is not valid with use_reentrant: true, expected false")

@@ -1,4 +1,5 @@
-"""What the single loop of a bilevel method leaves out, measured while it trains, and warnings about its router.
+"""`diagnostics` of the training arguments, and the first of them: what the single loop of a bilevel method leaves out,
+measured while it trains, and warnings about its router. (The other one: `hf_bilb/trainer/gradient_diagnostics.py`.)
 
 BiLB4MTL drops grad_W g(W, z_N) from the router's gradient because it was observed to be small (arXiv 2502.08585,
 Algorithm 1; shown for two tasks). Every n updates this callback measures it, at the update's own batch, W and x, before
@@ -10,16 +11,17 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_bilb.config.options import bounded, check_bounds
+from hf_bilb.config.options import bounded, check_bounds, parse_options
 from hf_bilb.engine.double_loop import LowerLevelReport
-from hf_bilb.errors import NonFiniteLossError
+from hf_bilb.errors import NonFiniteLossError, OptionError
+from hf_bilb.trainer.gradient_diagnostics import GradientLookOptions
 
 if TYPE_CHECKING:
     from hf_bilb.trainer.trainer import BilevelMTLTrainer
@@ -32,8 +34,8 @@ COLLAPSED, SATURATED, STILL, LOOKS = 0.1, 0.5, 1e-3, 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnosticsOptions:
-    """`diagnostics` of the training arguments.
+class LowerLevelOptions:
+    """`diagnostics.lower_level` of the training arguments.
 
     Attributes:
         every_n_steps: updates between two looks.
@@ -47,6 +49,52 @@ class DiagnosticsOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticsOptions:
+    """`diagnostics` of the training arguments: what is looked at while training; None: it is not.
+
+    Attributes:
+        lower_level: what the single loop of `bilb` leaves out.
+        gradients: norms and cosines of the tasks' gradients, with any balancer.
+    """
+
+    lower_level: LowerLevelOptions | None = None
+    gradients: GradientLookOptions | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written(LowerLevelOptions):
+    """What `diagnostics` may hold: its two sections, or the lower level's keys without a section of their own."""
+
+    lower_level: LowerLevelOptions | None = None
+    gradients: GradientLookOptions | None = None
+
+
+def parse_diagnostics(values: Any, path: str) -> DiagnosticsOptions:
+    """`{lower_level: {...}, gradients: {...}}`, either or both, checked.
+
+    The keys of the lower level may also stand without a section, alone or beside `gradients`; `{}` is the lower level
+    with its defaults.
+
+    Args:
+        values: as given.
+        path: what they stand under, for messages.
+
+    Raises:
+        OptionError: an unknown key, a value that does not fit, the lower level's keys in both places.
+    """
+    written = parse_options(_Written, values, path)
+    sections = [field.name for field in fields(DiagnosticsOptions)]
+    flat = {key: getattr(written, key) for key in values if key not in sections}
+    if flat and "lower_level" in values:
+        key = next(iter(flat))
+        raise OptionError(f"{path}.{key}: stands beside {path}.lower_level, expected in it")
+    lower_level = written.lower_level
+    if flat or not values:
+        lower_level = LowerLevelOptions(**flat)
+    return DiagnosticsOptions(lower_level=lower_level, gradients=written.gradients)
 
 
 class RouterWatch:
@@ -108,7 +156,7 @@ class LowerLevelDiagnostics(TrainerCallback):
     double loop nothing, as the loop itself has measured them.
     """
 
-    def __init__(self, trainer: BilevelMTLTrainer, options: DiagnosticsOptions) -> None:
+    def __init__(self, trainer: BilevelMTLTrainer, options: LowerLevelOptions) -> None:
         self._trainer = weakref.proxy(trainer)
         self._options = options
         self._watch = RouterWatch()

@@ -42,6 +42,7 @@ from hf_bilb.trainer.data_trainer import (
 from hf_bilb.trainer.evaluation import EvaluationLosses, own_part
 from hf_bilb.trainer.evaluation_loader import streamed_loader, whole_sets
 from hf_bilb.trainer.item_counts import ItemCounter, batch_size
+from hf_bilb.trainer.parts import check_rates, freeze, split_groups
 from hf_bilb.trainer.predictions import NotJoinedError, PredictedFields
 from hf_bilb.trainer.schedules import step_schedule, updates_per_epoch
 
@@ -70,6 +71,7 @@ class TaskLossTrainer(DataTrainer):
         task_item_counts: TaskItemCounts | None = None,
         **kwargs: Any,
     ) -> None:
+        self._made_optimizer = False  # whether the optimizer is Trainer's, not one that was handed over
         super().__init__(*args, **kwargs)
         look_inside(self)
         self.task_loss_func = task_loss_func
@@ -88,6 +90,7 @@ class TaskLossTrainer(DataTrainer):
     def _settle_tasks(self) -> None:
         """What follows from the arguments and the model; called again where they may have been changed."""
         check_settings(self)
+        self._settle_parts()
         self.task_names = resolve_task_names(self)
         self.args.settle_best_metric(self.task_names, evaluation_names(self.eval_dataset))
         check_losses(self)
@@ -107,6 +110,30 @@ class TaskLossTrainer(DataTrainer):
             self._settle_ordinary(False)
         elif self._ordinary is False:
             self._settle_ordinary(None)
+
+    def _settle_parts(self) -> None:
+        """Freeze what `freeze` says; look whether `learning_rates` can be followed."""
+        if self.model is None:
+            return
+        if self.args.freeze is not None:
+            freeze(self.model, self.args.freeze)
+        rates = self.args.learning_rates_options()
+        if rates is None:
+            return
+        if self.optimizer is not None and not self._made_optimizer:
+            raise OptionError("learning_rates: would be ignored with an optimizer of your own (optimizers=...)")
+        check_rates(self.model, rates)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """`Trainer`'s, with groups of their own for the parts of `learning_rates`."""
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if not given:
+            self._made_optimizer = True
+            rates = self.args.learning_rates_options()
+            if rates is not None:
+                split_groups(optimizer, self.model, rates)
+        return optimizer
 
     def _validate_args(self) -> None:
         super()._validate_args()

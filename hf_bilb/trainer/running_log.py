@@ -174,9 +174,15 @@ def append_vectors(folder: str, step: int, epoch: float | None, columns: dict[st
         file.write(json.dumps({"step": step, "epoch": epoch, **columns}) + "\n")
 
 
-def truncate_vectors(folder: str, step: int) -> None:
-    """Drop the lines after `step` (a resumed run writes them again) and a last line that a kill cut short."""
-    path = Path(folder) / VECTORS_FILE
+def truncate_vectors(folder: str, step: int, name: str = VECTORS_FILE) -> None:
+    """Drop the lines after `step` (a resumed run writes them again) and a last line that a kill cut short.
+
+    Args:
+        folder: the run's.
+        step: the last one that is kept.
+        name: of a file of JSON lines, each with its `step`.
+    """
+    path = Path(folder) / name
     if not path.is_file():
         return
     kept = []

@@ -43,7 +43,9 @@ from hf_bilb.trainer.checks import (
 )
 from hf_bilb.trainer.data_trainer import Filler
 from hf_bilb.trainer.diagnostics import LowerLevelDiagnostics
+from hf_bilb.trainer.early_stopping import evaluations_without_gain, values_of
 from hf_bilb.trainer.epochs import EpochDataset
+from hf_bilb.trainer.gradient_diagnostics import GradientDiagnostics
 from hf_bilb.trainer.losses_trainer import (
     TaskItemCounts,
     TaskLossFunc,
@@ -131,7 +133,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             task_item_counts=task_item_counts,
             **rarely,
         )
-        self._diagnostics: LowerLevelDiagnostics | None = None
+        self._diagnostics: list[TrainerCallback] = []
         self._dropped_in_a_row = 0
         self._overflow_said = False
         self._settings: RunSettings | None = None
@@ -176,12 +178,17 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._settings = settings  # last: what was refused on the way is refused again the next time
 
     def _settle_diagnostics(self) -> None:
-        if self._diagnostics in self.callback_handler.callbacks:
-            self.remove_callback(self._diagnostics)
+        for callback in self._diagnostics:
+            if callback in self.callback_handler.callbacks:
+                self.remove_callback(callback)
+        self._diagnostics = []
         options = self.args.diagnostics_options()
-        self._diagnostics = None if options is None else LowerLevelDiagnostics(self, options)
-        if self._diagnostics is not None:
-            self.add_callback(self._diagnostics)
+        if options is not None and options.lower_level is not None:
+            self._diagnostics.append(LowerLevelDiagnostics(self, options.lower_level))
+        if options is not None and options.gradients is not None:
+            self._diagnostics.append(GradientDiagnostics(self, options.gradients))
+        for callback in self._diagnostics:
+            self.add_callback(callback)
 
     def _adopt_callbacks(self) -> None:
         """Let the handler of callbacks do our part, too; one that was put in its place does it from the next run on."""
@@ -252,6 +259,19 @@ class BilevelMTLTrainer(TaskLossTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             split_batches=self.args.accelerator_config.split_batches,
         )
+
+    def has_stopped_improving(self) -> bool:
+        """Whether `early_stopping` ends the training here; the evaluation is in the log already."""
+        options = self.args.early_stopping_options()
+        metric = self.args.metric_for_best_model
+        if options is None or metric is None or not self.is_in_train:
+            return False
+        values = values_of(self.state.log_history, metric)
+        better = bool(self.args.greater_is_better)
+        without = evaluations_without_gain(values, better, options.threshold)
+        if without >= options.patience:
+            logger.info("early_stopping: %s was not better in the last %d evaluations", metric, without)
+        return without >= options.patience
 
     def begin_epoch(self, epoch: int, dataloader: Any) -> None:
         """Tell data set and task sampler which epoch comes, and how far into it a resumed run goes on."""
@@ -652,7 +672,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
         return self._ordinary is False
 
     def _writes_into_folder(self) -> bool:
-        return super()._writes_into_folder() or len(self.task_names) > MAX_TASKS_IN_LOG
+        looks = any(isinstance(callback, GradientDiagnostics) for callback in self._diagnostics)
+        return super()._writes_into_folder() or len(self.task_names) > MAX_TASKS_IN_LOG or looks
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

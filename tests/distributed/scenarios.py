@@ -22,6 +22,7 @@ from hf_bilb.losses.masked import masked_mse
 from tests.distributed.absent_tasks import absent_task_scenarios
 from tests.distributed.double_loop import double_loop_scenarios
 from tests.distributed.feature_routers import feature_router_scenarios
+from tests.distributed.gradient_looks import gradient_look_scenarios
 from tests.distributed.item_counts import item_count_scenarios
 from tests.distributed.method_checks import sample, scenarios
 from tests.distributed.mixture_evaluation import mixture_scenarios
@@ -454,6 +455,7 @@ def all_scenarios() -> dict[str, Scenario]:
     found.update(double_loop_scenarios())
     found.update(absent_task_scenarios())
     found.update(item_count_scenarios())
+    found.update(gradient_look_scenarios())
     found.update(sharded_scenarios())
     found.update(restored_scenarios())
     found.update(scenarios(sample()))

@@ -24,6 +24,7 @@ CONFIG = {"version": 2, "auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loadin
 REFUSED: dict[str, dict[str, Any]] = {
     "lower_level": {"balancer": DOUBLE["parameter"]},
     "diagnostics": {"balancer": BALANCERS["bilb"], "diagnostics": DIAGNOSTICS},
+    "gradients": {"balancer": BALANCERS["bilb"], "diagnostics": {"gradients": {}}},
 }
 
 

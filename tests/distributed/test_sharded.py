@@ -17,9 +17,14 @@ def test_sharded_parameters_equal_whole_ones(runs: Runs, balancer: str) -> None:
 
 @pytest.mark.parametrize(
     ("scenario", "key"),
-    [("lower_level", "balancer.lower_level"), ("diagnostics", "diagnostics"), ("by_hand", "lower_level")],
+    [
+        ("lower_level", "balancer.lower_level"),
+        ("diagnostics", "diagnostics"),
+        ("gradients", "diagnostics.gradients"),
+        ("by_hand", "lower_level"),
+    ],
 )
-def test_an_inner_loop_is_refused(runs: Runs, scenario: str, key: str) -> None:
+def test_what_needs_whole_parameters_is_refused(runs: Runs, scenario: str, key: str) -> None:
     for rank in runs.ranks:
         error = rank[f"sharded_refused/{scenario}"]["error"]
         assert error.startswith(f"{key}: ") and "FSDP" in error and "\n" not in error

@@ -12,6 +12,7 @@ from hf_bilb.reporting.comparison_plots import runs_figure
 from hf_bilb.reporting.files import save_figure
 from hf_bilb.reporting.plots import (
     Series,
+    levels_figure,
     losses_figure,
     plot_run,
     series_from_history,
@@ -202,3 +203,21 @@ def test_scores_are_drawn_as_errors_and_a_score_of_zero_is_no_gap(tmp_path):
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [1.2, 0.5])
     assert "constant predictor" in [text.get_text() for text in figure.legends[0].get_texts()]
     check_png(save_figure(figure, tmp_path / "comparison.png"))
+
+
+def test_the_figure_of_both_levels_shows_what_was_logged() -> None:
+    keys = ("lower_gradient_at_x", "lower_gradient_at_z", "upper_gradient", "gradient_ratio")
+    history = [{"step": 1, "loss": 2.0}]  # steps without a look are left out
+    for step in (10, 20, 30):
+        looked = {f"bilevel/{key}": step / 100 * (i + 1) for i, key in enumerate(keys)}
+        history.append({"step": step, **looked, "router/entropy": 0.9, "router/clamped": 0.25})
+    figure = levels_figure(history, "a run")
+    assert figure is not None
+    gradients, others = figure.axes
+    curves = {line.get_label(): list(line.get_ydata()) for axis in figure.axes for line in axis.get_lines()}
+    assert len(curves) == 6 and all(list(line.get_xdata()) == [10, 20, 30] for line in gradients.get_lines())
+    assert curves["lower level at x"] == [0.1, 0.2, 0.3] and curves["share of clamped weights"] == [0.25] * 3
+    assert gradients.get_yscale() == "log" and others.get_ylim()[0] == 0
+    history[1]["bilevel/upper_gradient"] = 0.0  # a logarithm would hide it
+    assert levels_figure(history, "a run").axes[0].get_yscale() == "linear"
+    assert levels_figure(history[:1], "a run") is None

@@ -482,8 +482,9 @@ def test_options_are_checked_when_the_arguments_are_made(given: Any, message: st
 
 def test_options_may_be_written_as_in_yaml(tmp_path: Path) -> None:
     options = arguments(tmp_path, diagnostics={"inner_learning_rate": "1e-3"}).diagnostics_options()
-    assert options is not None and options.inner_learning_rate == 1e-3
-    assert (options.every_n_steps, options.inner_steps) == (100, 10), "as documented"
+    assert options is not None and options.lower_level is not None
+    assert options.lower_level.inner_learning_rate == 1e-3
+    assert (options.lower_level.every_n_steps, options.lower_level.inner_steps) == (100, 10), "as documented"
 
 
 @pytest.mark.parametrize("name", ["ls", "si", "uw"])
