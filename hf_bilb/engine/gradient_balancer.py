@@ -122,6 +122,10 @@ class GradientBalancer(LossBalancer):
         self._takes_jacobian = isinstance(self.objective, JacobianMethod)
         self._running: list[RunningGradients] = []
         self._num_gathered = 0
+        self._gathered_of: list[int] = []
+        #: Whether the micro-batches have to be gathered once more: a task seen for the first time in a later one has
+        #: changed which parameters are shared. The same on all ranks.
+        self.gathers_again = False
         self._found: Found | None = None
         self._output_of_module: tuple[Tensor, ...] = ()
         self._moves_early = True
@@ -184,12 +188,21 @@ class GradientBalancer(LossBalancer):
         present = self._whole_presence(local, batch, process_group, alone)
         self._shared.look(batch.losses, local, present, process_group, alone)
         inputs = self._features_of(batch) if self._of_features else self._shared.looked_at
-        # Of features the examples of a sample are nobody else's: there is one sample.
-        sample = 0 if self._of_features else self._num_gathered % self.objective.samples
-        running = self._running[sample] if sample < len(self._running) else RunningGradients()
-        running.add(batch, inputs, self._of_features, self.options.tasks_per_pass)
-        self._running[sample:] = [running, *self._running[sample + 1 :]]
+        if self._num_gathered > 0 and not self._of_features:
+            # A task that comes in a later micro-batch may change what is shared: the earlier ones lack a part then.
+            self.gathers_again |= list(map(id, inputs)) != self._gathered_of
+        self._gathered_of = list(map(id, inputs))
+        if not self.gathers_again:
+            # Of features the examples of a sample are nobody else's: there is one sample.
+            sample = 0 if self._of_features else self._num_gathered % self.objective.samples
+            running = self._running[sample] if sample < len(self._running) else RunningGradients()
+            running.add(batch, inputs, self._of_features, self.options.tasks_per_pass)
+            self._running[sample:] = [running, *self._running[sample + 1 :]]
         self._num_gathered += 1
+
+    def forget_gathered(self) -> None:
+        """Forget the gradients of the micro-batches that were gathered; what is known of the parameters stays."""
+        self._running, self._num_gathered, self.gathers_again = [], 0, False
 
     def _whole_presence(self, local: list[bool], batch: TaskLosses, group: Any, alone: bool) -> list[bool]:
         if bool(self._shared.known.all()):
@@ -224,9 +237,11 @@ class GradientBalancer(LossBalancer):
         if single:
             for batch in micro_batches:
                 self.gather(batch, process_group, alone)
+        if self.gathers_again:
+            raise RuntimeError("the micro-batches have to be gathered once more")
         gradients = reduce_gradients(self._running, process_group, alone)
         single = single and self._num_gathered == 1
-        self._running, self._num_gathered = [], 0
+        self.forget_gathered()
         if self._takes_jacobian:
             return self._decide_by_jacobian(gradients, plain, whole, active, single)
         return self._decide_by_gramian(gradients, plain, whole, active, single)
@@ -440,23 +455,25 @@ class GradientBalancer(LossBalancer):
     def discard(self) -> None:
         """As in `LossBalancer.discard`; what has been gathered is forgotten."""
         super().discard()
-        self._running, self._num_gathered, self._found = [], 0, None
+        self.forget_gathered()
+        self._found = None
 
     def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
         """As in `LossBalancer.rollback`; what has been gathered is forgotten."""
         super().rollback(snapshot)
-        self._running, self._num_gathered = [], 0
+        self.forget_gathered()
 
     @contextmanager
     def _no_trace(self) -> Iterator[None]:
         running, gathered, found, output = self._running, self._num_gathered, self._found, self._output_of_module
-        self._running, self._num_gathered = [], 0
+        again = self.gathers_again
+        self.forget_gathered()
         try:
             with self._shared.unchanged(), super()._no_trace():
                 yield
         finally:
             self._running, self._num_gathered, self._found = running, gathered, found
-            self._output_of_module = output
+            self._output_of_module, self.gathers_again = output, again
 
     def describe_invalid(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:
         """As in `LossBalancer`; names the tasks whose gradient is not finite, where the losses are."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from hf_bilb.config.options import nearest
+from hf_bilb.config.patterns import check_patterns, matches
 from hf_bilb.engine.reduction import all_reduce_sum, data_parallel_size
 from hf_bilb.engine.weighting import connected_losses
 from hf_bilb.errors import OptionError, TaskLossError
@@ -49,7 +48,7 @@ class SharedParameters:
 
     Args:
         num_tasks: K.
-        patterns: names of the parameters whose gradients are looked at, with `*`; None: all shared ones.
+        patterns: of the parameters whose gradients are looked at (`hf_bilb.config.patterns`); None: all shared ones.
         key: of the patterns, in messages.
     """
 
@@ -72,11 +71,7 @@ class SharedParameters:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if self.bound and [id(p) for p in named.values()] == [id(p) for p in self.parameters]:
             return False
-        for pattern in self._patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise OptionError(
-                    f"{self._key}: {pattern!r} fits no trainable parameter{nearest(pattern, list(named))}"
-                )
+        check_patterns(self._patterns or (), list(named), self._key)
         self._take(list(named.values()), list(named))
         self.bound = True
         return True
@@ -173,7 +168,7 @@ class SharedParameters:
         if self._patterns is None or not self._names:
             self._looked_at = self._of_several
             return
-        chosen = [any(fnmatchcase(name, pattern) for pattern in self._patterns) for name in self._names]
+        chosen = [any(matches(name, pattern) for pattern in self._patterns) for name in self._names]
         self._looked_at = [i for i, here in enumerate(chosen) if here]
         self._of_several = [i for i in range(len(chosen)) if chosen[i] or i in self._of_several]
 

@@ -131,8 +131,11 @@ class OptimizerStep:
         # What comes back here is no pass that DistributedDataParallel should wait for.
         quiet = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
         with torch.set_grad_enabled(look is not None), unchanged(model), quiet:
-            for batch in self.batches:
-                self._random_states.append(RandomState.capture(self._device))
+            for number, batch in enumerate(self.batches):
+                if number < len(self._random_states):
+                    self._random_states[number].restore()  # run once more
+                else:
+                    self._random_states.append(RandomState.capture(self._device))
                 found = self._forward(model, batch)
                 if look is not None:
                     look(found)

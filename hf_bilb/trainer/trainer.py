@@ -342,14 +342,24 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return
         if self._ordinary is not False and self._is_ordinary(model, step.batches[0]):
             return
-        look = self.balancer.gather if isinstance(self.balancer, GradientBalancer) else None
-        losses = step.first_pass(model, look if self.balancer.needs_gradients else None) if over_window else []
+        losses = self._first_pass(model, step) if over_window else []
         if self.balancer.needs_look_ahead:
             self._look_ahead(step)
         if over_window:
             # F once, at the losses of all micro-batches together, of a first pass without gradients.
             step.weighting = self.balancer.decide(losses)
             step.parts.append(Part(step.weighting, step.weighting.value + step.weighting.auxiliary_loss, None))
+
+    def _first_pass(self, model: nn.Module, step: OptimizerStep) -> list[TaskLosses]:
+        """The losses of a window's micro-batches; a gradient method looks at their gradients."""
+        balancer = self.balancer
+        if not isinstance(balancer, GradientBalancer) or not balancer.needs_gradients:
+            return step.first_pass(model)
+        losses = step.first_pass(model, balancer.gather)
+        if balancer.gathers_again:
+            balancer.forget_gathered()
+            losses = step.first_pass(model, balancer.gather)
+        return losses
 
     def _build_window_counter(self) -> WindowCounter:
         return WindowCounter(self._item_counter, self.task_names, self.balancer.device, self.balancer.dtype)

@@ -122,7 +122,7 @@ def test_patterns_and_what_fits_none() -> None:
     balancer.backward(model()[0])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert [names[id(parameter)] for parameter in balancer._shared.looked_at] == TRUNK[1:]
-    with pytest.raises(OptionError, match=r"^shared_parameters: 'trunc\.0\.weight' fits no .*trunk\.0\.weight"):
+    with pytest.raises(OptionError, match=r"^shared_parameters: 'trunc\.0\.weight' means no .*trunk\.0\.weight"):
         build_balancer("mgda", 3, shared_parameters=["trunc.0.weight"]).bind(model)
 
 

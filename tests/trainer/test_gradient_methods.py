@@ -166,3 +166,15 @@ def test_bf16_autocast(tmp_path: Path) -> None:
     exact = BilevelMTLTrainer(build_model(torch.float32), arguments(tmp_path, balancer="pcgrad"), train_dataset=rows)
     exact.train()
     assert relative_difference(flat_parameters(found.model), flat_parameters(exact.model)) <= 0.02
+
+
+@pytest.mark.parametrize("balancer", ["mgda", PCGRAD, "moco"], ids=str)
+@pytest.mark.parametrize("first", [1, 2], ids=["one task first", "two tasks first"])
+def test_tasks_that_come_in_a_later_micro_batch(first: int, balancer: Any, tmp_path: Path) -> None:
+    data = build_data(4 * BATCH, dtype=FLOAT)
+    data.labels[:BATCH, first:] = torch.nan
+    settings = {"data": data, "balancer": balancer, "balance_over": "window"}
+    parts = run(tmp_path / "parts", gradient_accumulation_steps=4, **settings)
+    whole = run(tmp_path / "whole", per_device_train_batch_size=4 * BATCH, **settings)
+    assert parts.trainer.state.global_step == whole.trainer.state.global_step == 1
+    assert relative_difference(parts.parameters, whole.parameters) <= 1e-13
