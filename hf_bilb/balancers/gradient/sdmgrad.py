@@ -9,6 +9,10 @@ step begins from; P projects on the simplex, lambda -> regularization, rate -> s
 that of the plain mean: 0 is MGDA, large is the mean. LibMTL and its scripts: rate 5, momentum 0.5, 20 iterations,
 lambda 0.3, as here; torchjd has a rate of 10. Both add 1e-8 to s^2 (we: where it is zero).
 
+With a rate of 5 the inner steps overshoot where gradients differ in length: the shares jump between corners of the
+simplex, and a difference in rounding, as another number of ranks makes it, decides where they end. A rate below about
+1 / (largest eigenvalue of A), such as 0.1, gives the same shares on any number of ranks.
+
 In a step with absent tasks a is that of the present ones, scaled to sum 1; the absent ones' stays.
 """
 
