@@ -23,6 +23,7 @@ class FeatureOutput(ModelOutput):
     num_items: Tensor | None = None
     logits: Tensor | None = None
     router_features: Tensor | None = None
+    shared_features: Tensor | None = None
 
 
 class FeatureModel(SyntheticModel):
@@ -32,7 +33,9 @@ class FeatureModel(SyntheticModel):
         hidden = self.trunk(features)
         logits = self.heads(hidden)
         losses, num_items = (None, None) if labels is None else masked_mse(logits, labels)
-        return FeatureOutput(losses=losses, num_items=num_items, logits=logits, router_features=hidden)
+        return FeatureOutput(
+            losses=losses, num_items=num_items, logits=logits, router_features=hidden, shared_features=hidden
+        )
 
 
 class NormalisedModel(SyntheticModel):
