@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_command_of_the_header_takes_every_method(data_set: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     header = re.sub(r"^# ?", "", (ROOT / f"recipes/{data_set}/ls.yaml").read_text(encoding="utf-8"), flags=re.M)
-    (command,) = re.findall(r"^ +(hf-bilb compare [^']*'[^']*')$", header, flags=re.M)
+    (command,) = re.findall(r"^ +(hf-bilb compare \S+ --seeds [^']*'[^']*')$", header, flags=re.M)
     program, verb, recipe, *options = shlex.split(command)
     assert (program, verb, recipe) == ("hf-bilb", "compare", f"recipes/{data_set}/ls.yaml")
     given = dict(zip(options[::2], options[1::2], strict=True))
