@@ -254,7 +254,7 @@ def _draw_losses(axis: Axes, result: Trajectories) -> None:
     axis.plot((-2.2, 1.1), (-22, 11), **EQUAL)
     _draw_paths(axis, result.losses)
     _name_ends(axis, result.losses[-1])
-    axis.set(xlim=(-2.4, 1.5), ylim=(-23, 15), xlabel="loss of the first task, $l_1$")
+    axis.set(xlim=(-3.7, 1.5), ylim=(-26, 14), xlabel="loss of the first task, $l_1$")
 
 
 def _draw_paths(axis: Axes, paths: NDArray[np.float64]) -> None:
@@ -266,9 +266,13 @@ def _draw_paths(axis: Axes, paths: NDArray[np.float64]) -> None:
 
 
 def _name_ends(axis: Axes, ends: NDArray[np.float64]) -> None:
-    """Write the coordinates at every point where paths end, once where several do."""
-    for x, y in sorted({(round(float(x), 2), round(float(y), 1)) for x, y in ends}):
-        below: dict[str, Any] = {"xytext": (-9, -12), "ha": "right", "va": "top"}
+    """Write the coordinates at the points near the front where paths end, once where several do."""
+    named: list[tuple[float, float]] = []
+    for x, y in sorted((float(x), float(y)) for x, y in ends if x / SCALE + y < -9):
+        if any(abs(x - a) < 0.5 and abs(y - b) < 2 for a, b in named):
+            continue
+        named.append((x, y))
+        below: dict[str, Any] = {"xytext": (-7, -10), "ha": "right", "va": "top"}
         axis.annotate(f"({x:.2f}, {y:.1f})", (x, y), textcoords="offset points", fontsize=9, bbox=PAPER, **below)
 
 
