@@ -1,11 +1,11 @@
 """The toy figure of the papers: where the methods end on a problem with two parameters and two tasks.
 
-    python examples/toy.py                    # every method, 50,000 steps, toy.png: some twelve minutes on one core
-    python examples/toy.py --method bilb --steps 20000 --output bilb.png
+    python examples/toy.py                    # every method, 50,000 steps, toy.png: about an hour on one core
+    python examples/toy.py --method ls --method bilb --method famo --method mgda --steps 20000 --output four.png
 
 The problem is CAGrad's (Liu et al. 2021), as FAMO changed it (Liu et al. 2023, experiments/toy/problem.py): above
 x2 = 0 two narrow logarithmic valleys, below it two bowls, the first loss scaled by 0.1. Five starts, Adam with 1e-3,
-float64; only MARIGOLD draws random numbers. Figure 1 of BiLB4MTL (arXiv 2502.08585) shows the end of the method as one
+float64; random numbers matter for MARIGOLD alone. Figure 1 of BiLB4MTL (arXiv 2502.08585) shows the end of the method as one
 star at (-1.51, -15.1), the point of the Pareto front where l1 / 0.1 = l2. Its settings are not published; those of
 `METHODS["bilb"]` end there from the three lower starts, within 15,000 steps; from the two upper ones they are still in
 the valleys after 50,000 (from (-8.5, 7.5) after 200,000). The plain sum of l1 / 0.1 and l2 is lowest in the star as
@@ -20,6 +20,10 @@ a plain softmax, the losses are in units of their scales, and perturbation and l
 the three lower starts always end on the front, at l2 = -15.0 +- 0.9, -15.7 +- 0.7 and -14.8 +- 0.9; the upper ones left
 the valleys in three and four of ten runs. The weights go on swinging. `exact` with `two_point` ends alike, with about
 half the spread, and costs several times as much.
+
+The gradient methods take the losses as they are, and a step of theirs takes about four times as long as one of LS (in
+the figure: processor time of all five starts). PCGrad, CAGrad (c = 0.4) and FairGrad clip to norm 1, as official code
+does. With alpha = 1 FairGrad has the direction of Nash-MTL, and Adam does not see its length: their paths are the same.
 """
 
 from __future__ import annotations
