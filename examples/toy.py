@@ -5,7 +5,7 @@
 
 The problem is CAGrad's (Liu et al. 2021), as FAMO changed it (Liu et al. 2023, experiments/toy/problem.py): above
 x2 = 0 two narrow logarithmic valleys, below it two bowls, the first loss scaled by 0.1. Five starts, Adam with 1e-3,
-float64; random numbers matter for MARIGOLD alone. Figure 1 of BiLB4MTL (arXiv 2502.08585) shows the end of the method as one
+float64; draws matter for MARIGOLD alone. Figure 1 of BiLB4MTL (arXiv 2502.08585) shows the end of the method as one
 star at (-1.51, -15.1), the point of the Pareto front where l1 / 0.1 = l2. Its settings are not published; those of
 `METHODS["bilb"]` end there from the three lower starts, within 15,000 steps; from the two upper ones they are still in
 the valleys after 50,000 (from (-8.5, 7.5) after 200,000). The plain sum of l1 / 0.1 and l2 is lowest in the star as
