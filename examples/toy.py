@@ -273,7 +273,7 @@ def _name_ends(axis: Axes, ends: NDArray[np.float64]) -> None:
     """Write the coordinates at the points near the front where paths end, once where several do."""
     named: list[tuple[float, float]] = []
     for x, y in sorted((float(x), float(y)) for x, y in ends if x / SCALE + y < -9):
-        if any(abs(x - a) < 0.5 and abs(y - b) < 2 for a, b in named):
+        if any(abs(x - a) < 1.3 and abs(y - b) < 2 for a, b in named):
             continue
         named.append((x, y))
         below: dict[str, Any] = {"xytext": (-7, -10), "ha": "right", "va": "top"}
