@@ -1,11 +1,11 @@
 """The toy figure of the papers: where the methods end on a problem with two parameters and two tasks.
 
-    python examples/toy.py                    # every method, 50,000 steps, toy.png: some twelve minutes on one core
-    python examples/toy.py --method bilb --steps 20000 --output bilb.png
+    python examples/toy.py                    # every method, 50,000 steps, toy.png: about an hour on one core
+    python examples/toy.py --method ls --method bilb --method famo --method mgda --steps 20000 --output four.png
 
 The problem is CAGrad's (Liu et al. 2021), as FAMO changed it (Liu et al. 2023, experiments/toy/problem.py): above
 x2 = 0 two narrow logarithmic valleys, below it two bowls, the first loss scaled by 0.1. Five starts, Adam with 1e-3,
-float64; only MARIGOLD draws random numbers. Figure 1 of BiLB4MTL (arXiv 2502.08585) shows the end of the method as one
+float64; draws matter for MARIGOLD alone. Figure 1 of BiLB4MTL (arXiv 2502.08585) shows the end of the method as one
 star at (-1.51, -15.1), the point of the Pareto front where l1 / 0.1 = l2. Its settings are not published; those of
 `METHODS["bilb"]` end there from the three lower starts, within 15,000 steps; from the two upper ones they are still in
 the valleys after 50,000 (from (-8.5, 7.5) after 200,000). The plain sum of l1 / 0.1 and l2 is lowest in the star as
@@ -20,10 +20,15 @@ a plain softmax, the losses are in units of their scales, and perturbation and l
 the three lower starts always end on the front, at l2 = -15.0 +- 0.9, -15.7 +- 0.7 and -14.8 +- 0.9; the upper ones left
 the valleys in three and four of ten runs. The weights go on swinging. `exact` with `two_point` ends alike, with about
 half the spread, and costs several times as much.
+
+The gradient methods take the losses as they are, and a step of theirs takes about four times as long as one of LS (in
+the figure: processor time of all five starts). PCGrad, CAGrad (c = 0.4) and FairGrad clip to norm 1, as official code
+does. With alpha = 1 FairGrad has the direction of Nash-MTL, and Adam does not see its length: their paths are the same.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,6 +106,12 @@ METHODS: dict[str, Method] = {
         },
         loss_scales=(SCALE, 1.0),
     ),
+    "mgda": Method("MGDA", "mgda"),
+    "pcgrad": Method("PCGrad", "pcgrad", {"max_norm": 1.0}),
+    "cagrad": Method("CAGrad", "cagrad", {"c": 0.4, "max_norm": 1.0}),
+    "imtl_g": Method("IMTL-G", "imtl_g"),
+    "nash_mtl": Method("Nash-MTL", "nash_mtl"),
+    "fairgrad": Method("FairGrad", "fairgrad", {"max_norm": 1.0}),
 }
 
 
@@ -121,11 +132,15 @@ def task_losses(points: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """S descents: `points [n, S, 2]` and `losses [n, S, 2]` at `steps [n]`, the first and the last included."""
+    """S descents: `points [n, S, 2]` and `losses [n, S, 2]` at `steps [n]`, the first and the last included.
+
+    `seconds`: of processor time that all of them took together.
+    """
 
     steps: NDArray[np.int64]
     points: NDArray[np.float64]
     losses: NDArray[np.float64]
+    seconds: float
 
 
 def descend(
@@ -134,7 +149,8 @@ def descend(
     """Descend from every start with the method; `num_steps` steps of Adam.
 
     The starts know nothing of each other: each has a balancer of its own, and Adam works on each number alone. They
-    share the forward and the backward pass, which takes half the time.
+    share the forward and the backward pass, which takes half the time. A gradient method looks at the gradients of its
+    own start's two losses before that; it finds out by itself that the two parameters are shared.
     """
 
     def losses_at(points: Tensor) -> Tensor:
@@ -145,6 +161,7 @@ def descend(
     optimizer = torch.optim.Adam([points], lr=LEARNING_RATE)
     balancers = [build_balancer(method.balancer, num_tasks=2, dtype=torch.float64, **method.options) for _ in starts]
     recorded: list[tuple[int, Tensor]] = []
+    begin = time.process_time()
 
     with click.progressbar(range(num_steps), label=f"{method.title:8}", show_pos=True) as bar:
         for step in bar:
@@ -161,8 +178,10 @@ def descend(
                 balancer.step(reevaluate=partial(losses_at, point))
 
     recorded.append((num_steps, points.detach().clone()))
+    seconds = time.process_time() - begin
     visited = torch.stack([x for _, x in recorded])
-    return Trajectories(np.array([step for step, _ in recorded]), visited.numpy(), task_losses(visited).numpy())
+    steps = np.array([step for step, _ in recorded])
+    return Trajectories(steps, visited.numpy(), task_losses(visited).numpy(), seconds)
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -194,22 +213,32 @@ END: dict[str, Any] = {"marker": "*", "linestyle": "none", "markersize": 15, "ma
 SUM: dict[str, Any] = {"marker": "s", "linestyle": "none", "markersize": 12, "markerfacecolor": "0.62"}
 PAPER: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 TICKS = (-10, -5, 0, 5, 10)
+_COLUMNS = 5
 
 
 def figure(results: Mapping[str, Trajectories]) -> Figure:
-    """One column a method: the paths in the plane of the parameters above, in the plane of the losses below."""
-    drawing = Figure(figsize=(4.6 * len(results) + 2.2, 9.0), layout="constrained")
-    axes = drawing.subplots(2, len(results), squeeze=False, sharex="row", sharey="row")
-    for column, (name, result) in enumerate(results.items()):
-        parameters, losses = axes[:, column]
-        parameters.set_title(f"{METHODS[name].title}, {result.steps[-1]:,} steps")
+    """Two panels a method, the paths in the plane of the parameters and below it in the plane of the losses."""
+    columns = min(len(results), _COLUMNS)
+    blocks = -(-len(results) // columns)
+    drawing = Figure(figsize=(3.7 * columns + 2.4, 7.6 * blocks), layout="constrained")
+    axes = drawing.subplots(2 * blocks, columns, squeeze=False)
+    for empty in axes[-2:, len(results) - columns * (blocks - 1) :].flat:
+        empty.set_visible(False)
+    for number, (name, result) in enumerate(results.items()):
+        block, column = divmod(number, columns)
+        parameters, losses = axes[2 * block : 2 * block + 2, column]
+        parameters.set_title(f"{METHODS[name].title}\n{result.steps[-1]:,} steps, {_shown(result.seconds)}")
         _draw_parameters(parameters, result)
         _draw_losses(losses, result)
         if column == 0:
             parameters.set_ylabel("parameter $x_2$")
             losses.set_ylabel("loss of the second task, $l_2$")
-    drawing.legend(handles=_legend(), loc="outside right center", frameon=False)
+    drawing.legend(handles=_legend(), loc="outside right upper", frameon=False)
     return drawing
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _draw_parameters(axis: Axes, result: Trajectories) -> None:
@@ -229,7 +258,7 @@ def _draw_losses(axis: Axes, result: Trajectories) -> None:
     axis.plot((-2.2, 1.1), (-22, 11), **EQUAL)
     _draw_paths(axis, result.losses)
     _name_ends(axis, result.losses[-1])
-    axis.set(xlabel="loss of the first task, $l_1$")
+    axis.set(xlim=(-3.7, 1.5), ylim=(-26, 14), xlabel="loss of the first task, $l_1$")
 
 
 def _draw_paths(axis: Axes, paths: NDArray[np.float64]) -> None:
@@ -241,9 +270,13 @@ def _draw_paths(axis: Axes, paths: NDArray[np.float64]) -> None:
 
 
 def _name_ends(axis: Axes, ends: NDArray[np.float64]) -> None:
-    """Write the coordinates at every point where paths end, once where several do."""
-    for x, y in sorted({(round(float(x), 2), round(float(y), 1)) for x, y in ends}):
-        below: dict[str, Any] = {"xytext": (-9, -12), "ha": "right", "va": "top"}
+    """Write the coordinates at the points near the front where paths end, once where several do."""
+    named: list[tuple[float, float]] = []
+    for x, y in sorted((float(x), float(y)) for x, y in ends if x / SCALE + y < -9):
+        if any(abs(x - a) < 1.3 and abs(y - b) < 2 for a, b in named):
+            continue
+        named.append((x, y))
+        below: dict[str, Any] = {"xytext": (-7, -10), "ha": "right", "va": "top"}
         axis.annotate(f"({x:.2f}, {y:.1f})", (x, y), textcoords="offset points", fontsize=9, bbox=PAPER, **below)
 
 

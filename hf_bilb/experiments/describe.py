@@ -14,20 +14,25 @@ from torch import Tensor
 
 from hf_bilb.balancers.registry import BalancerSpec, build_balancer, get_balancer_spec, list_balancers
 from hf_bilb.config.options import describe_type
+from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions
 from hf_bilb.engine.options import BalancerOptions
 from hf_bilb.errors import OptionError
 from hf_bilb.reporting.balancer_table import BalancerEntry, Catalogue, CostEntry, OptionEntry, flow
 
 _SIZES = (3, 5, 8)  # numbers of tasks to find out how a size depends on K
 _PLAIN = "ls"  # has no state of its own: what it has, every balancer has
+_PLAIN_GRADIENT = "mgda"  # neither has this one: what it has, every gradient method has
 
 
 def catalogue() -> Catalogue:
     """All registered balancers, sorted by name."""
+    common = _states(_PLAIN)
     return Catalogue(
         balancers=tuple(describe(name) for name in list_balancers()),
         common_options=tuple(_options(BalancerOptions)),
-        common_state=tuple(_shapes([build_balancer(_PLAIN, size).state_dict() for size in _SIZES], frozenset())),
+        common_state=tuple(_shapes(common, frozenset())),
+        gradient_options=tuple(o for o in _options(GradientOptions) if o not in _options(BalancerOptions)),
+        gradient_state=tuple(_shapes(_without(_states(_PLAIN_GRADIENT), common), frozenset())),
     )
 
 
@@ -41,6 +46,7 @@ def describe(name: str) -> BalancerEntry:
     changed = [o for o in options if o.name in common and o.default != common[o.name].default]
     return BalancerEntry(
         name=name,
+        family="gradient" if issubclass(spec.objective, GradientMethod) else "loss",
         paper=spec.paper,
         costs=tuple(CostEntry(str(cost), cost.memory, cost.when) for cost in spec.costs),
         state=_state(spec),
@@ -56,19 +62,26 @@ def describe(name: str) -> BalancerEntry:
 
 
 def _state(spec: BalancerSpec) -> tuple[str, ...] | None:
-    """The entries of its state that not every balancer has; None where it needs options to be built."""
+    """The entries of its state that not every balancer of its family has; None where it needs options to be built."""
     try:
         built = [build_balancer(spec.name, size) for size in _SIZES]
     except OptionError:
         return None
-    shared = build_balancer(_PLAIN, _SIZES[0]).state_dict().keys()
+    shared = _states(_PLAIN_GRADIENT if issubclass(spec.objective, GradientMethod) else _PLAIN)
     trained = frozenset(f"objective.{name}" for name, _ in built[0].objective.named_parameters())
-    states = [balancer.state_dict() for balancer in built]
-    own = [
-        {key: value for key, value in state.items() if key not in shared and not key.startswith("optimizer.")}
+    return tuple(_shapes(_without([balancer.state_dict() for balancer in built], shared), trained))
+
+
+def _states(name: str) -> list[dict[str, Tensor]]:
+    return [build_balancer(name, size).state_dict() for size in _SIZES]
+
+
+def _without(states: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """`states` without the entries that `others` have, and without the optimizer's."""
+    return [
+        {key: value for key, value in state.items() if key not in others[0] and not key.startswith("optimizer.")}
         for state in states
     ]
-    return tuple(_shapes(own, trained))
 
 
 def _shapes(states: list[dict[str, Tensor]], trained: frozenset[str]) -> list[str]:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from hf_bilb import build_balancer, list_balancers
 from hf_bilb.balancers import get_balancer_spec, resolve_options
+from hf_bilb.balancers.registry import GRADIENT_METHODS
 from hf_bilb.cli import main
 from hf_bilb.config.yaml import load_yaml
 from hf_bilb.experiments.describe import _in_terms_of_k
@@ -24,6 +25,8 @@ from tests.registration import registration_undone
 
 ROOT = Path(__file__).parents[2]
 NAMES = list_balancers()
+#: As the tables have them: the loss balancers first.
+BY_FAMILY = sorted(NAMES, key=lambda name: (name in GRADIENT_METHODS, name))
 
 
 @pytest.fixture(autouse=True)
@@ -114,17 +117,41 @@ def test_the_table_fits_a_wide_terminal() -> None:
     text = printed()
     assert max(map(len, text.splitlines())) <= 120
     first = [line.split()[0] for line in text.split("\n\nOptions that")[0].splitlines() if line[:1].strip()]
-    assert [name for name in first if name in NAMES] == NAMES
-    assert text.count("coefficient_floor") == 1  # those of all balancers stand once
+    assert [name for name in first if name in NAMES] == BY_FAMILY
+    losses, gradients = text.split("\nGradient methods: ")
+    assert losses.startswith("Loss balancers: ") and "\nuw " in losses and "\naligned_mtl " in gradients
+    for option in ("coefficient_floor", "tasks_per_pass"):  # those of all balancers, or gradient methods, stand once
+        assert text.count(f"{option}: ") == 1 and text.count(f"{option}=") == 0
     assert "options: weight_decay=0.001, min_losses=0.0, reevaluate=same_batch, learning_rate=0.025\n" in text
 
 
-def test_the_markdown_table_has_a_row_for_each() -> None:
-    table, rest = printed("--format", "markdown").split("\n\n", 1)
-    rows = [line.split(" | ") for line in table.splitlines()]
-    assert [row[0].strip("| `") for row in rows[2:]] == NAMES
-    assert {len(row) for row in rows} == {6}
-    assert "| `coefficient_floor` | `null` |" in rest
+def test_the_markdown_tables_have_a_row_for_each() -> None:
+    losses, gradients = printed("--format", "markdown").split("\nGradient methods: ")
+    named = []
+    for page in (losses, gradients):
+        title, table = page.split("\n\n")[:2]
+        rows = [line.split(" | ") for line in table.splitlines()]
+        assert "\n" not in title and {len(row) for row in rows} == {6}
+        named += [row[0].strip("| `") for row in rows[2:]]
+    assert named == BY_FAMILY
+    assert "| `coefficient_floor` | `null` |" in gradients and "| `tasks_per_pass` | `null` |" in gradients
+
+
+def test_one_gradient_method_shows_what_all_have(entries: dict[str, Any]) -> None:
+    assert {entry["family"] for name, entry in entries.items() if name in GRADIENT_METHODS} == {"gradient"}
+    assert {entry["family"] for name, entry in entries.items() if name not in GRADIENT_METHODS} == {"loss"}
+    page = printed("pcgrad")
+    own, of_family, of_all = page[page.index("\nOptions:") :].split("\nOptions that every ")
+    assert {line.split(":")[0].strip() for line in own.splitlines() if line[:3].strip()} == {
+        "Options", "order", "seed", "heads",
+    }  # fmt: skip
+    assert of_family.startswith("gradient method has:\n  gradients: parameters (") and "\n  heads:" not in of_family
+    assert of_all.startswith("balancer has:\n  learning_rate: ")
+    state = page.split("\nState:\n")[1].split("\n\n")[0]
+    built = build_balancer("pcgrad", 4).state_dict().keys() - build_balancer("ls", 4).state_dict().keys()
+    for key in built:
+        shown = key.removeprefix("objective.").removesuffix("._extra_state")
+        assert shown in state, key
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "json"])
@@ -145,7 +172,8 @@ def test_one_in_full(name: str, form: str) -> None:
 
 
 def test_a_wrong_name_is_one_line() -> None:
-    assert refused("famos").startswith("NAME: 'famos' is not known (did you mean \"famo\"?); known: bilb, dwa, ")
+    begin = "NAME: 'famos' is not known (did you mean \"famo\"?); known: aligned_mtl, bilb, cagrad, dwa, "
+    assert refused("famos").startswith(begin)
 
 
 def test_a_method_of_one_s_own_is_listed_where_its_file_is_imported(tmp_path: Path) -> None:

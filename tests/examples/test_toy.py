@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from examples import toy
 from hf_bilb import build_balancer
 
-TITLES = ("LS  ", "BiLB  ", "FAMO  ", "MARIGOLD  ")
+TITLES = tuple(f"{method.title:8} " for method in toy.METHODS.values())
 FILES = Path(__file__).parents[1] / "parity_data"
 
 
@@ -132,7 +133,108 @@ def test_lagged_marigold_is_commit_where_all_batches_are_one():
     assert np.abs(lagged.points - again.points).max() <= 1e-9
 
 
-@pytest.mark.parametrize("name", ["bilb", "famo", "marigold"])
+# ------------------------------------------------------------------------- gradient methods, for two tasks on paper
+
+
+def mgda_of_two(g, h):
+    """The shortest a g + (1 - a) h with a in [0, 1], times 2."""
+    a = np.clip((h - g) @ h / ((g - h) @ (g - h)), 0, 1)
+    return 2 * (a * g + (1 - a) * h)
+
+
+def pcgrad_of_two(g, h):
+    inner = min(g @ h, 0.0)
+    return clipped((g - inner / (h @ h) * h) + (h - inner / (g @ g) * g))
+
+
+def cagrad_of_two(g, h, c=0.4):
+    """The a in [0, 1] with the least g_a . g_0 + c |g_0| |g_a|: its derivative grows with a, so it is halved in."""
+    mean = (g + h) / 2
+    radius = c * np.linalg.norm(mean)
+
+    def slope(a):
+        mixed = a * g + (1 - a) * h
+        return (g - h) @ mean + radius * ((g - h) @ mixed) / np.linalg.norm(mixed)
+
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    mixed = low * g + (1 - low) * h
+    return clipped(2 * (mean + radius * mixed / np.linalg.norm(mixed)) / (1 + c**2))
+
+
+def nash_of_two(g, h):
+    """G a = 1 / a: a_1^2 |g|^2 = a_2^2 |h|^2, so that both are 1 / sqrt(1 + cos) of their own unit."""
+    norms = np.linalg.norm(g), np.linalg.norm(h)
+    return (g / norms[0] + h / norms[1]) / np.sqrt(1 + g @ h / (norms[0] * norms[1]))
+
+
+def fairgrad_of_two(g, h):
+    return clipped(2 * nash_of_two(g, h))
+
+
+def imtl_g_of_two(g, h):
+    """Equal projections: the same multiple of both units."""
+    norms = np.linalg.norm(g), np.linalg.norm(h)
+    return (g / norms[0] + h / norms[1]) / (1 / norms[0] + 1 / norms[1])
+
+
+def clipped(direction):
+    return direction * min(1.0, 1 / (np.linalg.norm(direction) + 1e-6))
+
+
+OF_TWO = {
+    "mgda": mgda_of_two,
+    "pcgrad": pcgrad_of_two,
+    "cagrad": cagrad_of_two,
+    "nash_mtl": nash_of_two,
+    "fairgrad": fairgrad_of_two,
+    "imtl_g": imtl_g_of_two,
+}
+
+
+def walked(direction_of, start, num_steps):
+    """The points that Adam with 1e-3 visits along the directions, in plain numpy."""
+    point, first, second, visited = np.array(start), np.zeros(2), np.zeros(2), []
+    for step in range(1, num_steps + 1):
+        visited.append(point.copy())
+        jacobian = torch.autograd.functional.jacobian(toy.task_losses, torch.from_numpy(point)).numpy()
+        direction = direction_of(*jacobian)
+        first = 0.9 * first + 0.1 * direction
+        second = 0.999 * second + 0.001 * direction**2
+        scale = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+        point = point - 1e-3 * first / (1 - 0.9**step) / scale
+    return np.stack(visited)
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_first_steps_of_a_gradient_method_are_those_of_two_gradients_on_paper(name):
+    ours = toy.descend(toy.METHODS[name], toy.STARTS, num_steps=20, record_every=1)
+    for k, start in enumerate(toy.STARTS):
+        off = np.abs(ours.points[:20, k] - walked(OF_TWO[name], start, 20)).max(axis=0)
+        if start == (0.0, 0.0) and name in ("nash_mtl", "imtl_g"):
+            # Of two gradients of one length what is across them cancels, and Adam makes steps of the rounding errors.
+            assert off[0] <= 1e-3 and off[1] <= 1e-8
+        else:
+            assert off.max() <= 1e-12, start
+
+
+def test_the_gradient_methods_differ_and_clipping_acts():
+    ends = {name: toy.descend(toy.METHODS[name], toy.STARTS, num_steps=20).points[-1] for name in ("ls", *OF_TWO)}
+    for one, other in itertools.combinations(ends, 2):
+        # With alpha = 1 FairGrad has Nash-MTL's direction, and Adam does not see the length.
+        assert (np.abs(ends[one] - ends[other]).max() > 1e-5) == ({one, other} != {"nash_mtl", "fairgrad"}), (
+            one,
+            other,
+        )
+    for name in ("pcgrad", "cagrad"):
+        method = toy.METHODS[name]
+        free = dataclasses.replace(method, options={**method.options, "max_norm": None})
+        assert np.abs(toy.descend(free, toy.STARTS, num_steps=20).points[-1] - ends[name]).max() > 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["bilb", "famo", "marigold", "pcgrad", "nash_mtl"])
 def test_each_start_goes_its_own_way(name):
     together = toy.descend(toy.METHODS[name], toy.STARTS, num_steps=60)
     for k, start in enumerate(toy.STARTS):
@@ -165,7 +267,7 @@ def test_the_command_prints_the_ends_and_draws_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "bilbo"], "'bilbo' is not one of 'ls', 'bilb', 'famo', 'marigold'"),
+        (["--method", "bilbo"], "'bilbo' is not one of 'ls', 'bilb', 'famo', 'marigold', 'mgda', "),
         (["--steps", "0"], "0 is not in the range x>=1"),
         (["--output", "nowhere/toy.png"], "nowhere/toy.png: there is no folder nowhere"),
     ],

@@ -453,7 +453,10 @@ def refusal(tmp_path: Path, model: nn.Module | None = None, **settings: Any) -> 
 
 def test_a_pattern_that_fits_nothing(tmp_path: Path) -> None:
     given = {"gradients": {"parameters": ["trunk.*", "heads.wieght"]}}
-    expected = "diagnostics.gradients.parameters: 'heads.wieght' means no parameter of the model (did you mean \"heads.weight\"?)"
+    expected = (
+        "diagnostics.gradients.parameters: 'heads.wieght' means no parameter of the model "
+        '(did you mean "heads.weight"?)'
+    )
     assert refusal(tmp_path, diagnostics=given) == expected
 
 

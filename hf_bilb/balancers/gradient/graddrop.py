@@ -50,7 +50,7 @@ class GradDropOptions(VectorOptions):
 
     Attributes:
         leak: the share of a gradient that is kept in any case.
-        seed: of the draws.
+        seed: of the draws, which depend on nothing else but the number of the update.
     """
 
     leak: float = bounded(0.0, at_least=0, at_most=1)

@@ -39,7 +39,7 @@ class GradVacOptions(GradientOptions):
     Attributes:
         beta: what share of a target each update replaces.
         order: in which a gradient meets the others: `identity`, theirs, or `random`, drawn in every update.
-        seed: of the draws.
+        seed: of the draws of a `random` order.
     """
 
     beta: float = bounded(0.5, at_least=0, at_most=1)

@@ -35,7 +35,7 @@ class PcGradOptions(GradientOptions):
 
     Attributes:
         order: in which a gradient meets the others: `random`, drawn in every update, or `identity`, theirs.
-        seed: of the draws.
+        seed: of the draws of a `random` order.
     """
 
     order: Order = "random"

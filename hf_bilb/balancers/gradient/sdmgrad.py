@@ -37,7 +37,7 @@ class SdmGradOptions(GradientOptions):
     Attributes:
         regularization: lambda, how strongly the direction is drawn to the mean gradient.
         step_size: of the shares' inner steps.
-        momentum: of these steps.
+        momentum: of these inner steps; each update begins with none.
         iterations: how many there are in an update.
     """
 
