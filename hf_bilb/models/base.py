@@ -57,7 +57,7 @@ class MultiTaskModel(PreTrainedModel):
         """
         output = MultiTaskOutput(logits=logits)
         if losses is not None:
-            output = MultiTaskOutput(*losses, logits, router_features=features)
+            output = MultiTaskOutput(*losses, logits, router_features=features, shared_features=features)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
