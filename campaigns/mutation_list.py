@@ -48,6 +48,8 @@ def method(name: str) -> tuple[str, ...]:
     return (f"balancers/test_{name}.py", "balancers/test_parity.py", "contract")
 
 
+GRADIENTS = ("engine/test_task_gradients.py", "contract/test_gradient_balancers.py", "trainer/test_gradient_methods.py")
+GRADIENT_RANKS = ("distributed/test_gradient_methods.py", "distributed/test_methods.py")
 BILB = ("engine", "contract", "balancers/test_parity.py")
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -67,8 +69,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     # --- a rank's share, and what is reported ---
     Mutation(
         "a share over a count of zero",
-        "local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local",
-        "local = batch.num_items / weighting.num_items if share is None else share.local",
+        "return batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local",
+        "return batch.num_items / weighting.num_items if share is None else share.local",
         ("engine/test_standalone.py", "engine/test_absent_tasks.py"),
     ),
     Mutation(
@@ -91,8 +93,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a NaN loss without items reaches the graph",
-        "connected = torch.where(batch.num_items > 0, batch.losses, 0.0)",
-        "connected = batch.losses",
+        "return torch.where(batch.num_items > 0, batch.losses, 0.0)",
+        "return batch.losses",
         ("engine/test_standalone.py", "engine/test_absent_tasks.py"),
     ),
     Mutation(
@@ -805,8 +807,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a rank takes all ranks' share",
-        "return WindowShare(self.local[micro_batch] / totals,",
-        "return WindowShare(self.everywhere[micro_batch] / totals,",
+        "local = self.local[micro_batch] / totals",
+        "local = self.everywhere[micro_batch] / totals",
         ("distributed/test_windows.py", "distributed/test_data_parallel.py"),
     ),
     Mutation(
@@ -959,5 +961,120 @@ MUTATIONS: tuple[Mutation, ...] = (
         "step.window.share(max(step.number, 0))",
         "step.window.share(0)",
         ("trainer/test_window.py", *TRAINER),
+    ),
+    # --- the gradients of the tasks ---
+    Mutation(
+        "gradients: zero gradients hide what is reached",
+        "probe = torch.full_like(loss, torch.nan)",
+        "probe = torch.ones_like(loss)",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: two owners of an entry are none",
+        "torch.where(other, SHARED, task)",
+        "task",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: ranks do not agree on what is shared",
+        "        if ranks > 1:\n            self._agree(group)\n",
+        "",
+        GRADIENT_RANKS,
+    ),
+    Mutation(
+        "gradients: a look marks tasks as known",
+        "            self.known.copy_(known)\n            self._owners = owners\n",
+        "",
+        (*GRADIENT_RANKS, *GRADIENTS),
+    ),
+    Mutation(
+        "gradients: each rank has its own Jacobian",
+        "        counts, *parts = all_reduce_sum(flat, group).split(sizes)",
+        "        counts, *parts = flat.split(sizes)",
+        GRADIENT_RANKS,
+    ),
+    Mutation(
+        "gradients: a Gramian of features is one rank's",
+        "            gramian, items = all_reduce_sum(torch.cat([gramian, items.to(gramian.device)]), group).split(",
+        "            gramian, items = torch.cat([gramian, items.to(gramian.device)]).split(",
+        GRADIENT_RANKS,
+    ),
+    Mutation(
+        "gradients: micro-batches are not weighted by their items",
+        "_times(rows, items)",
+        "rows",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: the last micro-batch is the window",
+        "self.rows = list(torch._foreach_add(self.rows, _times(rows, items)))",
+        "self.rows = _times(rows, items)",
+        ("distributed/test_methods.py",),
+    ),
+    Mutation(
+        "gradients: a part of the shared parameters stands for all",
+        "        return self.options.shared_parameters is None or len",
+        "        return True or len",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: heads descend the weighted sum whatever is asked",
+        'heads = weighting.coefficients if self.options.heads == "weights" else self._plain(found, weighting)',
+        "heads = weighting.coefficients",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: clipping is forgotten",
+        "return (limit / (norm + 1e-6)).clamp(max=1.0).to(self.dtype)",
+        "return torch.ones_like(norm).to(self.dtype)",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: held tasks have no gradients",
+        "given = torch.where(here, raw, memory.gramian.double()) if holds else raw",
+        "given = raw",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: the weights are found in every step",
+        'return self.phase != "warmup" and self._memory_of_gradients.steps % self.options.every_n_steps == 0',
+        'return self.phase != "warmup"',
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: the first sample is descended",
+        "if share is None or share.number % 3 != 2:",
+        "if share is None or share.number % 3 != 0:",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: the wrapper's copies of the features are looked at",
+        "    return tensor if inner is None else GradientEdge(inner, number)",
+        "    return tensor",
+        GRADIENT_RANKS,
+    ),
+    Mutation(
+        "gradients: slopes of the normalization are left out",
+        "            chosen = (gramian * slope * slope[:, None])[tasks][:, tasks]",
+        "            chosen = gramian[tasks][:, tasks]",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: a frozen method keeps new weights",
+        '            if self.phase == "balancing":\n                memory.remember(tasks, weights)',
+        "            if True:\n                memory.remember(tasks, weights)",
+        GRADIENTS,
+    ),
+    Mutation(
+        "gradients: a direction is not shared out over micro-batches",
+        "fraction: Tensor | float = 1.0 if share is None else share.fraction",
+        "fraction: Tensor | float = 1.0",
+        ("distributed/test_methods.py",),
+    ),
+    Mutation(
+        "gradients: MoCo remembers the heads' gradients",
+        "            rows = [\n                found.get(id(p), rows[0].new_zeros(1, 1)",
+        "            rows = [\n                found.get(id(p), rows[0].new_ones(1, 1)",
+        GRADIENTS,
     ),
 )

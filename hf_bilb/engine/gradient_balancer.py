@@ -29,7 +29,14 @@ from hf_bilb.engine.task_gradients import (
     given_gradients,
     reduce_gradients,
 )
-from hf_bilb.engine.weighting import Weighting, WindowShare, surrogate_loss, with_value_of_f
+from hf_bilb.engine.weighting import (
+    Weighting,
+    WindowShare,
+    connected_losses,
+    own_share,
+    surrogate_loss,
+    with_value_of_f,
+)
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 
@@ -137,12 +144,12 @@ class GradientBalancer(LossBalancer):
             return self
         if isinstance(model, DistributedDataParallel):
             model = model.module  # whose names the patterns are of
-        self._shared.bind(model)
-        if self._takes_jacobian:
-            assert isinstance(self.objective, JacobianMethod)
-            self.objective.allocate(sum(p.numel() for p in self._looked_at()))
+        others = self._shared.bind(model)
+        if model is self._bound_to and not others:
+            return self
+        self._allocate()
         name = self.options.shared_module
-        if self._of_features and name is not None and model is not self._bound_to:
+        if self._of_features and name is not None:
             modules = dict(model.named_modules())
             if name not in modules:
                 raise OptionError(f"shared_module: {name!r} is no module of the model, expected one of its names")
@@ -153,7 +160,12 @@ class GradientBalancer(LossBalancer):
     def share(self, parameters: Sequence[nn.Parameter]) -> LossBalancer:
         """Say which parameters are shared, in place of `bind`: all of `parameters` are; returns self."""
         self._shared.take(list(parameters))
+        self._allocate()
         return self
+
+    def _allocate(self) -> None:
+        if isinstance(self.objective, JacobianMethod):
+            self.objective.allocate(sum(p.numel() for p in self._shared.parameters))
 
     def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
@@ -166,21 +178,18 @@ class GradientBalancer(LossBalancer):
 
         Cost: K backward passes from the losses to the shared parameters or features.
         """
+        if self.objective.needs_model and not self._shared.bound:
+            raise OptionError(f"balancer {self.name!r} remembers a gradient of the model's size: balancer.bind(model)")
         local = [bool(here) for here in (batch.num_items > 0).tolist()]
         present = self._whole_presence(local, batch, process_group, alone)
         self._shared.look(batch.losses, local, present, process_group, alone)
-        number = min(self.objective.samples, 1 if self._of_features else self.objective.samples)
-        sample = self._num_gathered % number
-        if sample == len(self._running):
-            self._running.append(RunningGradients())
-        inputs = self._features_of(batch) if self._of_features else self._looked_at()
-        self._running[sample].add(batch, inputs, self._of_features, self.options.tasks_per_pass)
+        inputs = self._features_of(batch) if self._of_features else self._shared.looked_at
+        # Of features the examples of a sample are nobody else's: there is one sample.
+        sample = 0 if self._of_features else self._num_gathered % self.objective.samples
+        running = self._running[sample] if sample < len(self._running) else RunningGradients()
+        running.add(batch, inputs, self._of_features, self.options.tasks_per_pass)
+        self._running[sample:] = [running, *self._running[sample + 1 :]]
         self._num_gathered += 1
-
-    def _looked_at(self) -> list[nn.Parameter]:
-        # A direction always has the same length, whatever is known to be shared.
-        everything = self._takes_jacobian and self.options.shared_parameters is None
-        return self._shared.parameters if everything else self._shared.looked_at
 
     def _whole_presence(self, local: list[bool], batch: TaskLosses, group: Any, alone: bool) -> list[bool]:
         if bool(self._shared.known.all()):
@@ -284,11 +293,12 @@ class GradientBalancer(LossBalancer):
         memory, slopes = self._memory_of_gradients, plain.coefficients
         # Of the features, whatever has the same Gramian gives the same weights.
         rows = gradients.samples[0] if gradients.samples else [_root(gradients.gramian)]
+        sizes = [u.shape[1] for u in rows]
         tasks = (whole.present & active).cpu().nonzero().flatten()
         self._found = Found(gradients, None, slopes, single)
         if not len(tasks):
             return self._weighted(plain, torch.zeros(self.num_tasks), active)
-        jacobian = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+        jacobian = self._whole_jacobian(rows)
         if not bool(jacobian.isfinite().all()):
             return plain._replace(coefficients=torch.full_like(slopes, torch.nan))
         chosen = tasks.to(jacobian.device)
@@ -297,14 +307,31 @@ class GradientBalancer(LossBalancer):
         with torch.no_grad():
             gradient, weights = self.objective.direction(scaled, losses, tasks)
         if weights is None:
-            direction = list(gradient.split([u.shape[1] for u in rows]))
-            self._found = self._found._replace(direction=direction)
+            self._found = self._found._replace(direction=self._by_parameter(gradient, sizes))
             return plain
         found = torch.zeros(self.num_tasks, dtype=torch.float64)
         found[tasks] = weights.double().cpu()
         if self.phase == "balancing":
             memory.remember(tasks, found[tasks])
         return self._weighted(plain, found, active)
+
+    def _whole_jacobian(self, rows: list[Tensor]) -> Tensor:
+        """`[K, d]`: of what is looked at; for a method that remembers vectors of the model's size of all parameters,
+        zero where they are not looked at, so that it is of one length whatever is known to be shared."""
+        if self.objective.needs_model:
+            found = dict(zip(map(id, self._shared.looked_at), rows, strict=True))
+            rows = [
+                found.get(id(p), rows[0].new_zeros(1, 1).expand(self.num_tasks, p.numel()))
+                for p in self._shared.parameters
+            ]
+        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+
+    def _by_parameter(self, direction: Tensor, sizes: list[int]) -> list[Tensor]:
+        if not self.objective.needs_model:
+            return list(direction.split(sizes))
+        parts = direction.split([p.numel() for p in self._shared.parameters])
+        looked_at = set(map(id, self._shared.looked_at))
+        return [part for p, part in zip(self._shared.parameters, parts, strict=True) if id(p) in looked_at]
 
     # --- how the weighting is applied ----------------------------------------------------------------------------
 
@@ -321,7 +348,7 @@ class GradientBalancer(LossBalancer):
         if same and not direct and samples < 3:
             return surrogate_loss(batch, weighting, share)
         shared, of_one = self._shared.of_several, self._shared.of_one
-        local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
+        local = own_share(batch, weighting, share)
         if found.direction is not None:
             pairs = self._direction_pairs(found.direction, clip, share)
             given = {id(parameter) for parameter, _ in pairs}
@@ -331,12 +358,10 @@ class GradientBalancer(LossBalancer):
         coefficients = weighting.coefficients if clip is None else weighting.coefficients * clip
         if direct:
             assert found.gradients is not None
-            several = {id(parameter) for parameter in shared}
             part = coefficients if share is None else coefficients * share.everywhere
             pairs = [
                 (p, part.to(u.dtype) @ u)
-                for p, u in zip(self._looked_at(), found.gradients.samples[0], strict=True)
-                if id(p) in several
+                for p, u in zip(self._shared.looked_at, found.gradients.samples[0], strict=True)
             ]
         else:
             of_shared = local
@@ -357,11 +382,9 @@ class GradientBalancer(LossBalancer):
     def _direction_pairs(
         self, direction: list[Tensor], clip: Tensor | None, share: WindowShare | None
     ) -> list[tuple[nn.Parameter, Tensor | None]]:
-        shared = {id(parameter) for parameter in self._shared.of_several}
         fraction: Tensor | float = 1.0 if share is None else share.fraction
         factor = fraction if clip is None else fraction * clip
-        looked_at = self._looked_at()
-        return [(p, d * factor) for p, d in zip(looked_at, direction, strict=True) if id(p) in shared]
+        return [(p, d * factor) for p, d in zip(self._shared.looked_at, direction, strict=True)]
 
     def _share_of_sample(self, batch: TaskLosses, gradients: GlobalGradients, share: WindowShare | None) -> Tensor:
         """`[K]`: this rank's items over those of the third sample, which alone is descended; zero for the others."""
@@ -465,7 +488,7 @@ def _gradients_of(batch: TaskLosses, weights: Tensor, parameters: Sequence[nn.Pa
     """The gradient of sum_k w_k l_k; the graph is kept."""
     if not parameters:
         return ()
-    connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
+    connected = connected_losses(batch)
     total = torch.dot(weights.to(connected.dtype), connected)
     return torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
 

@@ -81,6 +81,8 @@ class GradientMethod(Objective):
     #: How many independent samples of the batch the method takes, the micro-batches of a step in turn. With one
     #: micro-batch all samples are the same.
     samples: int = 1
+    #: Whether it remembers something of the model's size, and so needs `bind(model)`.
+    needs_model: bool = False
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """The sum of the losses of the `active` tasks."""

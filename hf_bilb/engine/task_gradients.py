@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge
 
 from hf_bilb.config.options import nearest
 from hf_bilb.engine.reduction import all_reduce_sum, data_parallel_size
+from hf_bilb.engine.weighting import connected_losses
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 
@@ -61,15 +62,15 @@ class SharedParameters:
         self._looked_at: list[int] = []
         self._of_several: list[int] = []
 
-    def bind(self, model: nn.Module) -> None:
-        """Take the trainable parameters of `model`; those of the same model keep what is known of them.
+    def bind(self, model: nn.Module) -> bool:
+        """Take the trainable parameters of `model`; the same ones keep what is known of them. Whether they are others.
 
         Raises:
             OptionError: a pattern that fits no parameter, or no trainable one.
         """
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         if self.bound and [id(p) for p in named.values()] == [id(p) for p in self.parameters]:
-            return
+            return False
         for pattern in self._patterns or ():
             if not any(fnmatchcase(name, pattern) for name in named):
                 raise OptionError(
@@ -77,6 +78,7 @@ class SharedParameters:
                 )
         self._take(list(named.values()), list(named))
         self.bound = True
+        return True
 
     def take(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take these parameters as the shared ones, all of them; those of one task alone are then not known."""
@@ -243,41 +245,48 @@ class RunningGradients:
     """What the micro-batches of a step on this rank add up to; one for each independent sample of the batch.
 
     Attributes:
-        sums: U, for each parameter `[K, n]`; empty with respect to features.
+        rows: for each parameter `[K, n]`: the gradients g of the only micro-batch, or U where there are several; empty
+            with respect to features.
         gramian: with respect to features, sum over micro-batches of U U^T `[K, K]`; else None.
         num_items: `[K]`.
+        several: whether `rows` are weighted by the items.
     """
 
     def __init__(self) -> None:
-        self.sums: list[Tensor] = []
+        self.rows: list[Tensor] = []
         self.gramian: Tensor | None = None
         self.num_items: Tensor | None = None
+        self.several = False
 
-    def add(
-        self,
-        batch: TaskLosses,
-        inputs: Inputs,
-        of_features: bool,
-        tasks_per_pass: int | None,
-    ) -> None:
+    def add(self, batch: TaskLosses, inputs: Inputs, of_features: bool, tasks_per_pass: int | None) -> None:
         """Take in a micro-batch."""
         rows = gradient_rows(batch, inputs, tasks_per_pass)
-        if of_features and not rows:
-            raise TaskLossError("shared_features: no loss leads back to them; give what the heads are given itself")
         items = batch.num_items.detach()
-        self.num_items = items.clone() if self.num_items is None else self.num_items + items
         if of_features:
-            gramian = gramian_of(rows, rows)
+            if not rows:
+                raise TaskLossError("shared_features: no loss leads back to them; give what the heads are given itself")
+            gramian = gramian_of(rows, rows) * items.double() * items.double()[:, None]
             self.gramian = gramian if self.gramian is None else self.gramian + gramian
-        elif self.sums:
-            # Not in place: a gradient may be a view of something smaller.
-            self.sums = list(torch._foreach_add(self.sums, rows))
+        elif self.num_items is None:
+            self.rows = rows  # a single micro-batch keeps its gradients to the last bit
         else:
-            self.sums = rows
+            self.weigh()
+            # Not in place: a gradient may be a view of something smaller.
+            self.rows = list(torch._foreach_add(self.rows, _times(rows, items)))
+        self.num_items = items.clone() if self.num_items is None else self.num_items + items
+
+    def weigh(self) -> None:
+        """Make g of a single micro-batch U."""
+        if not self.several and self.num_items is not None:
+            self.rows, self.several = _times(self.rows, self.num_items), True
+
+
+def _times(rows: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    return [row * factors.to(row)[:, None] for row in rows]
 
 
 def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None) -> list[Tensor]:
-    """N_k grad l_k for every task, for each input `[K, n]`, in float32 at least; zero for tasks without items here.
+    """grad l_k for every task, for each input `[K, n]`, in float32 at least; zero for tasks without items here.
 
     Args:
         batch: losses, attached to the graph, and counts.
@@ -289,7 +298,7 @@ def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None)
     num_tasks = len(batch.losses)
     if not inputs:  # no task has had a loss so far
         return []
-    connected = torch.where(batch.num_items > 0, batch.losses * batch.num_items.to(batch.losses.dtype), 0.0)
+    connected = connected_losses(batch)
     size = num_tasks if tasks_per_pass is None else tasks_per_pass
     one_hot = torch.eye(num_tasks, dtype=connected.dtype, device=connected.device)
     parts = []
@@ -307,15 +316,15 @@ def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None)
         parts.append([_rows(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
     if len(parts) == 1:
         return [row for row in parts[0] if row is not None]
-    return [_joined(rows) for rows in zip(*parts, strict=True)]
+    return [_joined(rows) for rows in zip(*parts, strict=True) if any(row is not None for row in rows)]
 
 
 def _rows(gradient: Tensor | None, x: Tensor | GradientEdge, size: int) -> Tensor | None:
-    """`[size, n]`; None where nothing is reached and the number of entries is not known."""
+    """`[size, n]`; None for features that are not reached."""
     if gradient is not None:
         whole = gradient.to_dense() if gradient.is_sparse else gradient
         return whole.reshape(size, -1).to(torch.promote_types(whole.dtype, torch.float32))
-    if isinstance(x, GradientEdge):
+    if isinstance(x, GradientEdge) or x.grad_fn is not None:  # features, to which no loss leads back
         return None
     return torch.zeros(size, x.numel(), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
@@ -361,7 +370,20 @@ def reduce_gradients(running: Sequence[RunningGradients], group: Any, alone: boo
             )
         scale = 1 / items[0].clamp(min=1)
         return GlobalGradients([], gramian * scale * scale[:, None], items)
-    sums = [each.sums for each in running]
+    if alone and not any(each.several for each in running):
+        samples = [each.rows for each in running]
+    else:
+        for each in running:
+            each.weigh()
+        samples, items = _reduced([each.rows for each in running], items, group, alone)
+    gramian = gramian_of(samples[0], samples[min(1, len(samples) - 1)])
+    if not samples[0]:
+        gramian = torch.zeros(items.shape[1], items.shape[1], dtype=torch.float64, device=items.device)
+    return GlobalGradients(samples, gramian, items)
+
+
+def _reduced(sums: list[list[Tensor]], items: Tensor, group: Any, alone: bool) -> tuple[list[list[Tensor]], Tensor]:
+    """J of each sample, and the items `[S, K]`, from this rank's U."""
     if not alone:
         like = sums[0][0] if sums[0] else items
         flat = torch.cat([items.reshape(-1).to(like.dtype), *(u.reshape(-1) for rows in sums for u in rows)])
@@ -371,13 +393,7 @@ def reduce_gradients(running: Sequence[RunningGradients], group: Any, alone: boo
         shapes = [u.shape for rows in sums for u in rows]
         whole = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
         sums = [[next(whole) for _ in rows] for rows in sums]
-    samples = []
-    for rows, count in zip(sums, items, strict=True):
-        samples.append([u / count.clamp(min=1).to(u.dtype)[:, None] for u in rows])
-    gramian = gramian_of(samples[0], samples[min(1, len(samples) - 1)])
-    if not samples[0]:
-        gramian = torch.zeros(items.shape[1], items.shape[1], dtype=torch.float64, device=items.device)
-    return GlobalGradients(samples, gramian, items)
+    return [_times(rows, 1 / count.clamp(min=1)) for rows, count in zip(sums, items, strict=True)], items
 
 
 # --- how the result reaches the parameters -------------------------------------------------------------------------

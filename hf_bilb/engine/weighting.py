@@ -32,7 +32,7 @@ class WindowShare(NamedTuple):
     fraction: Tensor
     rows: Tensor
     num_micro_batches: int
-    number: int
+    number: int = 0
 
 
 class Weighting(NamedTuple):
@@ -81,7 +81,7 @@ def surrogate_loss(batch: TaskLosses, weighting: Weighting, share: WindowShare |
         weighting: of the global batch, or on the whole accumulation window.
         share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
     """
-    local = batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
+    local = own_share(batch, weighting, share)
     ranks = weighting.ranks
     coefficients = weighting.coefficients if ranks == 1 else ranks * weighting.coefficients
     per_feature = weighting.feature_gradient
@@ -89,6 +89,17 @@ def surrogate_loss(batch: TaskLosses, weighting: Weighting, share: WindowShare |
         rows = ranks if share is None else ranks * share.rows
         per_feature = per_feature * rows / weighting.num_rows.clamp(min=1)
     return with_value_of_f(local_share(batch, coefficients * local, per_feature), batch, weighting, share)
+
+
+def own_share(batch: TaskLosses, weighting: Weighting, share: WindowShare | None) -> Tensor:
+    """`[K]`: this rank's items of the batch over those of the whole that was decided on."""
+    return batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
+
+
+def connected_losses(batch: TaskLosses) -> Tensor:
+    """`[K]`, attached to the graph; a task without items here may have any value, NaN included, and takes no part, with a
+    zero gradient."""
+    return torch.where(batch.num_items > 0, batch.losses, 0.0)
 
 
 def with_value_of_f(total: Tensor, batch: TaskLosses, weighting: Weighting, share: WindowShare | None) -> Tensor:
@@ -116,8 +127,7 @@ def local_share(batch: TaskLosses, per_task: Tensor, per_feature: Tensor | None)
         per_task: w `[K]`.
         per_feature: v `[D]`, or None when nothing looks at the features.
     """
-    # A task without items here may have any value, NaN included: it takes no part, with a zero gradient.
-    connected = torch.where(batch.num_items > 0, batch.losses, 0.0)
+    connected = connected_losses(batch)
     share = torch.dot(per_task.to(connected.dtype), connected)
     if per_feature is None or batch.router_features is None:
         return share

@@ -18,7 +18,7 @@ from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
 ENTRIES = {
     **{f"data {name}": (DATA_SETS.modules[name], DATA_SETS[name].options) for name in DATA_SETS},
     **{f"model {name}": (MODELS.modules[name], MODELS[name].options) for name in MODELS},
-    **{name: (f"hf_bilb.balancers.{name}", get_balancer_spec(name).options) for name in BUILT_IN},
+    **{name: (get_balancer_spec(name).objective.__module__, get_balancer_spec(name).options) for name in BUILT_IN},
 }
 
 

@@ -30,6 +30,7 @@ SCENARIOS = {
     ),
     "test_factors.py": ("factor/", "accumulated/"),
     "test_feature_routers.py": ("router",),
+    "test_gradient_methods.py": ("gradient/",),
     "test_item_counts.py": ("uncounted/", "coded", "evaluated_uncounted/"),
     "test_methods.py": ("method/",),
     "test_restored.py": ("restored/",),

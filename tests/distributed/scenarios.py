@@ -417,6 +417,8 @@ def evaluated(rows: int, stream: bool = False) -> dict[str, Any]:
 
 def all_scenarios() -> dict[str, Scenario]:
     """Every scenario by name; the name is what the tests ask for."""
+    from tests.distributed.gradient_methods import gradient_scenarios  # which takes models from here
+
     found: dict[str, Scenario] = {}
     for balancer in BALANCERS:
         found[f"standalone/{balancer}"] = partial(standalone, balancer)
@@ -455,6 +457,7 @@ def all_scenarios() -> dict[str, Scenario]:
     found.update(sharded_scenarios())
     found.update(restored_scenarios())
     found.update(scenarios(sample()))
+    found.update(gradient_scenarios())
     if world_size() > 1:
         for name in SABOTAGE:
             found[f"sabotage/{name}"] = partial(sabotage, *name.split("/"))

@@ -520,11 +520,11 @@ def test_the_first_pass_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Monk
     original = OptimizerStep.first_pass
     calls = 0
 
-    def watched_pass(self: OptimizerStep, model: nn.Module) -> Any:
+    def watched_pass(self: OptimizerStep, model: nn.Module, *look: Any) -> Any:
         nonlocal calls
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         gradients = [parameter.grad for parameter in model.parameters()]
-        losses = original(self, model)
+        losses = original(self, model, *look)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         assert all(p.grad is old for p, old in zip(model.parameters(), gradients, strict=True))
         assert not any(batch.losses.requires_grad for batch in losses), "no graph is kept"

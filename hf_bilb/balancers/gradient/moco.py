@@ -66,6 +66,7 @@ class MoCoOptions(VectorOptions):
 class MoCo(JacobianMethod):
     """MoCo. State: `averages [K, d]`, `shares [K]` and the number of updates."""
 
+    needs_model = True
     averages: Tensor | None
     shares: Tensor
     updates: Tensor
