@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -318,7 +319,7 @@ def measure(model: Model, case: Case, methods: Sequence[str], repeats: int) -> l
         rounds = [{one: block() for one, block in blocks.items()} for _ in range(repeats)]
         last = blocks["ls"]()
         bases = [*(one["ls"] for one in rounds), last]
-        around = [(a + b) / 2 for a, b in zip(bases, bases[1:], strict=False)]
+        around = [(a + b) / 2 for a, b in itertools.pairwise(bases)]
         result = Result(
             model.name,
             model.num_tasks,

@@ -24,6 +24,7 @@ from hf_bilb.engine.objective import Derivatives
 from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
 from hf_bilb.engine.task_gradients import (
     GlobalGradients,
+    Rows,
     RunningGradients,
     SharedParameters,
     given_gradients,
@@ -292,7 +293,7 @@ class GradientBalancer(LossBalancer):
         assert isinstance(self.objective, JacobianMethod)
         memory, slopes = self._memory_of_gradients, plain.coefficients
         # Of the features, whatever has the same Gramian gives the same weights.
-        rows = gradients.samples[0] if gradients.samples else [_root(gradients.gramian)]
+        rows = gradients.samples[0] if gradients.samples else Rows([_root(gradients.gramian)])
         sizes = [u.shape[1] for u in rows]
         tasks = (whole.present & active).cpu().nonzero().flatten()
         self._found = Found(gradients, None, slopes, single)
@@ -315,15 +316,17 @@ class GradientBalancer(LossBalancer):
             memory.remember(tasks, found[tasks])
         return self._weighted(plain, found, active)
 
-    def _whole_jacobian(self, rows: list[Tensor]) -> Tensor:
+    def _whole_jacobian(self, rows: Rows) -> Tensor:
         """`[K, d]`: of what is looked at; for a method that remembers vectors of the model's size of all parameters,
         zero where they are not looked at, so that it is of one length whatever is known to be shared."""
         if self.objective.needs_model:
             found = dict(zip(map(id, self._shared.looked_at), rows, strict=True))
-            rows = [
+            rows = Rows(
                 found.get(id(p), rows[0].new_zeros(1, 1).expand(self.num_tasks, p.numel()))
                 for p in self._shared.parameters
-            ]
+            )
+        if rows.whole is not None:
+            return rows.whole
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def _by_parameter(self, direction: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -359,10 +362,7 @@ class GradientBalancer(LossBalancer):
         if direct:
             assert found.gradients is not None
             part = coefficients if share is None else coefficients * share.everywhere
-            pairs = [
-                (p, part.to(u.dtype) @ u)
-                for p, u in zip(self._shared.looked_at, found.gradients.samples[0], strict=True)
-            ]
+            pairs = list(zip(self._shared.looked_at, found.gradients.samples[0].weighted(part), strict=True))
         else:
             of_shared = local
             if samples == 3 and found.gradients is not None:
