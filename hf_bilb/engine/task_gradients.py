@@ -10,7 +10,6 @@ together, and its Gramian is a sum over micro-batches and ranks.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -358,27 +357,25 @@ def at_once(inputs: Inputs, num_tasks: int) -> int:
 
 
 def _batched(batch: TaskLosses, inputs: Inputs, size: int) -> Rows | None:
-    """`size` tasks at once; None where an operation of the graph cannot do that, or does it one by one itself."""
+    """`size` tasks at once; None where an operation of the graph cannot do that."""
     losses = connected_losses(batch)
     one_hot = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     parts = []
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*batching rule")
-            for chosen in one_hot.split(size):
-                batched = len(chosen) > 1
-                found: tuple[Tensor | None, ...] = torch.autograd.grad(
-                    losses,
-                    inputs,
-                    chosen if batched else chosen[0],
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
-                parts.append([_rows(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
-    except (RuntimeError, UserWarning) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        for chosen in one_hot.split(size):
+            batched = len(chosen) > 1
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                losses,
+                inputs,
+                chosen if batched else chosen[0],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+            parts.append([_rows(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
         logger.info("the tasks go through the backward pass one after the other: %s", error)
         return None
     if len(parts) == 1:
