@@ -61,7 +61,7 @@ AGGREGATORS = {
     "torchjd": "UPGrad",
     "upgrad": "UPGrad",
 }
-OPTIONS: dict[str, dict[str, Any]] = {"CAGrad": {"c": 0.5}}
+OPTIONS: dict[str, dict[str, Any]] = {"CAGrad": {"c": 0.5}, "FairGrad": {"alpha": 1.0}}
 #: What else is measured: title -> method, options, the models it is for.
 MORE: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "mgda, gradients: features": ("mgda", {"gradients": "features"}, ("mlp", "mpnn", "celeba_cnn")),
