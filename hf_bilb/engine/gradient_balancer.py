@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
-from hf_bilb.engine.objective import Derivatives
+from hf_bilb.engine.objective import Derivatives, ObjectiveValue
+from hf_bilb.engine.options import masked_sum
 from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
 from hf_bilb.engine.task_gradients import (
     GlobalGradients,
@@ -215,7 +216,9 @@ class GradientBalancer(LossBalancer):
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
-        plain = super()._evaluate(whole, active, micro_batches, process_group, alone)
+        plain = self._sum_of_losses(active)
+        if plain is None:
+            plain = super()._evaluate(whole, active, micro_batches, process_group, alone)
         single = not self._running
         if not self.needs_gradients:
             self._found = Found(None, None, plain.coefficients, single)
@@ -231,6 +234,14 @@ class GradientBalancer(LossBalancer):
         if self._takes_jacobian:
             return self._decide_by_jacobian(gradients, plain, whole, active, single)
         return self._decide_by_gramian(gradients, plain, whole, active, single)
+
+    def _sum_of_losses(self, active: Tensor) -> Derivatives | None:
+        """What `differentiate` finds where F is the plain sum of losses as they are; None where it is something else."""
+        if type(self.objective).forward is not GradientMethod.forward or self.normalization.kind != "none":
+            return None
+        own = tuple(torch.zeros_like(parameter) for parameter in self.objective.parameters())
+        value = masked_sum(self._memory.last_losses, active)
+        return Derivatives(ObjectiveValue(value), active.to(self.dtype), own)
 
     def _weighted(self, plain: Derivatives, weights: Tensor, active: Tensor) -> Derivatives:
         weights = torch.where(active, weights.to(self.device, self.dtype), 0.0)

@@ -97,8 +97,8 @@ def own_share(batch: TaskLosses, weighting: Weighting, share: WindowShare | None
 
 
 def connected_losses(batch: TaskLosses) -> Tensor:
-    """`[K]`, attached to the graph; a task without items here may have any value, NaN included, and takes no part, with a
-    zero gradient."""
+    """`[K]`, attached to the graph; a task without items here may have any value, NaN included, and takes no part, with
+    a zero gradient."""
     return torch.where(batch.num_items > 0, batch.losses, 0.0)
 
 
