@@ -236,7 +236,7 @@ class GradientBalancer(LossBalancer):
         return self._decide_by_gramian(gradients, plain, whole, active, single)
 
     def _sum_of_losses(self, active: Tensor) -> Derivatives | None:
-        """What `differentiate` finds where F is the plain sum of losses as they are; None where it is something else."""
+        """What `differentiate` finds where F is the plain sum of losses as they are; None where F is another."""
         if type(self.objective).forward is not GradientMethod.forward or self.normalization.kind != "none":
             return None
         own = tuple(torch.zeros_like(parameter) for parameter in self.objective.parameters())
@@ -314,7 +314,8 @@ class GradientBalancer(LossBalancer):
         if not bool(jacobian.isfinite().all()):
             return plain._replace(coefficients=torch.full_like(slopes, torch.nan))
         chosen = tasks.to(jacobian.device)
-        scaled = jacobian[chosen] * slopes.to(jacobian)[chosen, None]
+        present = jacobian if len(tasks) == self.num_tasks else jacobian[chosen]
+        scaled = present * slopes.to(jacobian)[chosen, None]
         losses = self._normalised().double().cpu()[tasks]
         with torch.no_grad():
             gradient, weights = self.objective.direction(scaled, losses, tasks)
