@@ -69,6 +69,7 @@ format: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/balancing_overhead.py
 	$(BIN)/python benchmarks/method_costs.py
+	$(BIN)/python benchmarks/gradient_costs.py
 	$(BIN)/python benchmarks/exactness_cost.py
 	$(BIN)/python benchmarks/import_costs.py
 	$(BIN)/python benchmarks/step_tour.py

@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
-from hf_bilb.engine.objective import Derivatives
+from hf_bilb.engine.objective import Derivatives, ObjectiveValue
+from hf_bilb.engine.options import masked_sum
 from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
 from hf_bilb.engine.task_gradients import (
     GlobalGradients,
+    Rows,
     RunningGradients,
     SharedParameters,
     given_gradients,
@@ -227,7 +229,9 @@ class GradientBalancer(LossBalancer):
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
-        plain = super()._evaluate(whole, active, micro_batches, process_group, alone)
+        plain = self._sum_of_losses(active)
+        if plain is None:
+            plain = super()._evaluate(whole, active, micro_batches, process_group, alone)
         single = not self._running
         if not self.needs_gradients:
             self._found = Found(None, None, plain.coefficients, single)
@@ -245,6 +249,14 @@ class GradientBalancer(LossBalancer):
         if self._takes_jacobian:
             return self._decide_by_jacobian(gradients, plain, whole, active, single)
         return self._decide_by_gramian(gradients, plain, whole, active, single)
+
+    def _sum_of_losses(self, active: Tensor) -> Derivatives | None:
+        """What `differentiate` finds where F is the plain sum of losses as they are; None where F is another."""
+        if type(self.objective).forward is not GradientMethod.forward or self.normalization.kind != "none":
+            return None
+        own = tuple(torch.zeros_like(parameter) for parameter in self.objective.parameters())
+        value = masked_sum(self._memory.last_losses, active)
+        return Derivatives(ObjectiveValue(value), active.to(self.dtype), own)
 
     def _weighted(self, plain: Derivatives, weights: Tensor, active: Tensor) -> Derivatives:
         weights = torch.where(active, weights.to(self.device, self.dtype), 0.0)
@@ -307,7 +319,7 @@ class GradientBalancer(LossBalancer):
         assert isinstance(self.objective, JacobianMethod)
         memory, slopes = self._memory_of_gradients, plain.coefficients
         # Of the features, whatever has the same Gramian gives the same weights.
-        rows = gradients.samples[0] if gradients.samples else [_root(gradients.gramian)]
+        rows = gradients.samples[0] if gradients.samples else Rows([_root(gradients.gramian)])
         sizes = [u.shape[1] for u in rows]
         tasks = (whole.present & active).cpu().nonzero().flatten()
         self._found = Found(gradients, None, slopes, single)
@@ -319,7 +331,8 @@ class GradientBalancer(LossBalancer):
         chosen = tasks.to(jacobian.device)
         # Priors multiply weights; where there are none, the gradients.
         factors = slopes if self.objective.weighted else slopes * self._rules.task_priors.to(slopes)
-        scaled = jacobian[chosen] * factors.to(jacobian)[chosen, None]
+        present = jacobian if len(tasks) == self.num_tasks else jacobian[chosen]
+        scaled = present * factors.to(jacobian)[chosen, None]
         losses = self._normalised().double().cpu()[tasks]
         with torch.no_grad():
             gradient, weights = self.objective.direction(scaled, losses, tasks)
@@ -336,15 +349,17 @@ class GradientBalancer(LossBalancer):
             memory.remember(tasks, found[tasks])
         return self._weighted(plain, found, active)
 
-    def _whole_jacobian(self, rows: list[Tensor]) -> Tensor:
+    def _whole_jacobian(self, rows: Rows) -> Tensor:
         """`[K, d]`: of what is looked at; for a method that remembers vectors of the model's size of all parameters,
         zero where they are not looked at, so that it is of one length whatever is known to be shared."""
         if self.objective.needs_model:
             found = dict(zip(map(id, self._shared.looked_at), rows, strict=True))
-            rows = [
+            rows = Rows(
                 found.get(id(p), rows[0].new_zeros(1, 1).expand(self.num_tasks, p.numel()))
                 for p in self._shared.parameters
-            ]
+            )
+        if rows.whole is not None:
+            return rows.whole
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def _by_parameter(self, direction: Tensor, sizes: list[int]) -> list[Tensor]:
@@ -380,10 +395,7 @@ class GradientBalancer(LossBalancer):
         if direct:
             assert found.gradients is not None
             part = coefficients if share is None else coefficients * share.everywhere
-            pairs = [
-                (p, part.to(u.dtype) @ u)
-                for p, u in zip(self._shared.looked_at, found.gradients.samples[0], strict=True)
-            ]
+            pairs = list(zip(self._shared.looked_at, found.gradients.samples[0].weighted(part), strict=True))
         else:
             of_shared = local
             if samples == 3 and found.gradients is not None:

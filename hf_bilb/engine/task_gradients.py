@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 #: In `owners`: an entry that no task's loss has reached so far, and one of a parameter that several reach.
 NOBODY, SHARED = -1, -2
 
+#: Tasks go through the graph at once where parameters, or features, have no more entries on average than this; on
+#: other devices than a CPU, where calling an operation takes as long as more work, than so many times this.
+_SMALL_PARAMETERS, _SMALL_FEATURES, _LONGER_CALLS = 2**13, 2**15, 2**5
+#: Gramians add up in float64 over blocks of so many columns.
+_BLOCK = 2**16
+
 #: What gradients are taken of: tensors, or places in the graph.
 Inputs = Sequence[Any]
 
@@ -249,7 +255,7 @@ class RunningGradients:
     """
 
     def __init__(self) -> None:
-        self.rows: list[Tensor] = []
+        self.rows = Rows([])
         self.gramian: Tensor | None = None
         self.num_items: Tensor | None = None
         self.several = False
@@ -267,52 +273,150 @@ class RunningGradients:
             self.rows = rows  # a single micro-batch keeps its gradients to the last bit
         else:
             self.weigh()
-            # Not in place: a gradient may be a view of something smaller.
-            self.rows = list(torch._foreach_add(self.rows, _times(rows, items)))
+            self.rows = self.rows.plus(rows.times(items))
         self.num_items = items.clone() if self.num_items is None else self.num_items + items
 
     def weigh(self) -> None:
         """Make g of a single micro-batch U."""
         if not self.several and self.num_items is not None:
-            self.rows, self.several = _times(self.rows, self.num_items), True
+            self.rows, self.several = self.rows.times(self.num_items), True
 
 
-def _times(rows: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
-    return [row * factors.to(row)[:, None] for row in rows]
+class Rows(list[Tensor]):
+    """The gradients of K tasks by parameter, `[K, n]` each.
+
+    Attributes:
+        whole: where they lie side by side, the matrix `[K, d]` of which they are parts, and which is nobody else's.
+    """
+
+    def __init__(self, rows: Iterable[Tensor], whole: Tensor | None = None) -> None:
+        super().__init__(rows)
+        self.whole = whole
+
+    @staticmethod
+    def of(whole: Tensor, sizes: Sequence[int]) -> Rows:
+        """The parts of `whole [K, d]`."""
+        return Rows(whole.split(list(sizes), dim=1), whole)
+
+    def times(self, factors: Tensor) -> Rows:
+        """Each task's row times its factor."""
+        if self.whole is not None:
+            return Rows.of(self.whole * factors.to(self.whole)[:, None], [row.shape[1] for row in self])
+        return Rows(row * factors.to(row)[:, None] for row in self)
+
+    def plus(self, other: Rows) -> Rows:
+        """The sum of both."""
+        if self.whole is not None and other.whole is not None:
+            return Rows.of(self.whole + other.whole, [row.shape[1] for row in self])
+        # Not in place: a gradient may be a view of something smaller.
+        return Rows(torch._foreach_add(self, other))
+
+    def weighted(self, weights: Tensor) -> list[Tensor]:
+        """sum_k w_k g_k, by parameter `[n]`."""
+        if self.whole is not None:
+            return list((weights.to(self.whole) @ self.whole).split([row.shape[1] for row in self]))
+        return [weights.to(row) @ row for row in self]
 
 
-def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None) -> list[Tensor]:
+def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None) -> Rows:
     """grad l_k for every task, for each input `[K, n]`, in float32 at least; zero for tasks without items here.
 
     Args:
         batch: losses, attached to the graph, and counts.
         inputs: the parameters or features.
-        tasks_per_pass: so many tasks go through the graph at once; 1: one after the other; None: all.
+        tasks_per_pass: so many tasks go through the graph at once; 1: one after the other; None: as `at_once` says.
 
     Cost: K backward passes through the graph from the losses to the inputs, which is kept.
     """
-    num_tasks = len(batch.losses)
     if not inputs:  # no task has had a loss so far
-        return []
-    connected = connected_losses(batch)
-    size = num_tasks if tasks_per_pass is None else tasks_per_pass
-    one_hot = torch.eye(num_tasks, dtype=connected.dtype, device=connected.device)
+        return Rows([])
+    size = at_once(inputs, len(batch.losses)) if tasks_per_pass is None else tasks_per_pass
+    found = _batched(batch, inputs, size) if size > 1 else None
+    return _one_by_one(batch, inputs) if found is None else found
+
+
+def at_once(inputs: Inputs, num_tasks: int) -> int:
+    """How many tasks go through the graph at once where nobody says it: all, or one after the other.
+
+    All at once is faster while a pass is so short that calling its operations is most of it, up to eight times with
+    layers of 16 units. With larger ones it is slower (on a CPU, convolutions a quarter, a message-passing network a
+    half) and takes K times the memory. What is looked at are shapes alone: a resumed run does as the first one did.
+    """
+    if any(isinstance(x, GradientEdge) or x.ndim > 2 for x in inputs):
+        return 1
+    entries = sum(x.numel() for x in inputs) / len(inputs)
+    features = any(x.grad_fn is not None for x in inputs)
+    limit = _SMALL_FEATURES if features else _SMALL_PARAMETERS
+    if inputs[0].device.type != "cpu":
+        limit *= _LONGER_CALLS
+    return num_tasks if entries <= limit else 1
+
+
+def _batched(batch: TaskLosses, inputs: Inputs, size: int) -> Rows | None:
+    """`size` tasks at once; None where an operation of the graph cannot do that."""
+    losses = connected_losses(batch)
+    one_hot = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     parts = []
-    for start in range(0, num_tasks, size):
-        chosen = one_hot[start : start + size]
-        batched = len(chosen) > 1
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            connected,
-            inputs,
-            chosen if batched else chosen[0],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        parts.append([_rows(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
+    try:
+        for chosen in one_hot.split(size):
+            batched = len(chosen) > 1
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                losses,
+                inputs,
+                chosen if batched else chosen[0],
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+            parts.append([_rows(gradient, x, len(chosen)) for gradient, x in zip(found, inputs, strict=True)])
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        logger.info("the tasks go through the backward pass one after the other: %s", error)
+        return None
     if len(parts) == 1:
-        return [row for row in parts[0] if row is not None]
-    return [_joined(rows) for rows in zip(*parts, strict=True) if any(row is not None for row in rows)]
+        return Rows(row for row in parts[0] if row is not None)
+    return Rows(_joined(rows) for rows in zip(*parts, strict=True) if any(row is not None for row in rows))
+
+
+def _one_by_one(batch: TaskLosses, inputs: Inputs) -> Rows:
+    """A pass for each task, its gradients written where they stay."""
+    tensors = [x for x in inputs if not isinstance(x, GradientEdge) and x.grad_fn is None]
+    kinds = {(torch.promote_types(x.dtype, torch.float32), x.device) for x in tensors}
+    if len(tensors) < len(inputs) or len(kinds) > 1:
+        passes = [_pass(loss, inputs) for loss in connected_losses(batch).unbind()]
+        parts = [[_rows(gradient, x, 1) for gradient, x in zip(found, inputs, strict=True)] for found in passes]
+        return Rows(_joined(rows) for rows in zip(*parts, strict=True) if any(row is not None for row in rows))
+    sizes = [x.numel() for x in inputs]
+    ((dtype, device),) = kinds
+    whole = torch.empty(len(batch.losses), sum(sizes), dtype=dtype, device=device)
+    here = (batch.num_items > 0).tolist()
+    for row, loss, there in zip(whole, _each_loss(batch.losses), here, strict=True):
+        found = _pass(loss, inputs) if there and loss is not None else [None] * len(inputs)
+        places = [place.view(x.shape) for place, x in zip(row.split(sizes), inputs, strict=True)]
+        for place, gradient in zip(places, found, strict=True):
+            if gradient is None:
+                place.zero_()
+            else:
+                place.copy_(gradient)
+    return Rows.of(whole, sizes)
+
+
+def _each_loss(losses: Tensor) -> Sequence[Tensor | GradientEdge | None]:
+    """Each task's loss, or its place in the graph; None for a constant.
+
+    Behind scalars that were stacked: a pass from the vector would go through the heads of all tasks, with zeros.
+    """
+    node = losses.grad_fn
+    if node is None or type(node).__name__ != "StackBackward0":
+        return losses.unbind()
+    return [None if before is None else GradientEdge(before, number) for before, number in node.next_functions]
+
+
+def _pass(loss: Tensor | GradientEdge, inputs: Inputs) -> Sequence[Tensor | None]:
+    one = torch.ones((), device=inputs[0].device) if isinstance(loss, GradientEdge) else None
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, one, retain_graph=True, allow_unused=True)
+    return found
 
 
 def _rows(gradient: Tensor | None, x: Tensor | GradientEdge, size: int) -> Tensor | None:
@@ -332,6 +436,8 @@ def _joined(rows: Sequence[Tensor | None]) -> Tensor:
 
 def gramian_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """J_left J_right^T `[K, K]`, float64, of Jacobians that are given by parameter."""
+    if isinstance(left, Rows) and isinstance(right, Rows) and left.whole is not None and right.whole is not None:
+        left, right = left.whole.split(_BLOCK, dim=1), right.whole.split(_BLOCK, dim=1)
     products = [(a @ b.T).double() for a, b in zip(left, right, strict=True)]
     return torch.stack(products).sum(0) if products else torch.zeros((), dtype=torch.float64)
 
@@ -345,7 +451,7 @@ class GlobalGradients(NamedTuple):
         sample_items: `[S, K]`, the items of each sample.
     """
 
-    samples: list[list[Tensor]]
+    samples: list[Rows]
     gramian: Tensor
     sample_items: Tensor
 
@@ -378,7 +484,7 @@ def reduce_gradients(running: Sequence[RunningGradients], group: Any, alone: boo
     return GlobalGradients(samples, gramian, items)
 
 
-def _reduced(sums: list[list[Tensor]], items: Tensor, group: Any, alone: bool) -> tuple[list[list[Tensor]], Tensor]:
+def _reduced(sums: list[Rows], items: Tensor, group: Any, alone: bool) -> tuple[list[Rows], Tensor]:
     """J of each sample, and the items `[S, K]`, from this rank's U."""
     if not alone:
         like = sums[0][0] if sums[0] else items
@@ -388,8 +494,8 @@ def _reduced(sums: list[list[Tensor]], items: Tensor, group: Any, alone: bool) -
         items = counts.reshape(items.shape)
         shapes = [u.shape for rows in sums for u in rows]
         whole = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
-        sums = [[next(whole) for _ in rows] for rows in sums]
-    return [_times(rows, 1 / count.clamp(min=1)) for rows, count in zip(sums, items, strict=True)], items
+        sums = [Rows(next(whole) for _ in rows) for rows in sums]
+    return [rows.times(1 / count.clamp(min=1)) for rows, count in zip(sums, items, strict=True)], items
 
 
 # --- how the result reaches the parameters -------------------------------------------------------------------------
@@ -405,8 +511,7 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        factor = incoming[0]
-        return (None, None, *(gradient * factor.to(gradient.dtype) for gradient in ctx.gradients))
+        return (None, None, *torch._foreach_mul(ctx.gradients, incoming[0])) if ctx.gradients else (None, None)
 
 
 def given_gradients(value: Tensor, found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Tensor:

@@ -46,6 +46,7 @@ class MultiTaskModel(PreTrainedModel):
         losses: tuple[Tensor, Tensor] | None,
         features: Tensor,
         return_dict: bool | None,
+        shared: bool = True,
     ) -> MultiTaskOutput | tuple[Tensor, ...]:
         """What `forward` returns.
 
@@ -54,11 +55,13 @@ class MultiTaskModel(PreTrainedModel):
             losses: `[K]` with num_items `[K]`; None without labels.
             features: `[B, D]`, what the heads read; goes out with the losses alone.
             return_dict: False for a plain tuple of what is there; None follows the config.
+            shared: whether all heads read `features` itself, which are `shared_features` then.
         """
         output = MultiTaskOutput(logits=logits)
-        if losses is not None:
-            output = MultiTaskOutput(*losses, logits, router_features=features)
         as_dict = self.config.return_dict if return_dict is None else return_dict
+        if losses is not None:
+            read = features if shared and as_dict else None  # by name alone: a tuple would hold the same tensor twice
+            output = MultiTaskOutput(*losses, logits, router_features=features, shared_features=read)
         return output if as_dict else output.to_tuple()
 
 

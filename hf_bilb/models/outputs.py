@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 # Fields that evaluation must not collect as predictions; a config says so in `keys_to_ignore_at_inference`.
-KEYS_TO_IGNORE_AT_INFERENCE = ("losses", "num_items", "router_features", "auxiliary_loss")
+KEYS_TO_IGNORE_AT_INFERENCE = ("losses", "num_items", "router_features", "auxiliary_loss", "shared_features")
 
 
 @dataclass
@@ -21,6 +21,7 @@ class MultiTaskOutput(ModelOutput):
         logits: the predictions, `[B, K]` where every task predicts one number, or one tensor for each task.
         router_features: `[B, D]`, the shared representation, for balancers that route by features; only with labels.
         auxiliary_loss: scalar that is added to the balanced loss as it is, or None.
+        shared_features: what the heads are given, for gradient methods with `gradients: features`; only with labels.
     """
 
     losses: Tensor | None = None
@@ -28,3 +29,4 @@ class MultiTaskOutput(ModelOutput):
     logits: Tensor | tuple[Tensor, ...] | None = None
     router_features: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    shared_features: Tensor | tuple[Tensor, ...] | None = None

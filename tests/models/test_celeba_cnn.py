@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from hf_bilb import build_balancer
 from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, CelebaCnnConfig, CelebaCnnModel, CelebaCnnOptions
+from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE
 from tests.models.files import saved_and_loaded
 
 # Of FAMO's and LDC-MTL's network, in units of its first layer's width; "M" is a max-pooling by 2.
@@ -139,7 +141,7 @@ def test_the_trainer_s_contract() -> None:
     ]  # fmt: skip
     assert CelebaCnnModel.accepts_loss_kwargs is False and CelebaCnnModel.main_input_name == "pixel_values"
     config = CelebaCnnConfig()
-    assert config.keys_to_ignore_at_inference == ["losses", "num_items", "router_features", "auxiliary_loss"]
+    assert config.keys_to_ignore_at_inference == list(KEYS_TO_IGNORE_AT_INFERENCE)
 
 
 def test_the_first_weights_are_torch_s_own() -> None:
@@ -216,3 +218,15 @@ def test_a_feature_router_sees_the_representation_of_the_heads() -> None:
     assert np.allclose(
         (output.router_features @ model.heads.weight.T + model.heads.bias).detach(), output.logits.detach(), atol=1e-6
     )
+
+
+def test_shared_features_are_what_the_heads_read() -> None:
+    model = CelebaCnnModel(CelebaCnnConfig(task_names=["a", "b", "c"], image_size=8, width=2))
+    labels = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    output = model(torch.rand(2, 3, 8, 8), labels=labels)
+    assert torch.equal(model.heads(output.shared_features), output.logits)
+    assert "shared_features" in model.config.keys_to_ignore_at_inference
+    balancer = build_balancer("mgda", 3, gradients="features").bind(model)
+    balancer.backward(output.losses, output.num_items, shared_features=output.shared_features)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model(torch.rand(2, 3, 8, 8)).shared_features is None

@@ -15,6 +15,7 @@ from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.models import MODELS, Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
 from hf_bilb.models.heads import TaskHeads
+from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE
 from tests.models.files import saved_and_loaded
 
 
@@ -83,7 +84,7 @@ def test_the_trainer_s_contract() -> None:
     assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
     assert Qm9MlpModel.accepts_loss_kwargs is False
     config = Qm9MlpConfig()
-    assert config.keys_to_ignore_at_inference == ["losses", "num_items", "router_features", "auxiliary_loss"]
+    assert config.keys_to_ignore_at_inference == list(KEYS_TO_IGNORE_AT_INFERENCE)
     assert config.task_names == ["mu", "alpha", "homo", "lumo", "r2", "zpve", "U0", "U", "H", "G", "Cv"]
 
 

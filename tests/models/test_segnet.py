@@ -14,6 +14,7 @@ from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError, TaskLossError
 from hf_bilb.losses.dense import dense_task_losses
 from hf_bilb.models import MODELS, SegNetConfig, SegNetModel, SegNetOptions
+from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE
 from tests.models.files import saved_and_loaded
 from tests.models.looped_dense import LoopedSegNet, pairs_of_tasks, trunk_gradients, with_weights_of
 
@@ -142,7 +143,7 @@ def test_the_trainer_s_contract() -> None:
         "self", "pixel_values", *TASKS, "return_dict",
     ]  # fmt: skip
     assert SegNetModel.accepts_loss_kwargs is False and SegNetModel.main_input_name == "pixel_values"
-    assert SegNetConfig().keys_to_ignore_at_inference == ["losses", "num_items", "router_features", "auxiliary_loss"]
+    assert SegNetConfig().keys_to_ignore_at_inference == list(KEYS_TO_IGNORE_AT_INFERENCE)
 
 
 def test_the_first_weights_are_xavier_s_of_each_task_s_own_convolution() -> None:

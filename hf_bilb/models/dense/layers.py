@@ -231,4 +231,4 @@ class DenseModel(MultiTaskModel):
                 raise TaskLossError(f"{name}: labels are given, but the model's tasks are {', '.join(task_names)}")
         losses = dense_task_losses(predictions, labels, task_names, image_tasks) if given else None
         logits = tuple(predictions[name] for name in task_names)
-        return self._output(logits, losses, features, return_dict)
+        return self._output(logits, losses, features, return_dict, shared=False)  # the heads read maps
