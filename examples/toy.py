@@ -23,9 +23,10 @@ half the spread, and costs several times as much.
 
 The gradient methods take the losses as they are. The figure names the processor time of all five starts; for 10,000
 steps it was 23 s with LS, 45 s with FAMO, about 100 s with MGDA, PCGrad and CAGrad, 138 s with Nash-MTL, on a machine
-that had other work. By then all four had left the two valleys, LS neither; Nash-MTL was on the front from three starts,
-from (0, 0) in the star, MGDA near the ends of the front. PCGrad, CAGrad (c = 0.4) and FairGrad clip to norm 1, as official code
-does. With alpha = 1 FairGrad has the direction of Nash-MTL, and Adam does not see its length: their paths are the same.
+that had other work. By then all four had come down from the two valleys to x2 = 0 or below, LS had not; Nash-MTL was on
+the front from three starts, from (0, 0) in the star, MGDA near the ends of the front. PCGrad, CAGrad (c = 0.4) and
+FairGrad clip to norm 1, as official code does. With alpha = 1 FairGrad has the direction of Nash-MTL, and Adam does not
+see its length: their paths are the same.
 """
 
 from __future__ import annotations
