@@ -1001,14 +1001,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gradients: micro-batches are not weighted by their items",
-        "_times(rows, items)",
-        "rows",
+        "plus(rows.times(items))",
+        "plus(rows)",
         GRADIENTS,
     ),
     Mutation(
         "gradients: the last micro-batch is the window",
-        "self.rows = list(torch._foreach_add(self.rows, _times(rows, items)))",
-        "self.rows = _times(rows, items)",
+        "self.rows = self.rows.plus(rows.times(items))",
+        "self.rows = rows.times(items)",
         ("distributed/test_methods.py",),
     ),
     Mutation(
@@ -1073,8 +1073,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gradients: MoCo remembers the heads' gradients",
-        "            rows = [\n                found.get(id(p), rows[0].new_zeros(1, 1)",
-        "            rows = [\n                found.get(id(p), rows[0].new_ones(1, 1)",
+        "            rows = Rows(\n                found.get(id(p), rows[0].new_zeros(1, 1)",
+        "            rows = Rows(\n                found.get(id(p), rows[0].new_ones(1, 1)",
         GRADIENTS,
     ),
 )
