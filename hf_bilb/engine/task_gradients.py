@@ -114,6 +114,10 @@ class SharedParameters:
         if not new:
             return
         ranks = 1 if alone else data_parallel_size(group)
+        if not losses.requires_grad:
+            raise TaskLossError(
+                "losses: none of them depends on a parameter that is trained, expected losses with a graph"
+            )
         if not self.bound:
             if ranks > 1:
                 raise OptionError("gradient methods on several ranks need balancer.bind(model)")
@@ -226,8 +230,11 @@ class SharedParameters:
 
 def leaves_of(losses: Tensor) -> list[nn.Parameter]:
     """The tensors that need a gradient and that the graph of `losses` leads to, each once, in a fixed order."""
+    if losses.grad_fn is None:  # the losses are what is trained
+        return [losses] if losses.requires_grad else []  # type: ignore[list-item]
     found: list[nn.Parameter] = []
-    stack, seen = [losses.grad_fn], set()
+    stack: list[Any] = [losses.grad_fn]
+    seen: set[Any] = set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:

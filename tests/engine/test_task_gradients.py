@@ -391,6 +391,15 @@ def test_several_ranks_need_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         balancer.backward(Net()()[0])
 
 
+def test_losses_that_are_what_is_trained() -> None:
+    leaf = torch.tensor([1.0, 2.0], dtype=FLOAT, requires_grad=True)
+    balancer = build_balancer("imtl_g", 2, dtype=FLOAT)
+    balancer.backward(leaf)
+    torch.testing.assert_close(leaf.grad, torch.tensor([0.5, 0.5], dtype=FLOAT))
+    with pytest.raises(TaskLossError, match=r"^losses: none of them depends on a parameter that is trained"):
+        build_balancer("mgda", 2, dtype=FLOAT).backward(leaf.detach())
+
+
 def test_what_is_refused() -> None:
     for options, message in (
         ({"max_norm": 1.0, "every_n_steps": 2}, r"^balancer\.max_norm: 1.0 is not valid with every_n_steps: 2"),
@@ -402,6 +411,8 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             build_balancer("mgda", 3, **options)
+    with pytest.raises(OptionError, match=r"^balancer\.gradients: 'features' is not valid, expected 'parameters'"):
+        build_balancer("torchjd", 3, aggregator="ConFIG", gradients="features")
     with pytest.raises(OptionError, match="'ls' does not look at gradients"):
         build_balancer("ls", 3, shared_parameters=[nn.Parameter(torch.ones(1))])
     with pytest.raises(OptionError, match=r"^balancer 'moco' remembers a gradient .*bind\(model\)"):

@@ -66,7 +66,11 @@ class TorchjdOptions(GradientOptions):
         super().__post_init__()
         check_arguments(self.aggregator, self.options)
         if kind_of(self.aggregator, self.options) == "vector":
-            for name, value, only in (("heads", self.heads, "sum"), ("every_n_steps", self.every_n_steps, 1)):
+            for name, value, only in (
+                ("heads", self.heads, "sum"),
+                ("every_n_steps", self.every_n_steps, 1),
+                ("gradients", self.gradients, "parameters"),
+            ):
                 if value != only:
                     raise OptionError(
                         f"{name}: {value!r} is not valid, expected {only!r}: {self.aggregator} has no weights"
