@@ -26,6 +26,7 @@ class Mutation:
 
 
 ENGINE = ("contract/test_derivatives.py", "engine/test_standalone.py", "contract/test_every_balancer.py", "engine")
+GRADIENT_LOOKS = ("trainer/test_gradient_diagnostics.py", "distributed/test_gradient_looks.py")
 TRAINER = tuple(
     f"trainer/test_{name}.py"
     for name in (
@@ -308,6 +309,85 @@ MUTATIONS: tuple[Mutation, ...] = (
         '        self._epoch = int(snapshot["epoch"])\n',
         "",
         ("contract/test_every_balancer.py::test_resume_from_a_file_is_bit_identical", "engine/test_phases.py"),
+    ),
+    # --- looks at the gradients ---
+    Mutation(
+        "a look at the gradients changes the buffers",
+        "        with unchanged(model), _eager():\n            return self._measure(runs, group)",
+        "        with _eager():\n            return self._measure(runs, group)",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "a look at the gradients takes the step's own log away",
+        "        control.should_log = due\n        if state.is_world_process_zero:\n",
+        "        if state.is_world_process_zero:\n",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "a look at the gradients finds no shared parameters",
+        "if self._finds and not bool(self._shared.known.all()):",
+        "if False:",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "a look at the gradients takes the first micro-batch alone",
+        "        for run in runs:\n            running.add(run(), inputs, of_features=False, tasks_per_pass=1)",
+        "        for run in runs[:1]:\n            running.add(run(), inputs, of_features=False, tasks_per_pass=1)",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "a look at the gradients is at this rank's batch",
+        "return _report(reduce_gradients([running], group, alone=False))",
+        "return _report(reduce_gradients([running], group, alone=True))",
+        ("distributed/test_gradient_looks.py",),
+    ),
+    Mutation(
+        "every rank writes the gradients",
+        "        if state.is_world_process_zero:\n            _append(",
+        "        if True:\n            _append(",
+        ("distributed/test_gradient_looks.py",),
+    ),
+    Mutation(
+        "an absent task's gradient is zero",
+        "[:, None], found.gramian, torch.nan).cpu()",
+        "[:, None], found.gramian, 0.0).cpu()",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "the gradients are looked at after n steps",
+        "if state.global_step % self._options.every_n_steps:",
+        "if (state.global_step + 1) % self._options.every_n_steps:",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "a resumed run keeps the looks after its step",
+        "            truncate_vectors(args.output_dir, state.global_step, GRADIENTS_FILE)",
+        "            pass",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "the patterns of a look are not taken",
+        "GradientLook(len(self._trainer.task_names), self._options.parameters)",
+        "GradientLook(len(self._trainer.task_names), None)",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "looks at gradients are never refused",
+        "    if looks.gradients is not None:\n        optimizer",
+        "    if False:\n        optimizer",
+        GRADIENT_LOOKS,
+    ),
+    Mutation(
+        "a pair that is missing at a look has no mean",
+        "return np.nanmean(self.values, axis=0)",
+        "return np.mean(self.values, axis=0)",
+        ("reporting/test_gradient_plots.py",),
+    ),
+    Mutation(
+        "the colours of the cosines are not centred",
+        "vmin=-limit, vmax=limit)",
+        "vmin=-1, vmax=limit)",
+        ("reporting/test_gradient_plots.py",),
     ),
     # --- reduction ---
     Mutation(
@@ -1001,15 +1081,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gradients: micro-batches are not weighted by their items",
-        "plus(rows.times(items))",
-        "plus(rows)",
+        "self.rows = self.rows.plus(rows.times(items))",
+        "self.rows = self.rows.plus(rows)",
         GRADIENTS,
     ),
     Mutation(
         "gradients: the last micro-batch is the window",
         "self.rows = self.rows.plus(rows.times(items))",
         "self.rows = rows.times(items)",
-        ("distributed/test_methods.py",),
+        GRADIENTS,
     ),
     Mutation(
         "gradients: a part of the shared parameters stands for all",
@@ -1073,8 +1153,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gradients: MoCo remembers the heads' gradients",
-        "            rows = Rows(\n                found.get(id(p), rows[0].new_zeros(1, 1)",
-        "            rows = Rows(\n                found.get(id(p), rows[0].new_ones(1, 1)",
+        "found.get(id(p), rows[0].new_zeros(1, 1)",
+        "found.get(id(p), rows[0].new_ones(1, 1)",
         GRADIENTS,
     ),
 )
