@@ -141,7 +141,6 @@ class LossBalancer:
         self._looks_at_features = objective.num_features > 0
         compares = self._follower is not None and self._follower.progress is not None
         self._begins = self.needs_model or compares or self._history is not None
-        self._moves_early = self._follower is not None or self._history is not None
 
     # --- description ---------------------------------------------------------------------------------------------
 
@@ -263,17 +262,21 @@ class LossBalancer:
         )
         last = self._last
         # A record, or the method's parameters by a comparison with the last update, has moved before F is known.
-        before = self.snapshot() if self._moves_early else None
+        before = self._before_decision()
         surrogate, weighting = self.surrogate(batch, process_group)
         if not bool(weighting.valid):
             self._last = last
             message = self.describe_invalid(weighting)[0]
             self.discard()
             if before is not None:
-                self.rollback(before)
+                self.rollback({**self.snapshot(), **before})
             raise NonFiniteLossError(message)
         (torch.Tensor.backward if backward is None else backward)(surrogate)
         return weighting.value
+
+    def _before_decision(self) -> dict[str, Tensor] | None:
+        """What a decision on losses that turn out to be invalid may have moved."""
+        return None if self._follower is None and self._history is None else self.snapshot()
 
     def decide(
         self,
@@ -302,7 +305,7 @@ class LossBalancer:
         if self.phase == "warmup":
             result = self._plain_sum(whole)
         else:
-            result = self._evaluate(whole, active, micro_batches, process_group, alone)
+            result = self._evaluate(whole, active, valid, micro_batches, process_group, alone)
         if balancing:
             losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
             if self._follower is None:  # whose parameters do not follow dF/dtheta
@@ -354,11 +357,17 @@ class LossBalancer:
         self,
         whole: GlobalBatch,
         active: Tensor,
+        valid: Tensor,
         micro_batches: Sequence[TaskLosses],
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
-        """F at the global losses, and its derivatives; the other arguments as in `decide`."""
+        """F at the global losses of the `active` tasks, and its derivatives.
+
+        Args:
+            valid: bool scalar, whether the losses are such that the method can take them.
+            micro_batches, process_group, alone: as in `decide`.
+        """
         # Just observed, where they are valid: those of the present tasks are among the last known ones.
         last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
         return differentiate(self.objective, self.normalization, last, active, features)

@@ -130,7 +130,6 @@ class GradientBalancer(LossBalancer):
         self.gathers_again = False
         self._found: Found | None = None
         self._output_of_module: tuple[Tensor, ...] = ()
-        self._moves_early = True
         self._bound_to: nn.Module | None = None
         self.to(self.device, self.dtype)
 
@@ -176,6 +175,15 @@ class GradientBalancer(LossBalancer):
     def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
             self._output_of_module = tuple(x for x in _tensors(output) if x.requires_grad)
+
+    def _before_decision(self) -> dict[str, Tensor] | None:
+        # Losses are observed before their gradients are known to be finite; all else is remembered afterwards.
+        observed = {"memory": self._memory, "normalization": self.normalization, "guards": self._monitor}
+        return {
+            f"{part}.{name}": tensor.clone()
+            for part, module in observed.items()
+            for name, tensor in module.state_dict().items()
+        }
 
     # --- the gradients -------------------------------------------------------------------------------------------
 
@@ -225,13 +233,14 @@ class GradientBalancer(LossBalancer):
         self,
         whole: GlobalBatch,
         active: Tensor,
+        valid: Tensor,
         micro_batches: Sequence[TaskLosses],
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
         plain = self._sum_of_losses(active)
         if plain is None:
-            plain = super()._evaluate(whole, active, micro_batches, process_group, alone)
+            plain = super()._evaluate(whole, active, valid, micro_batches, process_group, alone)
         single = not self._running
         if not self.needs_gradients:
             self._found = Found(None, None, plain.coefficients, single)
@@ -246,9 +255,13 @@ class GradientBalancer(LossBalancer):
         gradients = reduce_gradients(self._running, process_group, alone)
         single = single and self._num_gathered == 1
         self.forget_gathered()
+        self._found = Found(gradients, None, plain.coefficients, single)
+        if not bool(valid & gradients.gramian.isfinite().all().to(valid.device)):
+            # Refused, and nothing is remembered of it.
+            return plain._replace(coefficients=torch.full_like(plain.coefficients, torch.nan))
         if self._takes_jacobian:
-            return self._decide_by_jacobian(gradients, plain, whole, active, single)
-        return self._decide_by_gramian(gradients, plain, whole, active, single)
+            return self._decide_by_jacobian(gradients, plain, whole, active)
+        return self._decide_by_gramian(gradients, plain, whole, active)
 
     def _sum_of_losses(self, active: Tensor) -> Derivatives | None:
         """What `differentiate` finds where F is the plain sum of losses as they are; None where F is another."""
@@ -263,7 +276,7 @@ class GradientBalancer(LossBalancer):
         return plain._replace(output=plain.output._replace(weights=weights), coefficients=weights * plain.coefficients)
 
     def _decide_by_gramian(
-        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor, single: bool
+        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor
     ) -> Derivatives:
         assert isinstance(self.objective, GramianMethod)
         memory = self._memory_of_gradients
@@ -272,7 +285,7 @@ class GradientBalancer(LossBalancer):
         holds = len(gradients.sample_items) == 1
         here = whole.present[:, None] & whole.present
         if self.phase == "balancing" and holds:
-            memory.gramian.copy_(torch.where(here & raw.isfinite().all(), raw, memory.gramian))
+            memory.gramian.copy_(torch.where(here, raw, memory.gramian))
         given = torch.where(here, raw, memory.gramian.double()) if holds else raw
         slopes = plain.coefficients
         numbers = torch.cat([given.double(), torch.stack([t.double() for t in (slopes, active, whole.present)])]).cpu()
@@ -288,15 +301,12 @@ class GradientBalancer(LossBalancer):
             found[tasks] = weights
             if self.phase == "balancing":
                 memory.remember(tasks, weights)
-        self._found = Found(gradients, None, slopes, single)
         return self._weighted(plain, found, active)._replace(parameter_gradients=own)
 
     def _weights_of(self, gramian: Tensor, tasks: Tensor, plain: Derivatives) -> tuple[Tensor, tuple[Tensor, ...]]:
         """w `[A]`, and the gradient of the method's own parameters."""
         method = self.objective
         assert isinstance(method, GramianMethod)
-        if not bool(gramian.isfinite().all()):
-            return torch.full((len(tasks),), torch.nan, dtype=torch.float64), plain.parameter_gradients
         losses = self._normalised().double().cpu()[tasks]
         with torch.no_grad():
             weights = method.weights(gramian, losses, tasks)
@@ -314,7 +324,7 @@ class GradientBalancer(LossBalancer):
             return self.normalization(self._memory.last_losses)
 
     def _decide_by_jacobian(
-        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor, single: bool
+        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor
     ) -> Derivatives:
         assert isinstance(self.objective, JacobianMethod)
         memory, slopes = self._memory_of_gradients, plain.coefficients
@@ -322,12 +332,9 @@ class GradientBalancer(LossBalancer):
         rows = gradients.samples[0] if gradients.samples else Rows([_root(gradients.gramian)])
         sizes = [u.shape[1] for u in rows]
         tasks = (whole.present & active).cpu().nonzero().flatten()
-        self._found = Found(gradients, None, slopes, single)
         if not len(tasks):
             return self._weighted(plain, torch.zeros(self.num_tasks), active)
         jacobian = self._whole_jacobian(rows)
-        if not bool(jacobian.isfinite().all()):
-            return plain._replace(coefficients=torch.full_like(slopes, torch.nan))
         chosen = tasks.to(jacobian.device)
         # Priors multiply weights; where there are none, the gradients.
         factors = slopes if self.objective.weighted else slopes * self._rules.task_priors.to(slopes)
@@ -341,7 +348,8 @@ class GradientBalancer(LossBalancer):
             found = torch.zeros(self.num_tasks, dtype=torch.float64)
             found[tasks] = weights.double().cpu()
         if not self.objective.weighted:
-            self._found = self._found._replace(direction=self._by_parameter(gradient, sizes))
+            direction = self._by_parameter(gradient, sizes)
+            self._found = None if self._found is None else self._found._replace(direction=direction)
             shown = None if found is None else found.to(self.device, self.dtype)
             return plain._replace(output=plain.output._replace(weights=shown))
         assert found is not None, "a method that is weighted has weights"
