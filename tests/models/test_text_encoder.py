@@ -228,7 +228,8 @@ def test_the_trainer_s_contract() -> None:
     assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
     assert MultiTaskTextModel.accepts_loss_kwargs is False
     config = config_of(bert())
-    assert config.keys_to_ignore_at_inference == ["losses", "num_items", "router_features", "auxiliary_loss"]
+    of_contract = ["losses", "num_items", "router_features", "auxiliary_loss", "shared_features"]
+    assert config.keys_to_ignore_at_inference == of_contract
     assert config.task_names == list(TASKS) and config.model_type == "multi_task_text"
     spec = MODELS["multi_task_text"]
     assert (spec.config_class, spec.model_class, spec.options) == (
