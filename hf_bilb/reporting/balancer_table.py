@@ -27,9 +27,10 @@ LEGEND = (
 )
 
 GRADIENT_LEGEND = (
-    "gradient methods: K backward passes to the shared parameters, of which there are d (what `moco` remembers is of all "
-    "trainable ones). With `gradients: features` K passes through the heads, one through the rest, no K d numbers; with "
-    "`every_n_steps: n` 1F + 1B in the steps between; with `balance_over: window` 1F + KB more for each micro-batch.",
+    "gradient methods: K backward passes to the shared parameters, of which there are d (what `moco` remembers is of "
+    "all trainable ones). With `gradients: features` K passes through the heads, one through the rest, no K d numbers; "
+    "with `every_n_steps: n` 1F + 1B in the steps between; with `balance_over: window` 1F + KB more for each "
+    "micro-batch.",
 )
 _OF_A_MODEL = "once a model is bound, shared_parameters.known [K] and shared_parameters.owners [trainable parameters]"
 
