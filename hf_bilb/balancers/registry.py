@@ -175,6 +175,8 @@ def build_balancer(
     from hf_bilb.engine.gradient_method import GradientMethod
 
     parameters = [] if shared_parameters is None else [p for p in shared_parameters if isinstance(p, torch.Tensor)]
+    if shared_parameters is not None and 0 < len(parameters) < len(shared_parameters):
+        raise OptionError("balancer.shared_parameters: names and parameters are mixed, expected one or the other")
     if shared_parameters is not None and not parameters:
         options["shared_parameters"] = shared_parameters
     given = dict(balancer) if isinstance(balancer, Mapping) else {"name": balancer}

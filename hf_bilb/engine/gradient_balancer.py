@@ -8,6 +8,7 @@ one task alone, one pass through the heads. The shared parameters get J^T c, for
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
@@ -29,6 +31,7 @@ from hf_bilb.engine.task_gradients import (
     RunningGradients,
     SharedParameters,
     given_gradients,
+    leaves_of,
     reduce_gradients,
 )
 from hf_bilb.engine.weighting import (
@@ -129,8 +132,10 @@ class GradientBalancer(LossBalancer):
         #: changed which parameters are shared. The same on all ranks.
         self.gathers_again = False
         self._found: Found | None = None
-        self._output_of_module: tuple[Tensor, ...] = ()
-        self._bound_to: nn.Module | None = None
+        self._known_before: dict[str, Any] | None = None
+        self._outputs_of_module: list[Tensor] = []
+        self._model: nn.Module | None = None
+        self._hook: RemovableHandle | None = None
         self.to(self.device, self.dtype)
 
     @property
@@ -150,17 +155,42 @@ class GradientBalancer(LossBalancer):
         if isinstance(model, DistributedDataParallel):
             model = model.module  # whose names the patterns are of
         others = self._shared.bind(model)
-        if model is self._bound_to and not others:
+        if model is self._model and not others:
             return self
+        self._model = model
         self._allocate()
-        name = self.options.shared_module
-        if self._of_features and name is not None:
-            modules = dict(model.named_modules())
-            if name not in modules:
-                raise OptionError(f"shared_module: {name!r} is no module of the model, expected one of its names")
-            modules[name].register_forward_hook(self._keep_output)
-        self._bound_to = model
+        self._watch_module(model)
         return self
+
+    def _watch_module(self, model: nn.Module) -> None:
+        name = self.options.shared_module
+        if not self._of_features or name is None:
+            return
+        modules = dict(model.named_modules())
+        if name not in modules:
+            raise OptionError(f"shared_module: {name!r} is no module of the model, expected one of its names")
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = modules[name].register_forward_hook(_OutputHook(self))
+        weakref.finalize(self, self._hook.remove)
+
+    def _follow_model(self) -> None:
+        """Take the parameters that the bound model trains now: some may have been frozen, replaced, or added."""
+        if self._model is not None and self._shared.bound and not self._shared.is_of(self._model):
+            self._shared.bind(self._model)
+            self._allocate()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and what is read from a pickle, is bound to no model."""
+        return {
+            **vars(self),
+            "_model": None,
+            "_hook": None,
+            "_outputs_of_module": [],
+            "_found": None,
+            "_running": [],
+            "_known_before": None,
+        }
 
     def share(self, parameters: Sequence[nn.Parameter]) -> LossBalancer:
         """Say which parameters are shared, in place of `bind`: all of `parameters` are; returns self."""
@@ -172,9 +202,10 @@ class GradientBalancer(LossBalancer):
         if isinstance(self.objective, JacobianMethod):
             self.objective.allocate(sum(p.numel() for p in self._shared.parameters))
 
-    def _keep_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def keep_output(self, output: Any) -> None:
+        """Note what `shared_module` has returned in a pass with gradients; it may be called several times in one."""
         if torch.is_grad_enabled():
-            self._output_of_module = tuple(x for x in _tensors(output) if x.requires_grad)
+            self._outputs_of_module += [x for x in _tensors(output) if x.requires_grad]
 
     def _before_decision(self) -> dict[str, Tensor] | None:
         # Losses are observed before their gradients are known to be finite; all else is remembered afterwards.
@@ -194,9 +225,18 @@ class GradientBalancer(LossBalancer):
         """
         if self.objective.needs_model and not self._shared.bound:
             raise OptionError(f"balancer {self.name!r} remembers a gradient of the model's size: balancer.bind(model)")
+        self._follow_model()
         local = [bool(here) for here in (batch.num_items > 0).tolist()]
+        if any(local) and not batch.losses.requires_grad:
+            raise TaskLossError(
+                "losses: none of them depends on a trainable parameter (detached, or made under torch.no_grad), "
+                "expected losses that a backward pass can start from"
+            )
         present = self._whole_presence(local, batch, process_group, alone)
-        self._shared.look(batch.losses, local, present, process_group, alone)
+        again = self._looks_again()
+        if self._known_before is None:
+            self._known_before = self._shared.knowledge()
+        self._shared.look(batch.losses, local, present, process_group, alone, again, self.task_names)
         inputs = self._features_of(batch) if self._of_features else self._shared.looked_at
         if self._num_gathered > 0 and not self._of_features:
             # A task that comes in a later micro-batch may change what is shared: the earlier ones lack a part then.
@@ -209,19 +249,25 @@ class GradientBalancer(LossBalancer):
             running.add(batch, inputs, self._of_features, self.options.tasks_per_pass)
             self._running[sample:] = [running, *self._running[sample + 1 :]]
         self._num_gathered += 1
+        self._outputs_of_module = []
+
+    def _looks_again(self) -> bool:
+        """In the steps 1, 2, 4, 8, ... as long as not everything has been reached. The same on all ranks."""
+        steps = self._memory_of_gradients.steps
+        return self._shared.undecided and steps > 0 and steps & (steps - 1) == 0
 
     def forget_gathered(self) -> None:
         """Forget the gradients of the micro-batches that were gathered; what is known of the parameters stays."""
         self._running, self._num_gathered, self.gathers_again = [], 0, False
 
     def _whole_presence(self, local: list[bool], batch: TaskLosses, group: Any, alone: bool) -> list[bool]:
-        if bool(self._shared.known.all()):
+        if bool(self._shared.known.all()) and not self._looks_again():
             return local  # nothing is new: nobody looks
         counts = batch.num_items if alone else all_reduce_sum(batch.num_items.detach(), group)
         return [bool(here) for here in (counts > 0).tolist()]
 
     def _features_of(self, batch: TaskLosses) -> list[Tensor | GradientEdge]:
-        features = batch.shared_features or self._output_of_module
+        features = batch.shared_features or tuple(self._outputs_of_module)
         if not features:
             raise TaskLossError(
                 "gradients: 'features' needs what the heads are given: the field shared_features of the model's "
@@ -243,6 +289,7 @@ class GradientBalancer(LossBalancer):
             plain = super()._evaluate(whole, active, valid, micro_batches, process_group, alone)
         single = not self._running
         if not self.needs_gradients:
+            self._follow_model()
             self._found = Found(None, None, plain.coefficients, single)
             return self._weighted(
                 plain._replace(parameter_gradients=()), self._memory_of_gradients.last_weights(), active
@@ -256,12 +303,24 @@ class GradientBalancer(LossBalancer):
         single = single and self._num_gathered == 1
         self.forget_gathered()
         self._found = Found(gradients, None, plain.coefficients, single)
-        if not bool(valid & gradients.gramian.isfinite().all().to(valid.device)):
-            # Refused, and nothing is remembered of it.
-            return plain._replace(coefficients=torch.full_like(plain.coefficients, torch.nan))
+        if not bool(valid):
+            self._unlearn()
+            return plain._replace(coefficients=torch.zeros_like(plain.coefficients))
+        if not bool(gradients.gramian.isfinite().all()):
+            self._unlearn()
+            # Refused: `describe_invalid` reads whose gradient it is.
+            bad = ~gradients.gramian.diagonal().isfinite().to(self.device)
+            bad = bad | ~bad.any()
+            return plain._replace(coefficients=torch.where(bad, torch.nan, torch.zeros_like(plain.coefficients)))
         if self._takes_jacobian:
             return self._decide_by_jacobian(gradients, plain, whole, active)
         return self._decide_by_gramian(gradients, plain, whole, active)
+
+    def _unlearn(self) -> None:
+        """A NaN of the losses' own makes every parameter look as if each task reached it."""
+        self._found = None
+        if self._known_before is not None:
+            self._shared.restore(self._known_before)
 
     def _sum_of_losses(self, active: Tensor) -> Derivatives | None:
         """What `differentiate` finds where F is the plain sum of losses as they are; None where F is another."""
@@ -443,6 +502,9 @@ class GradientBalancer(LossBalancer):
         weighting: Weighting,
         share: WindowShare | None,
     ) -> Tensor:
+        # What the bound model does not have (a head in another module, a temperature) descends what heads descend.
+        known = set(map(id, self._shared.parameters))
+        of_one = [*of_one, *(leaf for leaf in leaves_of(batch.losses) if id(leaf) not in known)]
         own = _gradients_of(batch, heads * local * weighting.ranks, of_one)
         given = given_gradients(weighting.value, [*pairs, *zip(of_one, own, strict=True)])
         return with_value_of_f(given.to(batch.losses.dtype), batch, weighting, share)
@@ -466,7 +528,7 @@ class GradientBalancer(LossBalancer):
         """As in `LossBalancer.step`; the number of steps, on which `every_n_steps` goes, is one more."""
         counts = self._open and self.phase != "warmup"
         super().step(*args, **kwargs)
-        self._found = None
+        self._found, self._known_before, self._outputs_of_module = None, None, []
         if counts:
             self._memory_of_gradients.steps += 1
             if self._history is None:  # else `LossBalancer` has said so
@@ -476,36 +538,35 @@ class GradientBalancer(LossBalancer):
         """As in `LossBalancer.discard`; what has been gathered is forgotten."""
         super().discard()
         self.forget_gathered()
-        self._found = None
+        self._found, self._known_before, self._outputs_of_module = None, None, []
 
     def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
         """As in `LossBalancer.rollback`; what has been gathered is forgotten."""
         super().rollback(snapshot)
         self.forget_gathered()
+        self._known_before = None
 
     @contextmanager
     def _no_trace(self) -> Iterator[None]:
-        running, gathered, found, output = self._running, self._num_gathered, self._found, self._output_of_module
-        again = self.gathers_again
+        running, gathered, found, outputs = self._running, self._num_gathered, self._found, self._outputs_of_module
+        again, known = self.gathers_again, self._known_before
         self.forget_gathered()
         try:
             with self._shared.unchanged(), super()._no_trace():
                 yield
         finally:
             self._running, self._num_gathered, self._found = running, gathered, found
-            self._output_of_module, self.gathers_again = output, again
+            self._outputs_of_module, self.gathers_again, self._known_before = outputs, again, known
 
     def describe_invalid(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:
         """As in `LossBalancer`; names the tasks whose gradient is not finite, where the losses are."""
         finite = bool(weighting.losses.isfinite().all()) and bool(weighting.auxiliary_loss.isfinite())
-        gradients = None if self._found is None else self._found.gradients
-        if finite and gradients is not None:
-            bad = (~gradients.gramian.diagonal().isfinite()).tolist()
+        bad = weighting.coefficients.isnan().tolist()
+        if finite and any(bad):
             names = [name for name, is_bad in zip(self.task_names, bad, strict=True) if is_bad]
-            if names:
-                where = "" if step is None else f" at step {step}"
-                shown = ", ".join(repr(name) for name in names[:8])
-                return f"the gradient of task {shown} is not finite{where}, though its loss is", names[0], False
+            where = "" if step is None else f" at step {step}"
+            shown = ", ".join(repr(name) for name in names[:8])
+            return f"the gradient of task {shown} is not finite{where}, though its loss is", names[0], False
         return super().describe_invalid(weighting, step)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -527,10 +588,25 @@ class GradientBalancer(LossBalancer):
         super().start_from({name: x for name, x in state.items() if not name.startswith(SHARED_PARAMETERS)})
 
 
+class _OutputHook:
+    """Gives a balancer what a module returns. A copy of the module has none that listens."""
+
+    def __init__(self, balancer: GradientBalancer | None) -> None:
+        self._balancer = None if balancer is None else weakref.ref(balancer)
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        balancer = None if self._balancer is None else self._balancer()
+        if balancer is not None:
+            balancer.keep_output(output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_OutputHook, (None,))
+
+
 def _gradients_of(batch: TaskLosses, weights: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
     """The gradient of sum_k w_k l_k; the graph is kept."""
-    if not parameters:
-        return ()
+    if not parameters or not batch.losses.requires_grad:  # a rank without a label has nothing to go back from
+        return (None,) * len(parameters)
     connected = connected_losses(batch)
     total = torch.dot(weights.to(connected.dtype), connected)
     return torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)

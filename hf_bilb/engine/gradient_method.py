@@ -53,6 +53,8 @@ class GradientOptions(BalancerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shared_parameters == []:
+            raise OptionError("shared_parameters: is empty, expected patterns, or null for all that are shared")
         if self.shared_module is not None and self.gradients != "features":
             raise OptionError("shared_module: is the module whose output gradients: 'features' looks at, expected null")
         if self.gradients == "features" and self.shared_parameters is not None:

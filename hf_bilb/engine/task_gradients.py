@@ -48,7 +48,8 @@ class SharedParameters:
 
     A parameter whose entries each belong to one task (heads that are stacked in one tensor) is not shared. What a loss
     reaches is seen by sending a NaN back through the graph: a weight that is zero, or a gradient that is, hides nothing
-    then. A batch in which a task is seen for the first time is looked at, once for each such task.
+    then. A batch in which a task is seen for the first time is looked at, once for each such task; later ones again, at
+    growing intervals, as long as entries are there that nobody has reached (rows of an embedding, experts).
 
     State: `owners`, one int16 for every entry of the trainable parameters, once a model is bound; `known [K]`.
 
@@ -65,6 +66,8 @@ class SharedParameters:
         self._owners: list[Tensor] = []
         self.known = torch.zeros(num_tasks, dtype=torch.bool)
         self.bound = self._said = False
+        #: Whether a further look may find that more is shared.
+        self.undecided = False
         self._looked_at: list[int] = []
         self._of_several: list[int] = []
 
@@ -82,6 +85,15 @@ class SharedParameters:
         self.bound = True
         return True
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether `model` trains the parameters that are known, and no others."""
+        return [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in self.parameters]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and what is read from a pickle, belongs to no model yet."""
+        empty = SharedParameters(len(self.known), self._patterns, self._key)
+        return dict(vars(empty))
+
     def take(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take these parameters as the shared ones, all of them; those of one task alone are then not known."""
         self._take(list(parameters), [str(i) for i in range(len(parameters))])
@@ -91,40 +103,52 @@ class SharedParameters:
         self._sort()
 
     def _take(self, parameters: list[nn.Parameter], names: list[str]) -> None:
+        former = {id(p): owner for p, owner in zip(self.parameters, self._owners, strict=True)}
         self.parameters, self._names = parameters, names
-        self._owners = [torch.full((p.numel(),), NOBODY, dtype=torch.int16, device=p.device) for p in parameters]
+        self._owners = [
+            former[id(p)] if id(p) in former else torch.full((p.numel(),), NOBODY, dtype=torch.int16, device=p.device)
+            for p in parameters
+        ]
         self.known.zero_()
         self._sort()
 
-    def look(self, losses: Tensor, here: Sequence[bool], present: Sequence[bool], group: Any, alone: bool) -> None:
+    def look(
+        self,
+        losses: Tensor,
+        here: Sequence[bool],
+        present: Sequence[bool],
+        group: Any,
+        alone: bool,
+        again: bool = False,
+        task_names: Sequence[str] | None = None,
+    ) -> None:
         """Look at the tasks that are seen for the first time.
 
         Args:
             losses: `[K]`, attached to the graph. here: which tasks have items on this rank.
             present: which have on any rank: the same on all.
             group, alone: the ranks, as in `reduce_losses`.
+            again: look at all tasks.
+            task_names: for messages.
 
         Raises:
-            OptionError: on several ranks, where no model is bound.
+            OptionError: on several ranks, or with patterns, where no model is bound.
+            TaskLossError: there is nothing that is trained, or complex numbers are.
 
         Cost: nothing where every task is known; else a backward pass for each of the new ones, and on several ranks an
         all-reduce of three numbers for every trainable parameter.
         """
-        new = [k for k, there in enumerate(present) if there and not self.known[k]]
+        ranks = 1 if alone else data_parallel_size(group)
+        if not self.bound:
+            self._look_for_parameters(losses, ranks)
+        new = [k for k, there in enumerate(present) if there and (again or not self.known[k])]
         if not new:
             return
-        ranks = 1 if alone else data_parallel_size(group)
-        if not losses.requires_grad:
-            raise TaskLossError(
-                "losses: none of them depends on a parameter that is trained, expected losses with a graph"
-            )
-        if not self.bound:
-            if ranks > 1:
-                raise OptionError("gradient methods on several ranks need balancer.bind(model)")
-            self._discover(losses)
+        self._check()
         for k in new:
-            if here[k]:
-                self._mark(losses[k], k)
+            if here[k] and not self._mark(losses[k], k) and not alone and not self.known[k]:
+                name = k if task_names is None else repr(task_names[k])
+                logger.warning("the loss of task %s depends on no parameter that is trained", name)
         if ranks > 1:
             self._agree(group)
         self._owners = [torch.full_like(o, SHARED) if bool((o == SHARED).any()) else o for o in self._owners]
@@ -137,22 +161,36 @@ class SharedParameters:
                 "looked at, and share no direction"
             )
 
-    def _discover(self, losses: Tensor) -> None:
-        """Without a model: the parameters that the graph leads to, and what is known of those seen before."""
-        former = {id(p): owner for p, owner in zip(self.parameters, self._owners, strict=True)}
-        found = leaves_of(losses)
-        merged = [*self.parameters, *(p for p in found if id(p) not in former)]
-        known = self.known.clone()
-        self._take(merged, [str(i) for i in range(len(merged))])
-        self._owners = [former.get(id(p), owner) for p, owner in zip(merged, self._owners, strict=True)]
-        self.known.copy_(known)
+    def _look_for_parameters(self, losses: Tensor, ranks: int) -> None:
+        """Without a model: what the graph leads to; all tasks are looked at again where something is new."""
+        if ranks > 1:
+            raise OptionError("gradient methods on several ranks need balancer.bind(model)")
+        if self._patterns is not None:
+            raise OptionError(f"{self._key}: names of parameters need balancer.bind(model)")
+        known = set(map(id, self.parameters))
+        new = [leaf for leaf in leaves_of(losses) if id(leaf) not in known]
+        kept = [parameter for parameter in self.parameters if parameter.requires_grad]
+        if new or len(kept) < len(known):
+            merged = [*kept, *new]
+            self._take(merged, [str(i) for i in range(len(merged))])
 
-    def _mark(self, loss: Tensor, task: int) -> None:
+    def _check(self) -> None:
+        if not self.parameters:
+            raise TaskLossError("the model has no parameter that is trained, expected one at least")
+        for name, parameter in zip(self._names, self.parameters, strict=True):
+            if parameter.is_complex():
+                raise TaskLossError(f"parameter {name!r} is complex: gradient methods take real numbers only")
+
+    def _mark(self, loss: Tensor, task: int) -> bool:
+        """Note what the loss reaches; whether it is anything."""
+        if not loss.requires_grad:
+            return False
         with torch.autograd.set_detect_anomaly(False):  # which would stop at the NaN
             probe = torch.full_like(loss, torch.nan)
             found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 loss, self.parameters, probe, retain_graph=True, allow_unused=True
             )
+        anything = False
         for i, gradient in enumerate(found):
             if gradient is None:
                 continue
@@ -160,6 +198,8 @@ class SharedParameters:
             owner = self._owners[i]
             other = (owner != NOBODY) & (owner != task)
             self._owners[i] = torch.where(reached, torch.where(other, SHARED, task), owner).to(torch.int16)
+            anything = anything or bool(reached.any())
+        return anything
 
     def _agree(self, group: dist.ProcessGroup | None) -> None:
         owners = torch.cat(self._owners).int()
@@ -175,6 +215,7 @@ class SharedParameters:
 
     def _sort(self) -> None:
         self._of_several = [i for i, owner in enumerate(self._owners) if len(owner) and bool(owner[0] == SHARED)]
+        self.undecided = any(bool((owner == NOBODY).any()) for owner in self._owners)
         if self._patterns is None or not self._names:
             self._looked_at = self._of_several
             return
@@ -201,17 +242,28 @@ class SharedParameters:
     def _reached(self) -> list[nn.Parameter]:
         return [p for p, o in zip(self.parameters, self._owners, strict=True) if bool((o != NOBODY).any())]
 
+    def knowledge(self) -> dict[str, Any]:
+        """What is known now, for `restore`."""
+        names = ("parameters", "_names", "_looked_at", "_of_several", "_said", "undecided", "bound")
+        return {
+            "known": self.known.clone(),
+            "_owners": list(self._owners),
+            **{name: vars(self)[name] for name in names},
+        }
+
+    def restore(self, knowledge: Mapping[str, Any]) -> None:
+        """Forget what was found since `knowledge`."""
+        vars(self).update(knowledge)
+        self.known = knowledge["known"].clone()
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Whatever is looked at inside, what is known is as before afterwards."""
-        known, owners = self.known.clone(), list(self._owners)
-        lists = self.parameters, self._names, self._looked_at, self._of_several
+        before = self.knowledge()
         try:
             yield
         finally:
-            self.known.copy_(known)
-            self._owners = owners
-            self.parameters, self._names, self._looked_at, self._of_several = lists
+            self.restore(before)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`known` and, once a model is bound, `owners`."""
@@ -337,6 +389,9 @@ def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None)
     """
     if not inputs:  # no task has had a loss so far
         return Rows([])
+    if not batch.losses.requires_grad:  # no task has a label here
+        nothing = [_rows(None, x, len(batch.losses)) for x in inputs]
+        return Rows(row for row in nothing if row is not None)
     size = at_once(inputs, len(batch.losses)) if tasks_per_pass is None else tasks_per_pass
     found = _batched(batch, inputs, size) if size > 1 else None
     return _one_by_one(batch, inputs) if found is None else found
@@ -405,7 +460,7 @@ def _one_by_one(batch: TaskLosses, inputs: Inputs) -> Rows:
             if gradient is None:
                 place.zero_()
             else:
-                place.copy_(gradient)
+                place.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
     return Rows.of(whole, sizes)
 
 
@@ -518,7 +573,10 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *torch._foreach_mul(ctx.gradients, incoming[0])) if ctx.gradients else (None, None)
+        gradients = ctx.gradients
+        if any(gradient.is_sparse for gradient in gradients):
+            return (None, None, *(gradient * incoming[0].to(gradient.dtype) for gradient in gradients))
+        return (None, None, *torch._foreach_mul(gradients, incoming[0])) if gradients else (None, None)
 
 
 def given_gradients(value: Tensor, found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Tensor:
@@ -528,5 +586,5 @@ def given_gradients(value: Tensor, found: Iterable[tuple[nn.Parameter, Tensor | 
     """
     pairs = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
     parameters = [parameter for parameter, _ in pairs]
-    gradients = [gradient.reshape(p.shape).to(p.dtype) for p, gradient in pairs]
+    gradients = [gradient if gradient.is_sparse else gradient.reshape(p.shape).to(p.dtype) for p, gradient in pairs]
     return _Given.apply(value, gradients, *parameters)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -113,7 +116,14 @@ def test_rows_of_an_embedding_that_one_task_alone_has_do_not_hide_that_others_ar
     separate = SharedParameters(2, None)
     separate.bind(model)
     separate.look(torch.stack([a.square().mean(), b.square().mean()]), [True] * 2, [True] * 2, None, False)
+    # Rows that nobody has reached leave it open; a later look finds out.
+    assert separate._of_several == [] and separate.undecided
+    a, b = model(torch.tensor([1, 3])), model(torch.tensor([3, 5]))
+    losses = torch.stack([a.square().mean(), b.square().mean()])
+    separate.look(losses, [True] * 2, [True] * 2, None, False)
     assert separate._of_several == []
+    separate.look(losses, [True] * 2, [True] * 2, None, False, again=True)
+    assert separate._of_several == [0] and not separate.undecided
 
 
 def test_patterns_and_what_fits_none() -> None:
@@ -396,12 +406,147 @@ def test_losses_that_are_what_is_trained() -> None:
     balancer = build_balancer("imtl_g", 2, dtype=FLOAT)
     balancer.backward(leaf)
     torch.testing.assert_close(leaf.grad, torch.tensor([0.5, 0.5], dtype=FLOAT))
-    with pytest.raises(TaskLossError, match=r"^losses: none of them depends on a parameter that is trained"):
+    with pytest.raises(TaskLossError, match=r"^losses: none of them depends on a trainable parameter"):
         build_balancer("mgda", 2, dtype=FLOAT).backward(leaf.detach())
+
+
+METHODS = ["mgda", "pcgrad", "graddrop"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_the_bound_model_does_not_have_descends_what_heads_do(name: str) -> None:
+    model = Net()
+    temperature = torch.tensor(0.5, dtype=FLOAT, requires_grad=True)  # in no module
+    balancer = build_balancer(name, 3, dtype=FLOAT, heads="sum").bind(model.trunk)
+    balancer.backward(model()[0] * temperature)
+    found = gradients(model)
+    model.zero_grad()
+    known, temperature.grad = temperature.grad, None
+    (model()[0] * temperature).sum().backward()
+    torch.testing.assert_close(known, temperature.grad, rtol=1e-12, atol=0)
+    for key, gradient in gradients(model).items():
+        if not key.startswith("trunk."):
+            torch.testing.assert_close(found[key], gradient, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bound", [True, False])
+def test_parameters_that_are_frozen_added_or_thawed_on_the_way(bound: bool, name: str) -> None:
+    model = Net()
+    model.embedding.requires_grad_(False)
+    balancer = build_balancer(name, 3, dtype=FLOAT)
+    if bound:
+        balancer.bind(model)
+    balancer.backward(model()[0])
+    balancer.step()
+    assert model.embedding.weight.grad is None
+    model.embedding.requires_grad_(True)
+    model.trunk[0].bias.requires_grad_(False)
+    model.stacked.weight = nn.Parameter(model.stacked.weight.detach().clone())
+    model.zero_grad()
+    fresh_model = Net()
+    fresh_model.trunk[0].bias.requires_grad_(False)
+    fresh = build_balancer(name, 3, dtype=FLOAT).bind(fresh_model)
+    if name != "graddrop":  # which draws again
+        fresh.load_state_dict({**fresh.state_dict(), **{k: v for k, v in balancer.snapshot().items() if "extra" in k}})
+    balancer.backward(model()[0])
+    fresh.backward(fresh_model()[0])
+    found, expected = gradients(model), gradients(fresh_model)
+    assert found.keys() == expected.keys() and "embedding.weight" in found and "trunk.0.bias" not in found
+    if name == "mgda":
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-11, atol=1e-14)
+
+
+def test_a_module_that_is_called_twice_gives_both_outputs() -> None:
+    model = Net()
+
+    def losses() -> tuple[Tensor, Tensor, Tensor]:
+        one, other = model.trunk(model.embedding(torch.arange(5))), model.trunk(model.embedding(torch.arange(3)))
+        return (
+            torch.stack([model.stacked(one)[:, 0].square().mean(), model.stacked(other)[:, 1].exp().mean()]),
+            one,
+            other,
+        )
+
+    balancer = build_balancer("nash_mtl", 2, dtype=FLOAT, gradients="features", shared_module="trunk").bind(model)
+    balancer.backward(losses()[0])
+    found, *features = losses()
+    rows = []
+    for loss in found:
+        parts = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
+        rows.append([torch.zeros_like(x) if g is None else g for g, x in zip(parts, features, strict=True)])
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    weights = balancer.coefficients
+    torch.testing.assert_close(jacobian @ (weights @ jacobian), 1 / weights, rtol=1e-9, atol=0)
+
+
+def test_copies_belong_to_no_model_and_hold_no_graph() -> None:
+    model = Net()
+    balancer = build_balancer("mgda", 3, dtype=FLOAT, gradients="features", shared_module="trunk").bind(model)
+    balancer.backward(model()[0])
+    balancer.step()
+    copied_model = copy.deepcopy(model)  # as an average of the weights is made
+    assert torch.equal(copied_model.trunk[0].weight, model.trunk[0].weight)
+    plain = build_balancer("pcgrad", 3, dtype=FLOAT, order="identity").bind(model)
+    plain.backward(model()[0])
+    plain.step()
+    for copied in (copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        expected, found = [], []
+        for balancer, grads in ((plain, expected), (copied, found)):
+            model.zero_grad()
+            balancer.backward(model()[0])
+            grads += gradients(model).values()
+        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(found, expected, strict=True))
+
+
+def test_hooks_of_balancers_that_are_gone_are_gone() -> None:
+    model = Net()
+    for _ in range(3):
+        build_balancer("mgda", 3, gradients="features", shared_module="trunk").bind(model)
+        gc.collect()
+    assert not model.trunk._forward_hooks
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "of one task"])
+@pytest.mark.parametrize("tasks_per_pass", [None, 1])
+def test_sparse_gradients(tasks_per_pass: int | None, own: bool) -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table, head = nn.Embedding(6, 3, sparse=sparse).double(), nn.Linear(3, 2).double()
+        extra = nn.Embedding(4, 1, sparse=sparse and own).double()
+        model = nn.ModuleList([table, head, extra])
+        balancer = build_balancer("pcgrad", 2, dtype=FLOAT, tasks_per_pass=tasks_per_pass).bind(model)
+        outputs = head(table(torch.tensor([0, 1, 1, 5])))
+        losses = torch.stack(
+            [outputs[:, 0].square().mean() + extra(torch.tensor([1])).sum(), outputs[:, 1].exp().mean()]
+        )
+        balancer.backward(losses)
+        found.append([p.grad.to_dense() if p.grad.is_sparse else p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(*found, strict=True))
+
+
+def test_a_task_that_trains_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net()
+    losses, _ = model()
+    losses = torch.stack([losses[0], losses[1].detach(), losses[2]])
+    build_balancer("mgda", task_names=["a", "b", "c"], dtype=FLOAT).bind(model).backward(losses)
+    assert "the loss of task 'b' depends on no parameter that is trained" in caplog.text
+    with pytest.raises(TaskLossError, match=r"^the model has no parameter that is trained"):
+        build_balancer("mgda", 3, dtype=FLOAT).bind(Net().requires_grad_(False)).backward(model()[0])
+    numbers, ones = nn.Linear(2, 2, dtype=torch.complex128), torch.ones(2, dtype=torch.complex128)
+    with pytest.raises(TaskLossError, match=r"^parameter 'weight' is complex"):
+        build_balancer("mgda", 2, dtype=FLOAT).bind(numbers).backward(numbers(ones).abs())
 
 
 def test_what_is_refused() -> None:
     for options, message in (
+        ({"shared_parameters": []}, r"^balancer\.shared_parameters: is empty"),
+        (
+            {"shared_parameters": ["a", nn.Parameter(torch.ones(1))]},
+            r"^balancer\.shared_parameters: names and parameters",
+        ),
         ({"max_norm": 1.0, "every_n_steps": 2}, r"^balancer\.max_norm: 1.0 is not valid with every_n_steps: 2"),
         ({"max_norm": 1.0, "gradients": "features"}, r"^balancer\.max_norm: 1.0 is not valid with gradients"),
         ({"shared_module": "trunk"}, r"^balancer\.shared_module: is the module whose output"),

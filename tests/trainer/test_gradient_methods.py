@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import TrainerCallback
 
 from hf_bilb import BilevelMTLTrainer, build_balancer
 from hf_bilb.engine.gradient_balancer import GradientBalancer
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import NonFiniteLossError, OptionError
 from tests.synthetic import build_data, build_model, flat_parameters, relative_difference
 from tests.trainer.harness import BATCH, FLOAT, TASK_NAMES, arguments, assert_goes_on, batches, run
 
@@ -178,3 +179,44 @@ def test_tasks_that_come_in_a_later_micro_batch(first: int, balancer: Any, tmp_p
     whole = run(tmp_path / "whole", per_device_train_batch_size=4 * BATCH, **settings)
     assert parts.trainer.state.global_step == whole.trainer.state.global_step == 1
     assert relative_difference(parts.parameters, whole.parameters) <= 1e-13
+
+
+def steep(outputs: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """The losses; marked rows give the first one a root at 0, whose slope is infinite."""
+    marked = outputs.logits[batch["features"][:, 0] == 7.0]
+    first = torch.eye(len(TASK_NAMES), dtype=FLOAT)[0]
+    root = (marked * 0).square().sum().sqrt()
+    return torch.where(first > 0, outputs.losses + root, outputs.losses), outputs.num_items
+
+
+@pytest.mark.parametrize("over", ["micro_batch", "window"])
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_gradient_that_is_not_finite_drops_the_step_of_any_micro_batch(where: int, over: str, tmp_path: Path) -> None:
+    data = build_data(4 * BATCH, dtype=FLOAT)
+    data.features[where * BATCH, 0] = 7.0
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 2, "balance_over": over, "balancer": "pcgrad"}
+    made = {"task_loss_func": steep}
+    found = run(tmp_path, data=data, nonfinite_loss="skip", trainer_arguments=made, **settings)
+    clean = type(data)(data.features[2 * BATCH :], data.labels[2 * BATCH :])
+    expected = run(tmp_path / "clean", data=clean, trainer_arguments=made, **settings)
+    assert relative_difference(found.parameters, expected.parameters) <= 1e-14
+    with pytest.raises(NonFiniteLossError, match=r"gradient of task 'alpha'.* is not finite"):
+        run(tmp_path / "raise", data=data, trainer_arguments=made, **settings)
+
+
+class Thaw(TrainerCallback):
+    """Trains the trunk from the third step on."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.trunk.requires_grad_(state.global_step >= 2)
+
+
+def test_gradual_unfreezing(tmp_path: Path) -> None:
+    model = build_model(FLOAT)
+    model.trunk.requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    args = arguments(tmp_path, balancer="mgda", optim="sgd")
+    trainer = BilevelMTLTrainer(model, args, train_dataset=build_data(4 * BATCH, dtype=FLOAT), callbacks=[Thaw()])
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    trainer.train()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -79,7 +79,9 @@ class MoCo(JacobianMethod):
         self.register_buffer("updates", torch.zeros((), dtype=torch.float64))
 
     def allocate(self, num_parameters: int) -> None:
-        """Make room for the averages."""
+        """Make room for the averages; those of the same size stay."""
+        if self.averages is not None and self.averages.shape[1] == num_parameters:
+            return
         self.averages = self.shares.new_zeros(len(self.shares), num_parameters)
 
     @torch.no_grad()
