@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_bilb.config.options import nearest, parse_options
-from hf_bilb.config.user_code import own_code
+from hf_bilb.config.user_code import load_reference, own_code
 from hf_bilb.data import DATA_SETS, TaskData
 from hf_bilb.errors import HfBilbError, OptionError
 from hf_bilb.experiments.recipe import Recipe
@@ -181,6 +181,26 @@ def task_loss_func(recipe: Recipe, data: TaskData) -> Callable[..., Any] | None:
             "for them"
         )
     return data.task_loss_func
+
+
+def build_callbacks(recipe: Recipe) -> list[TrainerCallback]:
+    """What `callbacks` of the recipe names, made without arguments.
+
+    Raises:
+        OptionError: something that cannot be made so, or that is no `transformers.TrainerCallback`.
+    """
+    made = []
+    for i, reference in enumerate(recipe.callbacks):
+        path = f"callbacks[{i}]"
+        try:
+            callback = load_reference(reference, path)()
+        except TypeError as error:
+            raise OptionError(f"{path}: {reference} cannot be made without arguments: {error}") from error
+        if not isinstance(callback, TrainerCallback):
+            got = type(callback).__name__
+            raise OptionError(f"{path}: {reference} makes a {got}, expected a transformers.TrainerCallback")
+        made.append(callback)
+    return made
 
 
 def build_trainer(recipe: Recipe, data: TaskData, callbacks: Sequence[TrainerCallback] = ()) -> BilevelMTLTrainer:

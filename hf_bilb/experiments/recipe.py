@@ -32,12 +32,14 @@ from hf_bilb.balancers.registry import balancer_module, get_balancer_spec, list_
 from hf_bilb.config.declared import UNKNOWN, check_declared, declared_fields, options_of
 from hf_bilb.config.options import check_value, nearest, parse_options, shown, unknown_name
 from hf_bilb.config.registry import DATA_SETS, MODELS
-from hf_bilb.config.user_code import import_sources
+from hf_bilb.config.user_code import check_reference, import_sources, load_reference
 from hf_bilb.config.yaml import dump_yaml, parse_override, read_yaml, set_value
 from hf_bilb.errors import OptionError
 
 SECTIONS = ("model", "data", "balancer", "trainer", "evaluation")
-IMPORTS = "imports"
+#: Lists of a user's own code: what is imported, and classes of callbacks.
+IMPORTS, CALLBACKS = "imports", "callbacks"
+_LISTS = (IMPORTS, CALLBACKS)
 
 # Fields of the training arguments that something else decides; set here, they would be ignored or contradicted.
 _MANAGED_TRAINER_KEYS = {
@@ -94,6 +96,7 @@ class Recipe:
     trainer: dict[str, Any]
     evaluation: EvaluationOptions
     imports: tuple[str, ...] = ()
+    callbacks: tuple[str, ...] = ()
 
     @property
     def output_dir(self) -> Path:
@@ -102,9 +105,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain values, in the order of `SECTIONS`; `parse_recipe` takes it back unchanged."""
-        imports = {IMPORTS: self.imports} if self.imports else {}
+        lists = {name: getattr(self, name) for name in _LISTS if getattr(self, name)}
         sections = {section: getattr(self, section) for section in SECTIONS[:-1]}
-        return _plain({**imports, **sections, "evaluation": dataclasses.asdict(self.evaluation)})
+        return _plain({**lists, **sections, "evaluation": dataclasses.asdict(self.evaluation)})
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -131,7 +134,7 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
         OptionError: at the first thing that is wrong.
     """
     for key, value in raw.items():
-        if key not in (*SECTIONS, IMPORTS):
+        if key not in (*SECTIONS, *_LISTS):
             raise OptionError(f"{key}: unknown section, value {shown(value)}{_nearest_path(str(key))}")
     for section in SECTIONS[:-1]:
         if raw.get(section) is None:
@@ -142,10 +145,12 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
     if trainer.get("output_dir") in (None, ""):
         raise OptionError("trainer.output_dir: is required, expected the folder of the run, such as runs/qm9_mlp_bilb")
     imports = import_sources(raw.get(IMPORTS), IMPORTS)  # before names are looked up
+    callbacks = _references(raw.get(CALLBACKS), CALLBACKS)
     _check_by_source(raw)
     return Recipe(
         name=name,
         imports=imports,
+        callbacks=callbacks,
         evaluation=evaluation,
         balancer=_resolve_balancer(raw["balancer"]),
         data=_resolve_data(raw["data"]),
@@ -288,11 +293,20 @@ def _mapping(value: Any, path: str) -> Mapping[str, Any]:
     return value
 
 
+def _references(given: Any, path: str) -> tuple[str, ...]:
+    """A list of `path/to/file.py:Class` or `package.module:Class`; each is imported."""
+    references = check_value([] if given is None else given, list[str], path)
+    for i, reference in enumerate(references):
+        check_reference(reference, f"{path}[{i}]")
+        load_reference(reference, f"{path}[{i}]")
+    return tuple(references)
+
+
 def _nearest_path(key: str) -> str:
     """The nearest section, or the nearest `section.key`: `learning_rate=1e-3` was meant for the trainer."""
     paths = _known_paths()
     last = key.rpartition(".")[2].lower()
-    if last not in paths.values() and (near := nearest(key, (*SECTIONS, IMPORTS))):
+    if last not in paths.values() and (near := nearest(key, (*SECTIONS, *_LISTS))):
         return near
     close = difflib.get_close_matches(last, sorted(set(paths.values())), n=1, cutoff=0.6)
     path = next((path for path, name in paths.items() if close and name == close[0]), None)
@@ -328,7 +342,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """
     keys, value = parse_override(override)
     path, section = override.partition("=")[0], keys[0]
-    if section not in (*SECTIONS, IMPORTS):
+    if section not in (*SECTIONS, *_LISTS):
         raise OptionError(f"{path}: unknown section, value {shown(value)}{_nearest_path(path)}")
     if len(keys) > 1 and isinstance(raw.get(section), str):
         raw[section] = {"name": raw[section]}  # `balancer: bilb` is short for `balancer: {name: bilb}`

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from hf_bilb.experiments.build import (
+    build_callbacks,
     build_trainer,
     check_model,
     load_data,
@@ -53,6 +54,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     args = training_arguments(recipe)  # before anything is loaded: finds settings that contradict each other
     data_options = resolve_data_options(recipe)
     check_model(recipe)
+    callbacks = build_callbacks(recipe)
     state = PartialState()
     folder = Path(args.output_dir)
     with contextlib.ExitStack() as held, disk_full_explained(folder):
@@ -60,14 +62,16 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         if state.is_main_process:
             write_recipe(recipe, folder, resume)
         set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
-        return _train_and_measure(recipe, data_options, checkpoint, started)
+        return _train_and_measure(recipe, data_options, callbacks, checkpoint, started)
 
 
-def _train_and_measure(recipe: Recipe, data_options: Any, checkpoint: str | None, started: float) -> RunResults:
+def _train_and_measure(
+    recipe: Recipe, data_options: Any, callbacks: list[TrainerCallback], checkpoint: str | None, started: float
+) -> RunResults:
     """Everything that comes when the settings are checked and the folder is this run's own."""
     state, clock = PartialState(), StepClock()
     data = load_data(recipe, data_options)
-    trainer = build_trainer(recipe, data, callbacks=[clock])
+    trainer = build_trainer(recipe, data, callbacks=[clock, *callbacks])
     training = _train(trainer, checkpoint)
     _save(trainer)
     part = getattr(data, recipe.evaluation.split)
