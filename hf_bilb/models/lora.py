@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from peft import LoraConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -13,6 +14,20 @@ from transformers.pytorch_utils import Conv1D
 from hf_bilb.config.options import bounded, check_bounds, nearest
 from hf_bilb.errors import OptionError
 from hf_bilb.models.base import check_dropout
+
+#: Fields of `LoraConfig` that something else says.
+_DECIDED = {
+    "r": "is said by r",
+    "lora_alpha": "is said by alpha",
+    "lora_dropout": "is said by dropout",
+    "target_modules": "is said by target_modules",
+    "modules_to_save": "the heads are saved; nothing else is trained in full",
+    "task_type": "follows from the model",
+    "inference_mode": "a run trains",
+    "base_model_name_or_path": "follows from the model",
+    "revision": "follows from the model",
+    "peft_type": "is LoRA",
+}
 
 
 @dataclass(frozen=True)
@@ -25,18 +40,27 @@ class LoraOptions:
         dropout: before A, in [0, 1).
         target_modules: ends of the names of the linear layers that are adapted; null = peft's choice for the
             architecture (query and value of the attention, mostly).
+        config: any other field of `peft.LoraConfig` and its value, such as `use_dora`, `use_rslora`, `bias`,
+            `rank_pattern` (`{layer: rank}`), `alpha_pattern`, `exclude_modules`, `layers_to_transform`.
     """
 
     r: int = bounded(8, at_least=1, expected="1 or more")
     alpha: float = bounded(16.0, above=0)
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_bounds(self)
         check_dropout(self.dropout)
         if self.target_modules == ():
             raise OptionError("target_modules: is empty, expected names of layers, or null for peft's choice")
+        known = [one.name for one in fields(LoraConfig) if one.init and one.name not in _DECIDED]
+        for key in self.config:
+            if key in _DECIDED:
+                raise OptionError(f"config.{key}: {_DECIDED[key]}")
+            if key not in known:
+                raise OptionError(f"config.{key}: peft.LoraConfig has no such field{nearest(str(key), known)}")
 
 
 def lora_config(
@@ -56,7 +80,7 @@ def lora_config(
         modules_to_save: what is trained and saved in addition to the adapters.
 
     Raises:
-        OptionError: `adapted` has no layer of such a name, or peft knows none for it.
+        OptionError: `adapted` has no layer of such a name, or peft knows none for it; peft refuses `config`.
     """
     targets = options.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     names = [name for name, _ in adapted.named_modules()]
@@ -70,11 +94,15 @@ def lora_config(
         if not any(f".{name}".endswith(f".{target}") for name in names):
             near = nearest(target, linear)
             raise OptionError(f"model.lora.target_modules: {target!r} is no layer of {kind!r}{near}; it has {listed}")
-    return LoraConfig(
-        task_type=task_type,
-        r=options.r,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=list(targets),
-        modules_to_save=None if modules_to_save is None else list(modules_to_save),
-    )
+    try:
+        return LoraConfig(
+            task_type=task_type,
+            r=options.r,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            target_modules=list(targets),
+            modules_to_save=None if modules_to_save is None else list(modules_to_save),
+            **options.config,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise OptionError(f"model.lora.config: peft refuses it: {error}") from error

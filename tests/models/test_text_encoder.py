@@ -533,3 +533,47 @@ def test_the_seed_decides_the_heads_and_they_start_small(tmp_path: Path) -> None
 
     assert np.array_equal(heads(0), heads(0)) and not np.array_equal(heads(0), heads(1))
     assert 0.01 < heads(0).std() < 0.04
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"rank_pattern": {"layer.0.attention.self.query": 1}},
+        {"bias": "lora_only"},
+    ],
+    ids=str,
+)
+def test_any_field_of_peft_s_configuration_is_trained_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> None:
+    model = lora_model(tmp_path, config=config)
+    for key, value in config.items():
+        assert getattr(model.peft_config["default"], key) == value
+    with torch.no_grad():  # as if trained: B begins with zeros
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.save_pretrained(tmp_path / "saved")
+    other = PeftModel.from_pretrained(lora_model(tmp_path).unload(), str(tmp_path / "saved")).eval()
+    ids = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.tensor([0, 1])}
+    with torch.no_grad():
+        found, expected = (one.eval()(**batch).logits for one in (other, model))
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"use_dorra": True},
+            r"^config\.use_dorra: peft\.LoraConfig has no such field \(did you mean \"use_dora\"\?\)",
+        ),
+        ({"lora_alpha": 4}, r"^config\.lora_alpha: is said by alpha"),
+        ({"modules_to_save": ["x"]}, r"^config\.modules_to_save: the heads are saved"),
+    ],
+    ids=str,
+)
+def test_fields_that_peft_does_not_have_or_something_else_says(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        LoraOptions(config=config)
