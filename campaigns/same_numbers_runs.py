@@ -30,7 +30,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, build_balancer, list_balancers
+from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, build_balancer
+
+#: Those that a checkout had before there were gradient methods, too.
+METHODS = "bilb dwa famo gls go4align imtl_l ls marigold rlw si stch uw".split()
 
 STEPS, HALF = 24, 12
 NUM_TASKS, NUM_FEATURES, WIDTH, BATCH, ROWS = 4, 6, 8, 8, 96
@@ -167,7 +170,7 @@ def train(folder: Path, own: dict[str, Any], resume: bool) -> None:
 
 def own_loop(folder: Path) -> None:
     """Losses, coefficients, parameters and the balancer's state after each step."""
-    for name in list_balancers():
+    for name in METHODS:
         torch.manual_seed(0)
         model = Network(Config())
         balancer = build_balancer(name, task_names=TASKS)
@@ -239,7 +242,7 @@ def run(what: str, *arguments: str) -> int:
     elif what == "own_loop":
         own_loop(Path(folder))
     else:
-        cases = RANKS if what == "ranks" else {**{name: {"balancer": name} for name in list_balancers()}, **CASES}
+        cases = RANKS if what == "ranks" else {**{name: {"balancer": name} for name in METHODS}, **CASES}
         for name, own in cases.items():
             train(Path(folder) / name, own, "--resume" in more)
     return 0
