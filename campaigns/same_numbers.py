@@ -50,7 +50,7 @@ MAY_DIFFER = {
     "results.json": "times and peak memory, and whether the run was resumed",
     "balancer.json": "the run's random identity",
     "checkpoint_complete.json": "the run's random identity, the hour, and hashes and sizes of the files in this list",
-    "training_args.bin": "a pickle, which names the modules of the classes in it: class and fields are compared",
+    "training_args.bin": "a pickle, which names the modules of the classes in it: class and fields are compared; new ones are off",
 }
 
 
@@ -245,7 +245,7 @@ def _differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
         for key in {**one, **other}:
             if key in one and key in other:
                 yield from _differences(one[key], other[key], f"{path}.{key}")
-            else:
+            elif key in one or other[key] not in (None, "None"):  # a new option that is off is no difference
                 yield f"{path}.{key} only {'before' if key in one else 'after'}"
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         for i, (a, b) in enumerate(zip(one, other, strict=True)):
