@@ -50,7 +50,7 @@ MAY_DIFFER = {
     "results.json": "times and peak memory, and whether the run was resumed",
     "balancer.json": "the run's random identity",
     "checkpoint_complete.json": "the run's random identity, the hour, and hashes and sizes of the files in this list",
-    "training_args.bin": "a pickle, which names the modules of the classes in it: class and fields are compared; new ones are off",
+    "training_args.bin": "a pickle, which names modules: class and fields are compared, but for new ones that are off",
 }
 
 
