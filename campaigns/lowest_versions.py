@@ -36,6 +36,8 @@ QUICK = (
     "tests/trainer/test_settings.py",
     "tests/checkpoints/test_weights.py",
     "tests/engine/test_standalone.py",
+    "tests/engine/test_task_gradients.py",
+    "tests/trainer/test_gradient_methods.py",
     "tests/engine/test_double_loop.py",
     "tests/engine/test_token_losses.py",
     "tests/engine/test_masked_losses.py",
