@@ -265,8 +265,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "a refused batch leaves a record",
-        "            if before is not None:\n                self.rollback(before)\n",
-        "",
+        "                self.rollback({**self.snapshot(), **before})",
+        "                pass",
         (
             "engine/test_standalone.py",
             "balancers/test_go4align.py",
@@ -1063,8 +1063,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "gradients: a look marks tasks as known",
-        "            self.known.copy_(known)\n            self._owners = owners\n",
-        "",
+        "        finally:\n            self.restore(before)\n",
+        "        finally:\n            pass\n",
         (*GRADIENT_RANKS, *GRADIENTS),
     ),
     Mutation(

@@ -144,6 +144,9 @@ class LossBalancer:
 
     # --- description ---------------------------------------------------------------------------------------------
 
+    #: Whether the weighting comes from the gradients of the tasks (`GradientBalancer`).
+    looks_at_gradients = False
+
     @property
     def needs_gradients(self) -> bool:
         """Whether `decide` looks at the gradients of the tasks in this step (`GradientBalancer`)."""
@@ -304,8 +307,12 @@ class LossBalancer:
             self._begin(whole, active, valid)
         if self.phase == "warmup":
             result = self._plain_sum(whole)
+        elif self.looks_at_gradients:
+            result = self._look_at_gradients(whole, active, valid, micro_batches, process_group, alone)
         else:
-            result = self._evaluate(whole, active, valid, micro_batches, process_group, alone)
+            # Just observed, where they are valid: those of the present tasks are among the last known ones.
+            last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
+            result = differentiate(self.objective, self.normalization, last, active, features)
         if balancing:
             losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
             if self._follower is None:  # whose parameters do not follow dF/dtheta
@@ -353,7 +360,7 @@ class LossBalancer:
             self._monitor.learn(usable, whole.losses)
         history.observe(losses, whole.num_items, known, self._epoch)
 
-    def _evaluate(
+    def _look_at_gradients(
         self,
         whole: GlobalBatch,
         active: Tensor,
@@ -362,15 +369,14 @@ class LossBalancer:
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
-        """F at the global losses of the `active` tasks, and its derivatives.
+        """What takes the place of F's derivatives where `looks_at_gradients`.
 
         Args:
+            whole, active: the global losses, and the tasks that F runs over.
             valid: bool scalar, whether the losses are such that the method can take them.
             micro_batches, process_group, alone: as in `decide`.
         """
-        # Just observed, where they are valid: those of the present tasks are among the last known ones.
-        last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
-        return differentiate(self.objective, self.normalization, last, active, features)
+        raise NotImplementedError
 
     def _plain_sum(self, whole: GlobalBatch) -> Derivatives:
         ones = whole.present.to(self.dtype)
@@ -397,15 +403,8 @@ class LossBalancer:
         weighting = self.decide([batch], process_group)
         return self.apply(batch, weighting, share), weighting
 
-    def apply(self, batch: TaskLosses, weighting: Weighting, share: WindowShare | None = None) -> Tensor:
-        """The scalar whose backward pass gives this rank's exact share of the gradient, and whose value is F.
-
-        Args:
-            batch: this rank's losses, attached to the graph, and counts.
-            weighting: the last one that was decided on: of the global batch, or of the whole accumulation window.
-            share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
-        """
-        return surrogate_loss(batch, weighting, share)
+    #: The scalar whose backward pass gives this rank's exact share of the gradient; see `surrogate_loss`.
+    apply = staticmethod(surrogate_loss)
 
     def preview(self, batch: TaskLosses, share: WindowShare | None = None, alone: bool = True) -> Tensor:
         """What `surrogate` would return; the balancer is as before afterwards.

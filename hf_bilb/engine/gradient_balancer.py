@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_bilb.engine.balancer import LossBalancer
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
-from hf_bilb.engine.objective import Derivatives, ObjectiveValue
+from hf_bilb.engine.objective import Derivatives, ObjectiveValue, differentiate
 from hf_bilb.engine.options import masked_sum
 from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
 from hf_bilb.engine.task_gradients import (
@@ -114,6 +114,7 @@ class GradientBalancer(LossBalancer):
     features` K passes through the heads, one ordinary backward pass, and K (K + 1) numbers. One host read of K x K.
     """
 
+    looks_at_gradients = True
     objective: GradientMethod
     options: GradientOptions
 
@@ -275,7 +276,7 @@ class GradientBalancer(LossBalancer):
             )
         return [_inside_wrapper(tensor) for tensor in features]
 
-    def _evaluate(
+    def _look_at_gradients(
         self,
         whole: GlobalBatch,
         active: Tensor,
@@ -286,7 +287,7 @@ class GradientBalancer(LossBalancer):
     ) -> Derivatives:
         plain = self._sum_of_losses(active)
         if plain is None:
-            plain = super()._evaluate(whole, active, valid, micro_batches, process_group, alone)
+            plain = differentiate(self.objective, self.normalization, self._memory.last_losses, active)
         single = not self._running
         if not self.needs_gradients:
             self._follow_model()
