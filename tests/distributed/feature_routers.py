@@ -91,7 +91,7 @@ def router_repeated(times: int) -> dict[str, Any]:
 
 @contextmanager
 def router_sabotaged(kind: str) -> Iterator[None]:
-    apply, reduce = balancer_module.surrogate_loss, reduction.reduce_losses
+    apply, reduce = balancer_module.LossBalancer.apply, reduction.reduce_losses
     ranks = reduction.data_parallel_size()
 
     def broken_apply(batch: TaskLosses, weighting: Weighting, share: Any = None) -> Tensor:
@@ -113,11 +113,11 @@ def router_sabotaged(kind: str) -> Iterator[None]:
         features = {"local_features": local, "mean_of_means": mean}
         return whole._replace(features=features.get(kind, whole.features))
 
-    balancer_module.surrogate_loss, reduction.reduce_losses = broken_apply, broken_reduce
+    balancer_module.LossBalancer.apply, reduction.reduce_losses = staticmethod(broken_apply), broken_reduce
     try:
         yield
     finally:
-        balancer_module.surrogate_loss, reduction.reduce_losses = apply, reduce
+        balancer_module.LossBalancer.apply, reduction.reduce_losses = staticmethod(apply), reduce
 
 
 def router_sabotage(kind: str) -> dict[str, Any]:
