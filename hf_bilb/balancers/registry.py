@@ -174,11 +174,9 @@ def build_balancer(
     from hf_bilb.engine.gradient_balancer import GradientBalancer
     from hf_bilb.engine.gradient_method import GradientMethod
 
-    parameters = [] if shared_parameters is None else [p for p in shared_parameters if isinstance(p, torch.Tensor)]
-    if shared_parameters is not None and 0 < len(parameters) < len(shared_parameters):
-        raise OptionError("balancer.shared_parameters: names and parameters are mixed, expected one or the other")
-    if shared_parameters is not None and not parameters:
-        options["shared_parameters"] = shared_parameters
+    patterns, parameters = _patterns_or_parameters(shared_parameters)
+    if patterns is not None:
+        options["shared_parameters"] = patterns
     given = dict(balancer) if isinstance(balancer, Mapping) else {"name": balancer}
     if "name" not in given:
         raise OptionError(f"balancer.name: is required, expected one of {', '.join(list_balancers())}")
@@ -207,6 +205,20 @@ def build_balancer(
     if isinstance(built, GradientBalancer) and parameters:
         built.share(parameters)
     return built
+
+
+def _patterns_or_parameters(
+    shared_parameters: Sequence[str | torch.nn.Parameter] | None,
+) -> tuple[Sequence[Any] | None, list[torch.nn.Parameter]]:
+    """Which of the two a user has given; the other is None, or empty."""
+    import torch
+
+    if shared_parameters is None:
+        return None, []
+    parameters: list[Any] = [p for p in shared_parameters if isinstance(p, torch.Tensor)]
+    if 0 < len(parameters) < len(shared_parameters):
+        raise OptionError("balancer.shared_parameters: names and parameters are mixed, expected one or the other")
+    return (None, parameters) if parameters else (shared_parameters, [])
 
 
 def _task_names(num_tasks: int | None, task_names: Sequence[str] | None) -> tuple[str, ...]:

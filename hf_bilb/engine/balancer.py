@@ -144,9 +144,6 @@ class LossBalancer:
 
     # --- description ---------------------------------------------------------------------------------------------
 
-    #: Whether the weighting comes from the gradients of the tasks (`GradientBalancer`).
-    looks_at_gradients = False
-
     @property
     def needs_gradients(self) -> bool:
         """Whether `decide` looks at the gradients of the tasks in this step (`GradientBalancer`)."""
@@ -307,12 +304,8 @@ class LossBalancer:
             self._begin(whole, active, valid)
         if self.phase == "warmup":
             result = self._plain_sum(whole)
-        elif self.looks_at_gradients:
-            result = self._look_at_gradients(whole, active, valid, micro_batches, process_group, alone)
         else:
-            # Just observed, where they are valid: those of the present tasks are among the last known ones.
-            last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
-            result = differentiate(self.objective, self.normalization, last, active, features)
+            result = self._derivatives(whole, active, valid, micro_batches, process_group, alone)
         if balancing:
             losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
             if self._follower is None:  # whose parameters do not follow dF/dtheta
@@ -360,7 +353,7 @@ class LossBalancer:
             self._monitor.learn(usable, whole.losses)
         history.observe(losses, whole.num_items, known, self._epoch)
 
-    def _look_at_gradients(
+    def _derivatives(
         self,
         whole: GlobalBatch,
         active: Tensor,
@@ -369,14 +362,16 @@ class LossBalancer:
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
-        """What takes the place of F's derivatives where `looks_at_gradients`.
+        """F and what the coefficients are made from.
 
         Args:
             whole, active: the global losses, and the tasks that F runs over.
             valid: bool scalar, whether the losses are such that the method can take them.
-            micro_batches, process_group, alone: as in `decide`.
+            micro_batches, process_group, alone: as in `decide`, for methods that look at more than the losses.
         """
-        raise NotImplementedError
+        # Just observed, where they are valid: those of the present tasks are among the last known ones.
+        last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
+        return differentiate(self.objective, self.normalization, last, active, features)
 
     def _plain_sum(self, whole: GlobalBatch) -> Derivatives:
         ones = whole.present.to(self.dtype)
@@ -578,9 +573,9 @@ class LossBalancer:
         self._learns = False
         self._epoch = int(snapshot["epoch"])
         prefix = "optimizer."
-        own = {name: tensor for name, tensor in snapshot.items() if name != "epoch" and not name.startswith(prefix)}
+        own = {name: tensor for name, tensor in entries_without(snapshot, prefix).items() if name != "epoch"}
         self._parts.load_state_dict(own)
-        self._optimizer.load_state_dict(_below(snapshot, prefix))
+        self._optimizer.load_state_dict(entries_below(snapshot, prefix))
 
     def restart(self, snapshot: Mapping[str, Tensor]) -> None:
         """`rollback` at the start of a run; z will start at the model's parameters."""
@@ -606,8 +601,8 @@ class LossBalancer:
         """
         self.check_state_dict(state)
         if self._lower_level is not None:
-            self._lower_level.load_state_dict(_below(state, LOWER_LEVEL))
-        self.rollback({name: tensor for name, tensor in state.items() if not name.startswith(LOWER_LEVEL)})
+            self._lower_level.load_state_dict(entries_below(state, LOWER_LEVEL))
+        self.rollback(entries_without(state, LOWER_LEVEL))
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """Begin with what another run has learned: parameters, moments, references and last losses; the epoch and the
@@ -619,8 +614,7 @@ class LossBalancer:
         """
         now = self.snapshot()
         fresh = {name: now[name] for name in now if name == "epoch" or name.startswith(("guards.", "progress."))}
-        learned = {name: tensor for name, tensor in state.items() if not name.startswith(LOWER_LEVEL)}
-        self.restart({**learned, **fresh})
+        self.restart({**entries_without(state, LOWER_LEVEL), **fresh})
 
     def discard(self) -> None:
         """Forget the gradients of the current update (a dropped step), and what its look-ahead has taught."""
@@ -665,5 +659,11 @@ def _check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
             raise TaskLossError(f"balancer state: entry {name!r} has shape {got}, expected {want} for {tasks} tasks")
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def entries_below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of `state` under `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def entries_without(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries of `state` that are not under `prefix`."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}

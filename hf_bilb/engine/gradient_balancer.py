@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.balancer import LossBalancer, entries_below, entries_without
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
 from hf_bilb.engine.objective import Derivatives, ObjectiveValue, differentiate
 from hf_bilb.engine.options import masked_sum
@@ -114,7 +114,6 @@ class GradientBalancer(LossBalancer):
     features` K passes through the heads, one ordinary backward pass, and K (K + 1) numbers. One host read of K x K.
     """
 
-    looks_at_gradients = True
     objective: GradientMethod
     options: GradientOptions
 
@@ -276,7 +275,7 @@ class GradientBalancer(LossBalancer):
             )
         return [_inside_wrapper(tensor) for tensor in features]
 
-    def _look_at_gradients(
+    def _derivatives(
         self,
         whole: GlobalBatch,
         active: Tensor,
@@ -578,15 +577,14 @@ class GradientBalancer(LossBalancer):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """As in `LossBalancer.load_state_dict`."""
         self.check_state_dict(state)
-        prefix = SHARED_PARAMETERS
-        known = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        known = entries_below(state, SHARED_PARAMETERS)
         if known:
             self._shared.load_state_dict(known)
-        self.rollback({name: tensor for name, tensor in state.items() if not name.startswith(prefix)})
+        self.rollback(entries_without(state, SHARED_PARAMETERS))
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """As in `LossBalancer.start_from`; which parameters are shared is found again."""
-        super().start_from({name: x for name, x in state.items() if not name.startswith(SHARED_PARAMETERS)})
+        super().start_from(entries_without(state, SHARED_PARAMETERS))
 
 
 class _OutputHook:
@@ -631,8 +629,6 @@ def _inside_wrapper(tensor: Tensor) -> Tensor | GradientEdge:
 
 def _root(gramian: Tensor) -> Tensor:
     """A matrix `[K, K]` whose Gramian is the given one."""
-    if not bool(gramian.isfinite().all()):
-        return gramian
     values, vectors = torch.linalg.eigh((gramian + gramian.T) / 2)
     return vectors * values.clamp(min=0).sqrt()
 

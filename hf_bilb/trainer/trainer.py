@@ -342,10 +342,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return
         if self._ordinary is not False and self._is_ordinary(model, step.batches[0]):
             return
-        losses: list[TaskLosses] = []
-        if over_window:
-            by_gradients = self.balancer.looks_at_gradients
-            losses = self._gathering_pass(model, step) if by_gradients else step.first_pass(model)
+        losses = self._window_losses(model, step) if over_window else []
         if self.balancer.needs_look_ahead:
             self._look_ahead(step)
         if over_window:
@@ -353,8 +350,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             step.weighting = self.balancer.decide(losses)
             step.parts.append(Part(step.weighting, step.weighting.value + step.weighting.auxiliary_loss, None))
 
-    def _gathering_pass(self, model: nn.Module, step: OptimizerStep) -> list[TaskLosses]:
-        """The losses of a window's micro-batches, at whose gradients a gradient method looks."""
+    def _window_losses(self, model: nn.Module, step: OptimizerStep) -> list[TaskLosses]:
+        """The losses of the window's micro-batches, whose gradients a gradient method takes in."""
         balancer = self.balancer
         if not isinstance(balancer, GradientBalancer) or not balancer.needs_gradients:
             return step.first_pass(model)

@@ -30,6 +30,15 @@ def _no_collection() -> Iterator[None]:
         {"balancer": "famo", "gradient_accumulation_steps": 2, "balance_over": "window"},
         {"balancer": "bilb", "diagnostics": {"every_n_steps": 2, "inner_steps": 1, "inner_learning_rate": 0.01}},
         {"balancer": {"name": "marigold", "mode": "exact"}, "nonfinite_loss": "skip"},
+        {"balancer": {"name": "mgda"}, "gradient_accumulation_steps": 2, "balance_over": "window"},
+        {"balancer": "uw", "diagnostics": {"gradients": {"every_n_steps": 2}}},
+        {
+            "balancer": "ls",
+            "early_stopping": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "metric_for_best_model": "loss",
+        },
     ],
     ids=lambda settings: str(settings["balancer"]),
 )
