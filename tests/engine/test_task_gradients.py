@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torchjd.aggregation import IMTLG
 
 from hf_bilb import build_balancer
 from hf_bilb.engine.gradient_balancer import GradientBalancer
@@ -228,6 +229,18 @@ def test_the_weights_are_those_of_the_gradients_looked_at(options: dict[str, Any
     assert float(balancer.coefficients.sum()) == pytest.approx(1.0, rel=1e-12)
 
 
+def test_parameters_given_themselves_are_the_shared_ones() -> None:
+    model = Net()
+    given = list(model.trunk.parameters())
+    balancer = build_balancer("imtl_g", 3, dtype=FLOAT, shared_parameters=given)
+    balancer.backward(model()[0])
+    losses, _ = model()
+    rows = [torch.autograd.grad(loss, given, retain_graph=True) for loss in losses]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    projections = jacobian @ (balancer.coefficients @ jacobian) / jacobian.norm(dim=1)
+    torch.testing.assert_close(projections, projections.mean().expand(3), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("where", ["field", "module"])
 def test_features_are_those_of_the_output_or_of_a_module(where: str) -> None:
     model = Net()
@@ -239,6 +252,59 @@ def test_features_are_those_of_the_output_or_of_a_module(where: str) -> None:
     rows = torch.stack([torch.autograd.grad(loss, features, retain_graph=True)[0].flatten() for loss in losses])
     projections = rows @ (balancer.coefficients @ rows) / rows.norm(dim=1)
     torch.testing.assert_close(projections, projections.mean().expand(3), rtol=1e-9, atol=0)
+
+
+def test_an_aggregator_of_torchjd_at_features() -> None:
+    model = Net()
+    balancer = build_balancer("torchjd", 3, dtype=FLOAT, aggregator="IMTLG", gradients="features").bind(model)
+    losses, features = model()
+    balancer.backward(losses, shared_features=features)
+    losses, features = model()
+    rows = torch.stack([torch.autograd.grad(loss, features, retain_graph=True)[0].flatten() for loss in losses])
+    torch.testing.assert_close(balancer.coefficients @ rows, IMTLG()(rows), rtol=1e-9, atol=1e-14)
+
+
+class Words(nn.Module):
+    """A layer that all tasks share, behind rows that each looks up itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer = nn.Embedding(8, 3).double(), nn.Linear(3, 2).double()
+
+    def forward(self, *rows: list[int]) -> Tensor:
+        outputs = [self.layer(self.embedding(torch.tensor(row))) for row in rows]
+        return torch.stack([outputs[0].square().mean(), (outputs[1] - 1).square().mean()])
+
+
+def test_what_becomes_shared_later_is_looked_at_from_then_on() -> None:
+    model = Words()
+    balancer = build_balancer("imtl_g", 2, dtype=FLOAT).bind(model)
+    for words in ([0, 1], [2, 3]), ([0, 5], [5, 3]):  # first no row is shared
+        model.zero_grad()
+        balancer.backward(model(*words))
+        coefficients = balancer.coefficients
+        balancer.step()
+    inputs = list(model.parameters())
+    rows = [torch.autograd.grad(loss, inputs, retain_graph=True) for loss in model([0, 5], [5, 3])]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    projections = jacobian @ (coefficients @ jacobian) / jacobian.norm(dim=1)
+    torch.testing.assert_close(projections[0], projections[1], rtol=1e-9, atol=0)
+
+
+def test_a_rollback_forgets_what_was_gathered() -> None:
+    model = Net()
+    balancer = build_balancer("mgda", 3, dtype=FLOAT).bind(model)
+    balancer.backward(model()[0])
+    balancer.step()
+    expected = balancer.coefficients.clone()
+    before = balancer.snapshot()
+    assert isinstance(balancer, GradientBalancer)
+    other = TaskLosses(model(3)[0], torch.ones(3, dtype=FLOAT))
+    balancer.gather(other)
+    balancer.rollback(before)  # as after an error between two micro-batches
+    balancer.backward(model()[0])
+    assert torch.equal(balancer.coefficients, expected)
 
 
 def test_features_that_are_missing_or_no_way_leads_back_to() -> None:
@@ -488,6 +554,10 @@ def test_copies_belong_to_no_model_and_hold_no_graph() -> None:
     balancer.step()
     copied_model = copy.deepcopy(model)  # as an average of the weights is made
     assert torch.equal(copied_model.trunk[0].weight, model.trunk[0].weight)
+    stored = pickle.loads(pickle.dumps(model))  # as torch.save writes a whole model
+    for copied in (copied_model, stored):
+        copied()
+    assert isinstance(balancer, GradientBalancer) and balancer._outputs_of_module == []
     plain = build_balancer("pcgrad", 3, dtype=FLOAT, order="identity").bind(model)
     plain.backward(model()[0])
     plain.step()
