@@ -155,8 +155,8 @@ def notes() -> str:
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
     return (
         f"Forward and backward, {ROWS} rows (of {TOKENS} tokens), {FEATURES} features, heads of 3 outputs; {where}, "
-        f"torch {torch.__version__}, hf_bilb {hf_bilb.__version__}. Medians over turns, on cores that other processes may "
-        "share: differences of a few percent mean nothing."
+        f"torch {torch.__version__}, hf_bilb {hf_bilb.__version__}. Medians over turns, on cores that other processes "
+        "may share: differences of a few percent mean nothing."
     )
 
 
