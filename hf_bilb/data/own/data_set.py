@@ -18,6 +18,7 @@ A batch has the columns `input_ids`, `attention_mask` (and `token_type_ids`) of 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def load_own_data(options: OwnDataOptions) -> TaskData:
     cache. Texts are tokenized at every start, about 20,000 a second; images are decoded once (`prepare_images`).
     """
     joined = join_sources(options)
+    _warn_of_unmeasured(joined)
     build = {"text": _text_inputs, "image": _image_inputs, "table": _table_inputs}[options.kind]
     inputs = build(joined, options)
     for part, rows in inputs.parts.items():
@@ -155,6 +157,12 @@ def _checked_texts(joined: Joined, number: int) -> Texts:
     return texts
 
 
+def _warn_of_unmeasured(joined: Joined) -> None:
+    for name, part in itertools.product(joined.tasks, ("validation", "test")):
+        if not joined.num_labelled(name, part):
+            logger.warning("data.tasks.%s: no row of the %s part has a label; it is not measured there", name, part)
+
+
 # --- what the Trainer needs ---------------------------------------------------------------------------------------
 
 
@@ -162,10 +170,7 @@ def _task_data(joined: Joined, inputs: Inputs, options: OwnDataOptions) -> TaskD
     types = joined.types
     chosen = {name: task.metrics for name, task in options.tasks.items() if task.metrics is not None}
     names = (*([LABELS] if joined.width else []), *([TAG_LABELS] if joined.tagged else []))
-    try:
-        metrics = MixedMetrics(types, chosen, names)
-    except OptionError as error:  # a metric that does not fit the number of classes
-        raise OptionError(f"data.tasks: {error}") from None
+    metrics = MixedMetrics(types, chosen, names)
     losses = MixedLosses(types)
     return TaskData(
         train=inputs.parts["train"],

@@ -36,6 +36,7 @@ _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", 
            "dev": "validation", "test": "test"}  # fmt: skip
 #: What files that are damaged, or of another kind than their names say, raise.
 _UNREADABLE = (OSError, EOFError, ValueError, LookupError, NotImplementedError, StopIteration, lzma.LZMAError)
+_OF_PANDAS = "Error tokenizing data. C error: "
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ def _reading(file: Path) -> Iterator[None]:
     except OptionError:
         raise
     except (*_UNREADABLE, csv.Error, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise OptionError(f"data: {file} cannot be read: {' '.join(str(cause).split()) or 'is it empty?'}") from None
+        cause = " ".join(str(error.__cause__ or error).split()).removeprefix(_OF_PANDAS)
+        raise OptionError(f"data: {file} cannot be read: {cause or type(error).__name__}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
 
@@ -233,9 +234,11 @@ def _check_json_lines(file: Path) -> None:
             if number == 1 and line.lstrip().startswith("["):
                 return
             try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise OptionError(f"data: {file}, row {number}: is no JSON: {error}") from None
+                value = json.loads(line.strip())
+            except json.JSONDecodeError as error:
+                raise OptionError(
+                    f"data: {file}, row {number}: is no JSON: {error.msg}, character {error.pos + 1}"
+                ) from None
             if not isinstance(value, dict):
                 raise OptionError(f"data: {file}, row {number}: {shown(value)} is no JSON object with columns")
 
@@ -265,7 +268,7 @@ def _read_saved(folder: Path, part: str, missing: frozenset[str]) -> Table:
     if not _is_saved(folder, "state.json"):
         files = str(folder / "*.csv")
         raise OptionError(
-            f"data: {folder} is a folder that `datasets` has not saved, expected files, such as {files!r}"
+            f"data: {folder} is a folder that was not saved by `datasets`, expected files, such as {files!r}"
         )
     with _reading(folder):
         rows = datasets.Dataset.load_from_disk(str(folder))

@@ -51,6 +51,10 @@ class Joined:
         """Of each of these, its tags in the rows of a source; None where they are in another one."""
         return [self.tasks[name].tags if self.source_of[name] == number else None for name in self.tagged]
 
+    def num_labelled(self, task: str, part: str) -> int:
+        """Rows of the part that have a label of the task."""
+        return int(self.tasks[task].has_label[self.rows[part][self.source_of[task]]].sum())
+
     def labels(self, part: str) -> NDArray[np.float32]:
         """`[N, W]`, NaN where missing."""
         slices = label_slices(self.types)

@@ -20,6 +20,7 @@ from hf_bilb.errors import OptionError
 from hf_bilb.losses.class_weights import balanced_class_weights
 from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.task_types import TaskType
+from hf_bilb.metrics.by_type import fitting_metrics
 
 Floats = NDArray[np.float64]
 _LISTED = 12  # classes that a message lists
@@ -64,11 +65,17 @@ def read_labels(source: Source, name: str, options: TaskOptions) -> TaskLabels:
     """The labels of the task `name`.
 
     Raises:
-        OptionError: a value that is no label of its type, no label at all in the training part, one class alone, or a
-            class that the training part lacks; names file, row and column.
+        OptionError: a value that is no label of its type, no label at all in the training part, one class alone, a
+            class that the training part lacks, or a metric that does not fit the classes; names file, row and column.
     """
-    reader = _Reader(source, name, options)
-    labels: TaskLabels = getattr(reader, options.type)()
+    labels: TaskLabels = getattr(_Reader(source, name, options), options.type)()
+    fitting = fitting_metrics(labels.type)
+    for metric in options.metrics or ():
+        if metric not in fitting:
+            raise OptionError(
+                f"data.tasks.{name}.metrics: {metric!r} does not fit {options.type} with {labels.type.size} "
+                f"classes; these do: {', '.join(fitting)}"
+            )
     return labels
 
 
@@ -169,7 +176,7 @@ class _Reader:
         self._check_some(found.codes[train] >= 0, column)
         used = found.used(train)
         if len(used) < least:
-            raise OptionError(f"{self.path}: column {column!r} has one class alone in the training part, {used[0]!r}")
+            raise OptionError(f"{self.path}: column {column!r} has only one class in the training part: {used[0]!r}")
         classes = given or (found.known if found.declared else tuple(in_order(used)))
         codes = found.positions_in(classes, unknown=-2)
         wrong = np.flatnonzero(codes == -2)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_bilb.config.options import bounded, check_bounds, check_one_of, unknown_name
+from hf_bilb.config.options import bounded, check_bounds, unknown_name
 from hf_bilb.data.checks import check_at_least
 from hf_bilb.data.own.words import word_of
 from hf_bilb.data.splits import PARTS
@@ -171,7 +171,7 @@ class TaskOptions:
     def _check_type(self, key: str, *types: str) -> None:
         value = getattr(self, key)
         if value not in (None, "") and self.type not in types:
-            raise OptionError(f"{key}: {value!r} says nothing for {self.type}, only for {' and '.join(types)}")
+            raise OptionError(f"{key}: says nothing for {self.type}, only for {', '.join(types)}")
 
     @property
     def has_rows(self) -> bool:
@@ -236,12 +236,14 @@ class OwnDataOptions:
     def _check_rows(self) -> None:
         own = [name for name, task in self.tasks.items() if task.has_rows]
         if not own:
-            check_one_of("files (of a table) and hub (a name)", files=self.files, hub=self.hub)
             check_files(self.files, self.hub)
+            if self.files is None and self.hub is None:
+                raise OptionError("files: is required, or hub, the name of a set on the hub")
             for name, task in self.tasks.items():
                 for key in ("csv", "inputs", "split"):
                     if getattr(task, key) is not None:
-                        raise OptionError(f"tasks.{name}.{key}: is for a task with files of its own, expected {key}")
+                        said = f"is for a task with files of its own, expected data.{key}"
+                        raise OptionError(f"tasks.{name}.{key}: {said}")
             return
         if self.files is not None or self.hub is not None:
             key = "files" if self.files is not None else "hub"
@@ -323,7 +325,7 @@ class SourceOptions:
 def check_files(files: Patterns | dict[str, Patterns] | None, hub: str | None) -> None:
     """Raise `OptionError` for both of `files` and `hub`, an unknown part, or no files for training."""
     if files is not None and hub is not None:
-        check_one_of("files (of a table) and hub (a name)", files=files, hub=hub)
+        raise OptionError(f"hub: {hub!r} and files are both set, expected one of them")
     if isinstance(files, dict):
         for part in files:
             if part not in PARTS:

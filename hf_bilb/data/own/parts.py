@@ -35,14 +35,14 @@ def draw_groups(groups: Rows, shares: Sequence[float], seed: int) -> list[Rows]:
     """
     sizes = np.bincount(groups)
     if len(sizes) <= len(shares):
-        raise OptionError(f"has {len(sizes)} groups, too few for {len(shares) + 1} parts")
+        raise OptionError(f"{len(sizes)} groups are too few for {len(shares) + 1} parts")
     part_of = np.full(len(sizes), len(shares))
     order = draw_rows(len(sizes), seed, None)[0]
     for part, count in enumerate(_counts(len(groups), shares)):
         free = order[part_of[order] == len(shares)]
         part_of[_fitting(free, sizes, count)] = part
     if not (part_of == len(shares)).any():
-        raise OptionError(f"has {len(sizes)} groups, too few or too large for {len(shares) + 1} parts")
+        raise OptionError(f"{len(sizes)} groups are too few, or too large, for {len(shares) + 1} parts")
     of_rows = part_of[groups]
     return [np.flatnonzero(of_rows == part) for part in range(len(shares) + 1)]
 

@@ -112,8 +112,14 @@ def _check_column(path: str, column: str, tables: Sequence[Table]) -> None:
             continue
         if table is not tables[0]:
             raise OptionError(f"data: {table.name} has no column {column!r}, which {tables[0].name} has ({path})")
-        hint = nearest(column, known) or f" (it has {', '.join(known)})"
+        hint = nearest(column, known) or f" (it has {', '.join(known)}{_delimiter_hint(known)})"
         raise OptionError(f"{path}: {table.name} has no column {column!r}{hint}")
+
+
+def _delimiter_hint(known: Sequence[str]) -> str:
+    """For a file that became one column because it has another delimiter."""
+    other = next((character for character in ";\t|," if character in known[0]), None)
+    return f"; is data.csv.delimiter {other!r}?" if len(known) == 1 and other else ""
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
@@ -140,10 +146,10 @@ def _drawn(options: SourceOptions, tables: Sequence[Table], shares: Sequence[flo
             return draw_parts(num_rows, shares, split.seed)
         found = Words.joined([columns.words(table, column) for table in tables])
         if split.stratify_by is not None:
-            path = f"{path}.stratify_by: column {column!r}"
+            path = f"{path}.stratify_by, column {column!r}"
             return draw_strata(_numbered(found.codes), shares, split.seed)
         _check_groups(found, tables, column)
-        path = f"{path}.group_by: column {column!r}"
+        path = f"{path}.group_by"
         return draw_groups(_numbered(found.codes), shares, split.seed)
     except OptionError as error:
         raise error if str(error).startswith("data") else OptionError(f"{path}: {error}") from None

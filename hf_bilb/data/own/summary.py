@@ -16,9 +16,7 @@ def summary(joined: Joined) -> str:
     totals = [sum(map(len, joined.rows[part])) for part in PARTS]
     rows: list[list[object]] = [["rows", *totals, ""]]
     for name, labels in joined.tasks.items():
-        number = joined.source_of[name]
-        counts = [int(labels.has_label[joined.rows[part][number]].sum()) for part in PARTS]
-        rows.append([name, *counts, describe(labels.type)])
+        rows.append([name, *(joined.num_labelled(name, part) for part in PARTS), describe(labels.type)])
     lines = _aligned([["", *PARTS, ""], *rows])
     left_out = sum(len(source.split.train) for source in joined.sources) - totals[0]
     if left_out:
