@@ -1,8 +1,8 @@
 """Sequences of tokens: kept flat in memory, and padded to the longest of a batch.
 
 A batch has the columns `input_ids [B, T]`, `token_type_ids [B, T]` (where the tokenizer makes them), `attention_mask
-[B, T]`, `task_ids [B]` (int64) and the labels: `labels [B]` (float32: a class index or a score, NaN where missing), or
-`token_labels [B, T]` (`hf_bilb.data.text.instruction_rows`).
+[B, T]` and the labels: `labels [B, W]` and `tag_labels [B, T, M]` of tasks of any types (`hf_bilb.losses.task_types`),
+or `token_labels [B, T]` and `task_ids [B]` of a language model (`hf_bilb.data.text.instruction_rows`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.data.rows import Rows
+from hf_bilb.losses.task_types import LABELS, TAG_LABELS
 from hf_bilb.losses.tokens import IGNORED, TOKEN_LABELS
-
-LABEL_NAMES = ("labels", "task_ids")
 
 
 class SequenceRows(Rows):
@@ -52,16 +51,17 @@ class SequenceRows(Rows):
 
 
 class TokenRows(SequenceRows):
-    """Sequences with a label each.
+    """Sequences with labels of the row, of its tokens, or of both.
 
-    A row has views `input_ids [T]` (and `token_type_ids [T]`), and the scalars `task_ids` and `labels`.
+    A row has views `input_ids [T]` (`token_type_ids [T]`), `labels [W]` and `tag_labels [T, M]`, those that there are.
 
     Args:
         lengths: `[N]`, tokens per row.
         input_ids: `[sum of lengths]` int32, the rows one after the other.
         token_type_ids: the same in int8, or None for tokenizers that make none.
-        task_ids: `[N]` int64.
-        labels: `[N]` float32, class index or score, NaN where missing.
+        task_ids: `[N]` int64, where each row is of one task of several; no column, but an attribute.
+        labels: `[N, W]` float32, NaN where missing; no column where W is 0.
+        tag_labels: `[sum of lengths, M]`, -100 where missing; None: there are none.
 
     Raises:
         ValueError: when the arrays do not fit together.
@@ -72,31 +72,46 @@ class TokenRows(SequenceRows):
         lengths: NDArray[np.int64],
         input_ids: NDArray[np.int32],
         token_type_ids: NDArray[np.int8] | None,
-        task_ids: NDArray[np.int64],
+        task_ids: NDArray[np.int64] | None,
         labels: NDArray[np.float32],
+        tag_labels: NDArray[np.int64] | None = None,
     ) -> None:
+        given = {"input_ids": input_ids, "token_type_ids": token_type_ids, TAG_LABELS: tag_labels}
+        columns = {name: column for name, column in given.items() if column is not None}
         num_tokens = int(lengths.sum())
-        if not len(lengths) == len(task_ids) == len(labels):
-            raise ValueError(f"{len(lengths)} lengths, {len(task_ids)} task_ids, {len(labels)} labels")
-        if len(input_ids) != num_tokens or (token_type_ids is not None and len(token_type_ids) != num_tokens):
-            raise ValueError(f"the lengths add up to {num_tokens}, but there are {len(input_ids)} input_ids")
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        super().__init__(lengths, {"input_ids": input_ids, **types}, task_ids)
+        if len(lengths) != len(labels) or (task_ids is not None and len(task_ids) != len(labels)):
+            of_tasks = "no" if task_ids is None else len(task_ids)
+            raise ValueError(f"{len(lengths)} lengths, {of_tasks} task_ids, {len(labels)} labels")
+        for name, column in columns.items():
+            if len(column) != num_tokens:
+                raise ValueError(f"the lengths add up to {num_tokens}, but there are {len(column)} {name}")
+        super().__init__(lengths, columns, task_ids)
         self.labels = labels
 
     def _row(self, place: int) -> dict[str, Any]:
-        return {**self._tokens(place), "task_ids": self.task_ids[place], "labels": self.labels[place]}
+        row: dict[str, Any] = self._tokens(place)
+        return row if self.labels.shape[1:] == (0,) else {**row, LABELS: self.labels[place]}
+
+    def padded_tag_labels(self) -> NDArray[np.int64]:
+        """Of all rows, padded to the longest, `[N, T, M]`."""
+        values = self.columns[TAG_LABELS]
+        there = np.arange(self.lengths.max()) < self.lengths[:, None]
+        padded = np.full((*there.shape, values.shape[1]), IGNORED, np.int64)
+        padded[there] = values
+        return padded
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenRows]) -> TokenRows:
         """The rows of all `parts`, one part after the other."""
-        tokens = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        tasks = [part.task_ids for part in parts if part.task_ids is not None]
         return cls(
             np.concatenate([part.lengths for part in parts]),
-            tokens["input_ids"],
-            tokens.get("token_type_ids"),
-            np.concatenate([part.task_ids for part in parts]),
+            columns["input_ids"],
+            columns.get("token_type_ids"),
+            np.concatenate(tasks) if tasks else None,
             np.concatenate([part.labels for part in parts]),
+            columns.get(TAG_LABELS),
         )
 
 
@@ -115,7 +130,10 @@ class PadTokens:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch as in the module's docstring; columns that the rows lack (labels, token types) are left out."""
+        """A batch as in the module's docstring; columns that the rows lack (labels, token types) are left out.
+
+        A row has `labels [W]` and `tag_labels [T, M]`, as arrays or lists.
+        """
         there = where_tokens_are(rows)
         batch = {"input_ids": padded_column(rows, "input_ids", there, self.pad_token_id)}
         if "token_type_ids" in rows[0]:
@@ -123,7 +141,9 @@ class PadTokens:
         batch["attention_mask"] = torch.from_numpy(there.astype(np.int64))
         if TOKEN_LABELS in rows[0]:
             batch[TOKEN_LABELS] = padded_column(rows, TOKEN_LABELS, there, IGNORED)
-        for name, dtype in (("task_ids", np.int64), ("labels", np.float32)):
+        if TAG_LABELS in rows[0]:
+            batch[TAG_LABELS] = padded_column(rows, TAG_LABELS, there, IGNORED)
+        for name, dtype in (("task_ids", np.int64), (LABELS, np.float32)):
             if name in rows[0]:
                 batch[name] = torch.from_numpy(np.array([row[name] for row in rows], dtype))
         return batch
@@ -136,15 +156,8 @@ def where_tokens_are(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
 
 
 def padded_column(rows: Sequence[Mapping[str, Any]], name: str, there: NDArray[np.bool_], filler: int) -> Tensor:
-    """`[B, T, ...]` int64: the rows' column `name`, `[T, ...]`, where `there` is True, `filler` elsewhere."""
+    """`[B, T]` int64: the rows' column `name` where `there` is True, `filler` elsewhere; `[B, T, M]` of `[T, M]`."""
     values = np.concatenate([row[name] for row in rows])
     padded = np.full((*there.shape, *values.shape[1:]), filler, np.int64)
     padded[there] = values
     return torch.from_numpy(padded)
-
-
-def count_task_items(batch: Mapping[str, Any], num_tasks: int) -> Tensor:
-    """How many labelled rows each task has in a batch: `[K]`, on the batch's device, without synchronising with it."""
-    task_ids, labels = batch["task_ids"], batch["labels"]
-    of_task = task_ids[:, None] == torch.arange(num_tasks, device=task_ids.device)
-    return (of_task & ~labels.isnan()[:, None]).sum(dim=0)

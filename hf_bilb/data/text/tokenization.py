@@ -63,28 +63,6 @@ class Tokens:
     token_type_ids: NDArray[np.int8] | None
     word_ids: NDArray[np.int64] | None = None
 
-    @property
-    def columns(self) -> dict[str, NDArray[np.integer]]:
-        """What a model takes, by name."""
-        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
-        return {"input_ids": self.input_ids, **types}
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Tokens]) -> Tokens:
-        """The rows of all `parts`, one part after the other."""
-        return cls(
-            np.concatenate([part.lengths for part in parts]),
-            np.concatenate([part.input_ids for part in parts]),
-            _joined([part.token_type_ids for part in parts]),
-            _joined([part.word_ids for part in parts]),
-        )
-
-
-def _joined(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
-    """One after the other; None where one is."""
-    present = [array for array in arrays if array is not None]
-    return np.concatenate(present) if len(present) == len(arrays) else None
-
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[Any]], max_length: int, are_words: bool = False
@@ -136,9 +114,19 @@ def tokenize(
     texts: Sequence[Sequence[str]],
     labels: NDArray[np.float32],
     task_id: int,
+    num_tasks: int,
     max_length: int,
 ) -> TokenRows:
-    """The rows of one task: see `encode`, with `labels [N]`, and the task's number in every row."""
+    """Tokenize the rows of one task of K, each of which has one column of labels.
+
+    Args:
+        tokenizer, texts, max_length: see `encode`.
+        labels: `[N]`, which become the task's column of `labels [N, K]`; the others are NaN.
+        task_id: the task's number, and that of its column.
+        num_tasks: K.
+    """
     tokens = encode(tokenizer, texts, max_length)
+    columns_of_tasks = np.full((len(labels), num_tasks), np.nan, np.float32)
+    columns_of_tasks[:, task_id] = labels
     task_ids = np.full(len(labels), task_id, np.int64)
-    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, task_ids, labels.astype(np.float32))
+    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, task_ids, columns_of_tasks)
