@@ -11,6 +11,7 @@ import click
 from hf_bilb.cli.balancers import balancers
 from hf_bilb.cli.errors import TRACEBACK, OneLineUsage
 from hf_bilb.cli.prepare import prepare
+from hf_bilb.cli.recipes import recipes
 from hf_bilb.cli.report import report
 from hf_bilb.cli.runs import compare, show, train
 
@@ -27,5 +28,5 @@ def main(traceback: bool) -> None:
     """Train one model on several tasks and keep the tasks in balance."""
 
 
-for command in (train, show, report, compare, balancers, prepare):
+for command in (recipes, train, show, report, compare, balancers, prepare):
     main.add_command(command)
