@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_bilb.config.options import nearest
+from hf_bilb.config.options import nearest, unknown_name
 from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.losses.masked import valid_labels
 from hf_bilb.metrics.base import Accumulator, as_vector_pair
@@ -118,6 +119,18 @@ def _accuracy(matrix: Matrix) -> float:
 def _f1_by_class(matrix: Matrix) -> list[float]:
     either = matrix.sum(axis=0) + matrix.sum(axis=1)  # 2 TP + FP + FN
     return [float(2 * hits / total) if total else 0.0 for hits, total in zip(matrix.diagonal(), either, strict=True)]
+
+
+def _macro_f1(matrix: Matrix) -> float:
+    """Of a matrix whose last class is "none": the mean over the other classes that labels or predictions have."""
+    seen = (matrix.sum(axis=0) + matrix.sum(axis=1))[:-1] > 0
+    return float(np.mean(np.array(_f1_by_class(matrix)[:-1])[seen]))
+
+
+def _balanced_accuracy(matrix: Matrix) -> float:
+    """The mean, over the classes that labels have, of the share of a class's examples that were predicted."""
+    examples = matrix.sum(axis=1)
+    return float(np.mean(matrix.diagonal()[examples > 0] / examples[examples > 0]))
 
 
 def _matthews(matrix: Matrix) -> float:
@@ -259,8 +272,7 @@ class AccuracyAndF1(ConfusionMatrix):
         scores = _f1_by_class(matrix)
         if self.average == "binary":
             return {"accuracy": _accuracy(matrix), "f1": scores[self.pos_label]}
-        seen = (matrix.sum(axis=0) + matrix.sum(axis=1))[:-1] > 0
-        return {"accuracy": _accuracy(matrix), "f1": float(np.mean(np.array(scores[:-1])[seen]))}
+        return {"accuracy": _accuracy(matrix), "f1": _macro_f1(matrix)}
 
 
 class MatthewsCorrelation(ConfusionMatrix):
@@ -270,3 +282,38 @@ class MatthewsCorrelation(ConfusionMatrix):
 
     def _metrics(self, matrix: Matrix) -> dict[str, float]:
         return {"matthews_correlation": _matthews(matrix)}
+
+
+#: What `ClassMetrics` computes, from a matrix `[C + 1, C + 1]` whose last class is "none".
+CLASS_METRICS: Mapping[str, Callable[[Matrix], float]] = {
+    "accuracy": _accuracy,
+    "f1": lambda matrix: _f1_by_class(matrix)[1],
+    "f1_macro": _macro_f1,
+    "balanced_accuracy": _balanced_accuracy,
+    "matthews": _matthews,
+}
+
+
+class ClassMetrics(ConfusionMatrix):
+    """Some of `accuracy`, `f1` (of class 1), `f1_macro`, `balanced_accuracy` and `matthews` of one task.
+
+    `f1_macro` is the mean over the classes that labels or predictions have; `balanced_accuracy` the mean recall over
+    those that labels have.
+
+    Args:
+        num_classes: C.
+        metrics: which, in the order of the result; keys of `CLASS_METRICS`.
+
+    Raises:
+        OptionError: `num_classes` below 2, or an unknown metric.
+    """
+
+    def __init__(self, num_classes: int, metrics: Sequence[str]) -> None:
+        super().__init__(num_classes)
+        for name in metrics:
+            if name not in CLASS_METRICS:
+                raise unknown_name("metrics", name, CLASS_METRICS)
+        self.metric_names = tuple(metrics)
+
+    def _metrics(self, matrix: Matrix) -> dict[str, float]:
+        return {name: CLASS_METRICS[name](matrix) for name in self.metric_names}

@@ -110,26 +110,17 @@ class Pearson(Accumulator):
             return
         pairs = torch.stack([wide(predictions), wide(labels)])
         there = ~labels.isnan()
-        self._add(
-            _moments(pairs, there),
-            pairs.where(there, torch.inf).amin(dim=1),
-            pairs.where(there, -torch.inf).amax(dim=1),
-        )
+        self._add(moments(pairs, there), *extremes(pairs, there))
 
-    def _add(self, moments: Tensor, lowest: Tensor, highest: Tensor) -> None:
-        self._moments = _combined(self._moments.to(moments), moments)
+    def _add(self, added: Tensor, lowest: Tensor, highest: Tensor) -> None:
+        self._moments = combined_moments(self._moments.to(added), added)
         self._lowest = torch.minimum(self._lowest.to(lowest), lowest)
         self._highest = torch.maximum(self._highest.to(highest), highest)
 
     def compute(self) -> dict[str, float]:
         count, _, _, of_x, of_y, product = self._moments.tolist()
-        if count == 0:
-            return {}
-        if bool((self._lowest == self._highest).any()):
-            return {"pearson": 0.0}
-        if of_x == 0 or of_y == 0:  # deviations whose squares vanish
-            return {"pearson": 0.0}
-        return {"pearson": _clip(product / of_y / math.sqrt(of_x / of_y))}
+        constant = bool((self._lowest == self._highest).any())
+        return {"pearson": pearson_of_deviations(of_x, of_y, product, constant)} if count else {}
 
     def reset(self) -> None:
         self._moments = torch.zeros(6, dtype=torch.float64)
@@ -142,22 +133,37 @@ class Pearson(Accumulator):
         self._add(other._moments.to(device), other._lowest.to(device), other._highest.to(device))
 
 
-def _moments(pairs: Tensor, there: Tensor) -> Tensor:
-    """Of `pairs [2, B]` where `there [B]`: count, the two means, squared deviations of each, their product; `[6]`."""
-    count = there.sum().to(pairs.dtype)
+def moments(pairs: Tensor, there: Tensor) -> Tensor:
+    """Of `pairs [2, B]` where `there [B]`: count, the two means, squared deviations of each, their product; `[6]`.
+
+    Or of each of D columns at once: `[6, D]` of `pairs [2, B, D]` and `there [B, D]`.
+    """
+    count = there.sum(dim=0).to(pairs.dtype)
     means = pairs.where(there, 0.0).sum(dim=1) / count.clamp(min=1)
     deviations = (pairs - means.unsqueeze(1)).where(there, 0.0)
-    product = (deviations[0] * deviations[1]).sum()
-    return torch.cat([count.reshape(1), means, deviations.square().sum(dim=1), product.reshape(1)])
+    product = (deviations[0] * deviations[1]).sum(dim=0)
+    return torch.cat([count[None], means, deviations.square().sum(dim=1), product[None]])
 
 
-def _combined(a: Tensor, b: Tensor) -> Tensor:
-    """`_moments` of two sets together."""
+def combined_moments(a: Tensor, b: Tensor) -> Tensor:
+    """`moments` of two sets together."""
     count = a[0] + b[0]
     share = b[0] / count.clamp(min=1)
     shift = b[1:3] - a[1:3]
-    squares = torch.cat([shift.square(), shift.prod().reshape(1)])
-    return torch.cat([count.reshape(1), a[1:3] + shift * share, a[3:] + b[3:] + squares * (a[0] * share)])
+    squares = torch.cat([shift.square(), (shift[0] * shift[1])[None]])
+    return torch.cat([count[None], a[1:3] + shift * share, a[3:] + b[3:] + squares * (a[0] * share)])
+
+
+def extremes(pairs: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest values; shapes as in `moments`, B above 0."""
+    return pairs.where(there, torch.inf).amin(dim=1), pairs.where(there, -torch.inf).amax(dim=1)
+
+
+def pearson_of_deviations(of_x: float, of_y: float, product: float, constant: bool) -> float:
+    """From the last three of `moments`, and whether either side is constant, which deviations alone do not tell."""
+    if constant or of_x == 0 or of_y == 0:  # 0 without being constant: deviations whose squares vanish
+        return 0.0
+    return _clip(product / of_y / math.sqrt(of_x / of_y))
 
 
 class Spearman(Accumulator):

@@ -24,7 +24,7 @@ from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.dense import IMAGE_LABELS, check_dense_task, labels_by_task
 from hf_bilb.metrics.delta_m import DELTA_M, DELTA_M_BY_TASK, delta_m, grouped_delta_m
 from hf_bilb.metrics.dense_accumulators import DenseAccumulator, Depth, ImageClasses, Normals, Segmentation
-from hf_bilb.metrics.info import DELTA_M_INFO, MetricInfo
+from hf_bilb.metrics.info import DELTA_M_INFO, MetricInfo, check_different_keys
 from hf_bilb.metrics.trainer_metrics import StreamingMetrics, as_tensor, check_base, of_task
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
@@ -167,7 +167,7 @@ class DenseMetrics(StreamingMetrics):
             for name in self.task_names
         }
         metrics = self._metric_facts(depth_unit, BATCH_MEAN if delta_m_average == "batch_mean" else "")
-        _check_different(metrics)
+        check_different_keys(metrics)
         self.delta_m_base = self._resolve_base(delta_m_base, delta_m_average, [fact.key for fact in metrics])
         self._of_key = {fact.key: fact for fact in metrics}
         self.facts = (*metrics, *(_DELTA_FACTS if self.delta_m_base else ()))
@@ -285,16 +285,6 @@ def _named(what: str, given: Any, names: Sequence[str]) -> dict[str, Tensor]:
     if len(entries) != len(names):
         raise MetricError(f"{what}: got {len(entries)} entries, expected one for each of {', '.join(names)}")
     return {name: as_tensor(f"{what} of task {name!r}", x) for name, x in zip(names, entries, strict=True)}
-
-
-def _check_different(metrics: Sequence[MetricInfo]) -> None:
-    owners: dict[str, str] = {}
-    for fact in metrics:
-        if fact.key in owners:
-            raise OptionError(
-                f"task_names: {owners[fact.key]!r} and {fact.task!r} would both have the metric {fact.key!r}"
-            )
-        owners[fact.key] = fact.task
 
 
 def _accumulator(name: str, num_classes: int, batch_size: int) -> DenseAccumulator:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hf_bilb.errors import OptionError
 from hf_bilb.metrics.delta_m import DELTA_M
 
 
@@ -19,7 +21,7 @@ class MetricInfo:
         higher_is_better: which way is up.
         ideal: the value of a perfect prediction, where higher is better and there is one (1 for an accuracy): the
             errors that tables relate to each other are then `ideal - value`.
-        counted: whether ranks, means of ratios and Delta_m take it; False for another form of a metric that they take.
+        counted: whether ranks, means of ratios and Delta_m take it; False where another one of the task does.
     """
 
     key: str
@@ -32,3 +34,14 @@ class MetricInfo:
 
 
 DELTA_M_INFO = MetricInfo(DELTA_M, "", "Delta_m", "%", higher_is_better=False)
+
+
+def check_different_keys(metrics: Sequence[MetricInfo]) -> None:
+    """Raise `OptionError` where two tasks would have a metric of the same key (`a_balanced` + `accuracy`)."""
+    owners: dict[str, str] = {}
+    for metric in metrics:
+        if metric.key in owners:
+            raise OptionError(
+                f"task_names: {owners[metric.key]!r} and {metric.task!r} would both have the metric {metric.key!r}"
+            )
+        owners[metric.key] = metric.task

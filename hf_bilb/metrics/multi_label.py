@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hf_bilb.errors import MetricError, OptionError
 from hf_bilb.losses.contract import check_task_names
-from hf_bilb.losses.masked import valid_labels
+from hf_bilb.metrics.columns import BinaryColumns, RocAucColumns
 from hf_bilb.metrics.delta_m import DELTA_M, delta_m
-from hf_bilb.metrics.roc_auc import roc_auc
 from hf_bilb.metrics.trainer_metrics import StreamingMetrics, as_tensor
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
@@ -47,7 +44,7 @@ class MultiLabelMetrics(StreamingMetrics):
     Attributes:
         keys: what is returned for a set in which every task has both classes, in order.
 
-    State: 4 K counts, and logits and labels of every row (the area under the ROC curve has no sufficient statistic of
+    State: 5 K counts, and logits and labels of every row (the area under the ROC curve has no sufficient statistic of
     fixed size), on the predictions' device. It ends with the last batch, or an error in here; `reset` drops it.
 
     Cost of a batch: no device synchronisation; of the last one, K sorts of N numbers on the CPU.
@@ -67,13 +64,12 @@ class MultiLabelMetrics(StreamingMetrics):
         self.single_task_f1 = single_task_f1
         of_tasks = [f"{name}_f1" for name in self.task_names]
         self.keys = (*of_tasks, *MEANS, *([] if single_task_f1 is None else [DELTA_M]))
-        self.reset()
+        self._counts, self._areas = BinaryColumns(self.task_names), RocAucColumns(self.task_names)
 
     def reset(self) -> None:
         """Forget everything."""
-        # Rows: true positives, predicted or actual positives, right answers, labels.
-        self._counts = torch.zeros(4, len(self.task_names), dtype=torch.int64)
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._counts.reset()
+        self._areas.reset()
 
     def merge(self, other: MultiLabelMetrics) -> None:
         """Add what `other` has seen.
@@ -83,8 +79,8 @@ class MultiLabelMetrics(StreamingMetrics):
         """
         if other.task_names != self.task_names:
             raise MetricError(f"merge: got the tasks {other.task_names}, expected {self.task_names}")
-        self._counts += other._counts.to(self._counts.device)
-        self._batches += other._batches
+        self._counts.merge(other._counts)
+        self._areas.merge(other._areas)
 
     def _add_batch(self, prediction: EvalPrediction) -> None:
         logits, labels = as_tensor("predictions", prediction.predictions), as_tensor("labels", prediction.label_ids)
@@ -93,42 +89,27 @@ class MultiLabelMetrics(StreamingMetrics):
                 f"predictions {tuple(logits.shape)} and labels {tuple(labels.shape)}, "
                 f"expected both [B, {len(self.task_names)}]"
             )
-        logits, labels = logits.detach(), labels.detach()
-        valid = valid_labels(labels)
-        predicted, actual = (logits > 0) & valid, (labels > 0.5) & valid
-        right = (predicted == actual) & ~logits.isnan() & valid
-        rows = (predicted & actual, predicted.long() + actual.long(), right, valid)
-        self._counts = self._counts.to(logits.device) + torch.stack([row.sum(dim=0) for row in rows])
-        self._batches.append((logits, labels))
+        self._counts.update(logits, labels)
+        self._areas.update(logits, labels)
 
     def _compute(self) -> dict[str, float]:
-        hits, either, right, there = self._counts.cpu().numpy()
-        areas = self._areas()
-        labelled = np.flatnonzero(there)
-        f1 = {self.task_names[k]: float(2 * hits[k] / either[k]) if either[k] else 0.0 for k in labelled}
+        areas = _known(self._areas.compute()["roc_auc"])
+        columns = self._counts.compute()
+        f1 = {name: value for name, value in zip(self.task_names, columns["f1"], strict=True) if value is not None}
         found = {f"{name}_f1": value for name, value in f1.items()}
         if f1:
             found["mean_f1"] = float(np.mean(list(f1.values())))
-            found["mean_accuracy"] = float(np.mean(right[labelled] / there[labelled]))
-        if not np.isnan(areas).all():
-            found["mean_roc_auc"] = float(np.nanmean(areas))
+            found["mean_accuracy"] = float(np.mean(_known(columns["accuracy"])))
+        if areas:
+            found["mean_roc_auc"] = float(np.mean(areas))
         if self.single_task_f1 is not None and len(f1) == len(self.task_names):
             higher = [True] * len(f1)
             found[DELTA_M] = delta_m(list(f1.values()), self.single_task_f1, higher)
         return found
 
-    def _areas(self) -> NDArray[np.float64]:
-        """`[K]`, NaN for a task that has not both classes."""
-        logits, labels = (
-            torch.cat([part.cpu().double() for part in parts]) for parts in zip(*self._batches, strict=True)
-        )
-        areas = []
-        for name, scores, classes in zip(self.task_names, logits.T, labels.T, strict=True):
-            try:
-                areas.append(roc_auc(scores, classes))
-            except MetricError as error:
-                raise MetricError(f"task {name!r}: {error}") from None
-        return np.array(areas)
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def trivial_metrics(

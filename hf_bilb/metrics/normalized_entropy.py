@@ -45,6 +45,31 @@ def normalized_entropy(logits: Any, labels: Any) -> float:
     return _quotient(float(losses.sum()), float(classes.sum()), len(classes))
 
 
+def entropy_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of `[B]`: the sum of the losses, the numbers of positive, of all and of invalid labels; `[4]`, in float64.
+
+    Or of each of M columns at once: `[4, M]` of logits and labels `[B, M]`.
+    """
+    there = valid_labels(labels)
+    invalid = there & (labels != 0) & (labels != 1)
+    classes = wide(labels).where(there, 0.0)
+    logits = wide(logits)
+    losses = functional.softplus(torch.where(classes == 1, -logits, logits)).where(there, 0.0)
+    counts = [column.sum(dim=0).to(losses.dtype) for column in (there, invalid)]
+    return torch.stack([losses.sum(dim=0), classes.sum(dim=0), *counts])
+
+
+def entropy_of_sums(losses: float, positives: float, count: float, invalid: float) -> float:
+    """The metric from `entropy_sums`; NaN where there are not both classes.
+
+    Raises:
+        MetricError: some label is neither 0 nor 1.
+    """
+    if invalid:
+        raise MetricError(f"labels: {invalid:.0f} are not valid, expected 0 or 1, NaN or -100 where missing")
+    return _quotient(losses, positives, count)
+
+
 def _quotient(losses: float, positives: float, count: float) -> float:
     share = positives / count if count else 0.0
     if not 0 < share < 1:
@@ -68,21 +93,13 @@ class NormalizedEntropy(Accumulator):
         self.reset()
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        logits, labels = one_output(predictions, labels)
-        there = valid_labels(labels)
-        invalid = there & (labels != 0) & (labels != 1)
-        classes = wide(labels).where(there, 0.0)
-        logits = wide(logits)
-        losses = functional.softplus(torch.where(classes == 1, -logits, logits)).where(there, 0.0)
-        counts = [column.sum().to(losses.dtype) for column in (there, invalid)]
-        self._sums = self._sums.to(losses) + torch.stack([losses.sum(), classes.sum(), *counts])
+        sums = entropy_sums(*one_output(predictions, labels))
+        self._sums = self._sums.to(sums) + sums
 
     def compute(self) -> dict[str, float]:
         losses, positives, count, invalid = self._sums.tolist()
-        if invalid:
-            raise MetricError(f"labels: {invalid:.0f} are not valid, expected 0 or 1, NaN or -100 where missing")
-        undefined = not 0 < positives < count
-        return {} if undefined else {"normalized_entropy": _quotient(losses, positives, count)}
+        value = entropy_of_sums(losses, positives, count, invalid)
+        return {"normalized_entropy": value} if 0 < positives < count else {}
 
     def reset(self) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64)

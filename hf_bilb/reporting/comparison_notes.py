@@ -96,9 +96,9 @@ def _base(comparison: Comparison) -> list[str]:
     if lines[0].single_task is not None:
         source = f"{source} (linear scalarization, n = {len(lines[0].single_task.values)}, on {comparison.split})"
     notes = [f"Δm relates to {source}{over}"]
-    if other_forms := [line.about for line in comparison.lines if not line.about.counted]:
-        title = f"{other_forms[0].task} {other_forms[0].name}"
-        notes.append(f"{len(other_forms)} metrics are another form of one that counts ({title}, ...), and do not")
+    if shown_only := [line.about for line in comparison.lines if not line.about.counted]:
+        title = f"{shown_only[0].task} {shown_only[0].name}"
+        notes.append(f"{len(shown_only)} metrics do not count, since another one of their task does ({title}, ...)")
     groups: dict[str, list[str]] = {}
     for line in lines:
         groups.setdefault(line.about.group, []).append(line.about.task)

@@ -32,7 +32,7 @@ class MetricResult:
         ideal: the value of a perfect prediction, where higher is better and there is one; its distance is the error.
         base: the value of a model trained on this task alone, what Delta_m relates to; None where none is known.
         group: tasks of one group are nearly equivalent and count once in the grouped Delta_m; empty: the task itself.
-        counted: whether ranks, means of ratios and Delta_m take it; False for another form of a metric that they take.
+        counted: whether ranks, means of ratios and Delta_m take it; False where another one of the task does.
     """
 
     key: str
