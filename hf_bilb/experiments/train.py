@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -72,6 +73,8 @@ def _train_and_measure(
     """Everything that comes when the settings are checked and the folder is this run's own."""
     state, clock = PartialState(), StepClock()
     data = load_data(recipe, data_options)
+    if data.summary and state.is_main_process:
+        click.echo(data.summary)
     images = TrackerImages()
     trainer = build_trainer(recipe, data, callbacks=[clock, images, *callbacks])
     training = _train(trainer, checkpoint)

@@ -28,11 +28,14 @@ class SequenceRows(Rows):
     Args:
         lengths: `[N]`, tokens per row.
         columns: name -> `[sum of lengths]`, the rows one after the other.
-        task_ids: `[N]` int64; an attribute, so that a task sampler can read it without loading rows.
+        task_ids: see `Rows`.
     """
 
     def __init__(
-        self, lengths: NDArray[np.int64], columns: Mapping[str, NDArray[np.integer]], task_ids: NDArray[np.int64]
+        self,
+        lengths: NDArray[np.int64],
+        columns: Mapping[str, NDArray[np.integer]],
+        task_ids: NDArray[np.int64] | None = None,
     ) -> None:
         self.lengths = lengths
         self.columns = dict(columns)
@@ -133,9 +136,10 @@ def where_tokens_are(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
 
 
 def padded_column(rows: Sequence[Mapping[str, Any]], name: str, there: NDArray[np.bool_], filler: int) -> Tensor:
-    """`[B, T]` int64: the rows' column `name` where `there` is True, `filler` elsewhere."""
-    padded = np.full(there.shape, filler, np.int64)
-    padded[there] = np.concatenate([row[name] for row in rows])
+    """`[B, T, ...]` int64: the rows' column `name`, `[T, ...]`, where `there` is True, `filler` elsewhere."""
+    values = np.concatenate([row[name] for row in rows])
+    padded = np.full((*there.shape, *values.shape[1:]), filler, np.int64)
+    padded[there] = values
     return torch.from_numpy(padded)
 
 
