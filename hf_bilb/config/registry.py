@@ -80,6 +80,7 @@ MODELS: Registry[Any] = Registry(
         "multi_task_text": "hf_bilb.models.text_encoder",
         "qm9_mlp": "hf_bilb.models.qm9_mlp",
         "segnet": "hf_bilb.models.dense.segnet",
+        "tabular_mlp": "hf_bilb.models.tabular_mlp",
         "torch_module": "hf_bilb.models.torch_module",
     }
 )

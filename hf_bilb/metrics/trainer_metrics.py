@@ -60,12 +60,13 @@ class TaskMetrics(StreamingMetrics):
     The Trainer then hands over each batch, gathered from all ranks without the repetitions that fill up the last one,
     and keeps no predictions. Without `batch_eval_metrics` it works too, in one call with everything.
 
-    Two layouts of a batch are read (`EvalPrediction.predictions`, or its first entry where it is a tuple, and
-    `label_ids`):
+    Three layouts of a batch are read, of `EvalPrediction.predictions` and `label_ids`:
 
+    * every task per row: predictions `[B, K]`, one output a task, and labels `[B, K]`;
+    * the same with a tuple of K predictions, `[B, C]` or `[B]` for each task. A tuple of any other length, or with
+      labels of another layout, is taken for the predictions with further outputs of the model behind them;
     * one task per row: predictions `[B, C]` (or `[B]`), label_ids = (labels `[B]`, task_ids `[B]`: integers, positions
-      in `task_names`), which is what `label_names=["labels", "task_ids"]` gives; for a single task, labels `[B]` alone;
-    * every task per row: predictions `[B, K]`, one output a task, and labels `[B, K]`.
+      in `task_names`), which is what `label_names=["labels", "task_ids"]` gives; for a single task, labels `[B]` alone.
 
     Missing labels are NaN.
 
@@ -123,11 +124,16 @@ class TaskMetrics(StreamingMetrics):
         self._extreme_ids = torch.zeros(2, dtype=torch.int64)
 
     def _add_batch(self, prediction: EvalPrediction) -> None:
-        predictions, label_ids = as_tensor("predictions", _first(prediction.predictions)), prediction.label_ids
+        given, label_ids = prediction.predictions, prediction.label_ids
         if isinstance(label_ids, (tuple, list)):
-            self._add_rows(predictions, *_rows(label_ids))
+            self._add_rows(as_tensor("predictions", _first(given)), *_rows(label_ids))
+            return
+        labels, tasks = as_tensor("label_ids", label_ids), len(self.task_names)
+        if isinstance(given, tuple) and len(given) == tasks and labels.ndim == 2 and labels.shape[1] == tasks:
+            for index, name in enumerate(self.task_names):
+                self._update(name, as_tensor("predictions", given[index]), labels[:, index])
         else:
-            self._add_columns(predictions, as_tensor("label_ids", label_ids))
+            self._add_columns(as_tensor("predictions", _first(given)), labels)
 
     def _add_rows(self, predictions: Tensor, labels: Tensor, task_ids: Tensor) -> None:
         if predictions.ndim not in (1, 2) or not len(predictions) == len(labels) == len(task_ids):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_bilb.models.outputs import MultiTaskOutput
     from hf_bilb.models.qm9_mlp import Qm9MlpConfig, Qm9MlpModel, Qm9MlpOptions
     from hf_bilb.models.spec import ModelSpec, PlainModelSpec
+    from hf_bilb.models.tabular_mlp import TabularMlpConfig, TabularMlpModel, TabularMlpOptions
     from hf_bilb.models.text_encoder import MultiTaskTextConfig, MultiTaskTextModel, MultiTaskTextOptions
     from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module
 
@@ -53,6 +54,9 @@ __all__ = [
     "SegNetConfig",
     "SegNetModel",
     "SegNetOptions",
+    "TabularMlpConfig",
+    "TabularMlpModel",
+    "TabularMlpOptions",
     "TorchModuleOptions",
     "build_causal_lm",
     "build_torch_module",
@@ -102,6 +106,11 @@ _CLASSES = {
     "hf_bilb.models.spec": (
         "ModelSpec",
         "PlainModelSpec",
+    ),
+    "hf_bilb.models.tabular_mlp": (
+        "TabularMlpConfig",
+        "TabularMlpModel",
+        "TabularMlpOptions",
     ),
     "hf_bilb.models.text_encoder": (
         "MultiTaskTextConfig",

@@ -47,6 +47,7 @@ class MultiTaskModel(PreTrainedModel):
         features: Tensor,
         return_dict: bool | None,
         shared: bool = True,
+        read: Tensor | None = None,
     ) -> MultiTaskOutput | tuple[Tensor, ...]:
         """What `forward` returns.
 
@@ -55,13 +56,15 @@ class MultiTaskModel(PreTrainedModel):
             losses: `[K]` with num_items `[K]`; None without labels.
             features: `[B, D]`, what the heads read; goes out with the losses alone.
             return_dict: False for a plain tuple of what is there; None follows the config.
-            shared: whether all heads read `features` itself, which are `shared_features` then.
+            shared: whether all heads read `features` itself, or what it is made of: the `shared_features`.
+            read: what `features` is made of, where some heads read that; None: it is `features`.
         """
         output = MultiTaskOutput(logits=logits)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         if losses is not None:
-            read = features if shared and as_dict else None  # by name alone: a tuple would hold the same tensor twice
-            output = MultiTaskOutput(*losses, logits, router_features=features, shared_features=read)
+            # By name alone: a tuple would hold the same tensor twice.
+            heads_read = (features if read is None else read) if shared and as_dict else None
+            output = MultiTaskOutput(*losses, logits, router_features=features, shared_features=heads_read)
         return output if as_dict else output.to_tuple()
 
 

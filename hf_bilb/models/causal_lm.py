@@ -20,6 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from hf_bilb.config.options import check_one_of, nearest
 from hf_bilb.errors import OptionError
 from hf_bilb.models.lora import LoraOptions, lora_config
+from hf_bilb.models.quantization import (
+    Quantization,
+    check_needs_lora,
+    loading_arguments,
+    quantization_config,
+)
 from hf_bilb.models.spec import PlainModelSpec
 from hf_bilb.models.token_influence import check_causal, check_packing
 
@@ -37,9 +43,11 @@ class CausalLmOptions:
         dtype: of the weights. Mixed precision is the Trainer's (`trainer.bf16: true` with float32 weights).
         attention: `sdpa`, `eager`, `flash_attention_2`, or what else transformers takes; null = its choice.
         lora: options of LoRA, with which only the adapters are trained; null = everything is.
+        quantization: `4bit` or `8bit`, of the weights under LoRA; needs a CUDA GPU and bitsandbytes.
 
     Raises:
-        OptionError: both or none of `model` and `config`, or adapters on a fresh model.
+        OptionError: both or none of `model` and `config`, adapters on a fresh model, or quantised weights without
+            adapters.
     """
 
     model: str | None = None
@@ -47,6 +55,7 @@ class CausalLmOptions:
     dtype: DType = "float32"
     attention: str | None = None
     lora: LoraOptions | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_one_of("model (a name) and config (of a fresh model)", model=self.model, config=self.config)
@@ -54,6 +63,7 @@ class CausalLmOptions:
             raise OptionError("config.model_type: is required, expected an architecture such as llama")
         if self.config is not None and self.lora is not None:
             raise OptionError("lora: adapters need pretrained weights to stand on, expected null for a fresh model")
+        check_needs_lora(self.quantization, self.lora)
 
 
 def build_causal_lm(
@@ -75,13 +85,16 @@ def build_causal_lm(
 
     Raises:
         OptionError: a model that cannot be loaded, does not fit the data, is not causal, or lets packed examples see
-            each other (`models.token_influence`); layers for LoRA that it does not have.
+            each other (`models.token_influence`); layers for LoRA that it does not have;
+            quantised weights without a GPU.
+        MissingPackageError: bitsandbytes is not installed.
 
     Cost, in addition to loading: a forward and a backward pass of four tokens, and as much again for `packed`.
     """
     dtype = getattr(torch, options.dtype)
     if options.model is not None:
-        model = _pretrained(options.model, dtype, options.attention)
+        loading = loading_arguments(quantization_config(options.quantization))
+        model = _pretrained(options.model, dtype, options.attention, **loading)
         where = f"the model {options.model!r}"
     else:
         assert options.config is not None  # CausalLmOptions asks for one of the two
@@ -101,10 +114,10 @@ def build_causal_lm(
     return model if options.lora is None else add_adapters(model, options.lora)
 
 
-def _pretrained(name: str, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+def _pretrained(name: str, dtype: torch.dtype, attention: str | None, **loading: Any) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, **loading
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last one: other shapes than the config's
         raise OptionError(f"model.model: {name!r} cannot be loaded: {_one_line(error)}") from None

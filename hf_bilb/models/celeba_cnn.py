@@ -14,15 +14,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
-from hf_bilb.losses.masked import masked_bce_with_logits
+from hf_bilb.losses.mixed import MixedLosses
 from hf_bilb.losses.task_names import CELEBA_ATTRIBUTES
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.spec import ModelSpec
+from hf_bilb.models.tasks import Tasks, TasksConfig
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,21 @@ class CelebaCnnOptions:
         _check_width(self.width)
 
 
-class CelebaCnnConfig(PretrainedConfig):
+class CelebaCnnConfig(TasksConfig):
     """Sizes of `CelebaCnnModel`.
 
     Args:
-        task_names: the K attributes, in the order of the labels' columns.
+        tasks: name -> type of the K attributes, `multi_label` of size 1 each; None: those of `task_names`.
         image_size: height and width of the images that it is trained on, at least 8.
         width: channels of the first layer, W; the papers have 64. Time and size of the model go with its square.
+        task_names: their order, that of the labels' columns; None: as `tasks` stand, or CelebA's 40.
         kwargs: what `PretrainedConfig` takes.
 
     Attributes:
         num_router_features: 8 W, what a feature router sees.
 
     Raises:
-        OptionError: a size that is too small, or task names that are empty or stand twice.
+        OptionError: a size that is too small, tasks that are not binary, or names that are empty or stand twice.
     """
 
     model_type = "celeba_cnn"
@@ -60,15 +61,21 @@ class CelebaCnnConfig(PretrainedConfig):
 
     def __init__(
         self,
-        task_names: Sequence[str] = CELEBA_ATTRIBUTES,
+        tasks: Tasks | None = None,
         image_size: int = 64,
         width: int = CelebaCnnOptions.width,
+        task_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         _check_width(width)
         if image_size < 8:
             raise OptionError(f"image_size: {image_size} is not valid, expected 8 or more (three poolings by 2)")
-        self.task_names = list(check_task_names(task_names))
+        if tasks is None:
+            tasks = dict.fromkeys(CELEBA_ATTRIBUTES if task_names is None else task_names, TaskType("multi_label"))
+        self.set_tasks(tasks, task_names, ("multi_label",))
+        for name, task in self.task_types.items():
+            if task.size != 1:
+                raise OptionError(f"tasks.{name}.size: {task.size} is not valid, expected 1, one label a task")
         self.image_size = image_size
         self.width = width
         self.num_router_features = 8 * width
@@ -113,6 +120,7 @@ class CelebaCnnModel(MultiTaskModel):
             *_linear(8 * width),
         )
         self.heads = nn.Linear(8 * width, len(config.task_names))
+        self._losses = MixedLosses(config.task_types)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -139,7 +147,7 @@ class CelebaCnnModel(MultiTaskModel):
         # A third to a half faster on a CPU; the weights follow by themselves.
         features = self.trunk(pixel_values.contiguous(memory_format=torch.channels_last))
         logits = self.heads(features)
-        losses = None if labels is None else masked_bce_with_logits(logits, labels)
+        losses = None if labels is None else self._losses.of_joined(logits, None, labels, None)
         return self._output(logits, losses, features, return_dict)
 
 

@@ -1,7 +1,7 @@
-"""One pretrained image encoder, one logit per binary task.
+"""One pretrained image encoder, one linear head per task of any type, whole or with LoRA.
 
     features = pool(encoder((pixel_values - mean) / std))
-    logits   = heads(features)
+    task:      head_<task>(dropout(features))
 
 Any image model of `AutoModel` will do (ViT, ResNet, ConvNeXt, Swin, ...). Pixels come in [0, 1], as
 `hf_bilb.data.images.rows` serves them; the mean and standard deviation of the encoder's image processor are in the
@@ -13,17 +13,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.contract import check_task_names
-from hf_bilb.losses.masked import masked_bce_with_logits
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import check_choice, check_dropout
+from hf_bilb.models.heads import ROW_TYPES, TypedTasksModel
+from hf_bilb.models.lora import LoraOptions, add_encoder_lora, load_encoder_model
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
@@ -35,8 +38,11 @@ from hf_bilb.models.pretrained import (
     pooler_argument,
     read_encoder_config,
     read_image_processor,
+    take_encoder,
 )
+from hf_bilb.models.quantization import Quantization, check_needs_lora, quantization_config
 from hf_bilb.models.spec import ModelSpec
+from hf_bilb.models.tasks import Tasks, TasksConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,32 +59,41 @@ class MultiTaskImageOptions:
         pooling: `mean` over the positions of the encoder's last hidden state (patches, tokens, or height and width), or
             `pooler`, the encoder's own pooled output.
         dropout: before the heads, in [0, 1).
+        lora: options of LoRA, with which only the adapters and the heads are trained; null = everything is. For most
+            image models `target_modules` has to name the layers (`[query, value]` of a ViT).
+        quantization: `4bit` or `8bit`, of the encoder's weights under LoRA; needs a CUDA GPU and bitsandbytes.
     """
 
     encoder: str
     pooling: Pooling = "mean"
     dropout: float = 0.0
+    lora: LoraOptions | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
+        check_needs_lora(self.quantization, self.lora)
 
 
-class MultiTaskImageConfig(PretrainedConfig):
+class MultiTaskImageConfig(TasksConfig):
     """What `MultiTaskImageModel` is made of; it holds the encoder's whole config, so a saved model needs nothing else.
 
     Args:
         encoder_config: of the encoder, or a mapping with its `model_type`; None is ViT's default.
         num_features: length D of the pooled encoding.
-        task_names: the K tasks.
+        tasks: name -> type (`hf_bilb.losses.task_types`), or that as a dict, of rows; None: one binary one, `task_0`.
         image_size: height and width of the images that it is trained on.
         image_mean, image_std: of each colour, that the encoder wants taken off and divided by; pixels are in [0, 1].
         pooling: `mean` or `pooler`.
         dropout: before the heads, in [0, 1).
-        encoder_name: where the encoder's weights came from.
+        encoder_name: where the encoder's weights came from; with LoRA they are not saved, and come from there again.
+        quantization: that they were loaded with.
+        task_names: the order of `tasks`, where a file has lost it; None: as they stand.
         kwargs: what `PretrainedConfig` takes.
 
     Raises:
-        OptionError: names that are empty or stand twice, numbers that do not fit.
+        OptionError: tasks with names that are empty or hold a dot, or of types that it does not have; numbers that do
+            not fit.
     """
 
     model_type = "image_encoder"
@@ -89,13 +104,15 @@ class MultiTaskImageConfig(PretrainedConfig):
         self,
         encoder_config: PretrainedConfig | Mapping[str, Any] | None = None,
         num_features: int = 768,
-        task_names: Sequence[str] = ("task_0",),
+        tasks: Tasks | None = None,
         image_size: int = 224,
         image_mean: Sequence[float] = (0.0, 0.0, 0.0),
         image_std: Sequence[float] = (1.0, 1.0, 1.0),
         pooling: Pooling = "mean",
         dropout: float = MultiTaskImageOptions.dropout,
         encoder_name: str | None = None,
+        quantization: Quantization | None = None,
+        task_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("pooling", pooling, get_args(Pooling))
@@ -103,17 +120,18 @@ class MultiTaskImageConfig(PretrainedConfig):
         check_normalization(image_mean, image_std)
         self.encoder_config = as_encoder_config(encoder_config, "vit")
         self.num_features = self.num_router_features = num_features
-        self.task_names = list(check_task_names(task_names))
+        self.set_tasks({"task_0": TaskType("multi_label")} if tasks is None else tasks, task_names, ROW_TYPES)
         self.image_size = image_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.pooling = pooling
         self.dropout = dropout
         self.encoder_name = encoder_name
+        self.quantization = quantization
         super().__init__(**kwargs)
 
 
-class MultiTaskImageModel(EncoderModel):
-    """Predicts K binary attributes of an image.
+class MultiTaskImageModel(EncoderModel, TypedTasksModel):
+    """Predicts numbers, classes and labels of images.
 
     Cost: one forward and one backward pass of the encoder whatever K is; heads and losses are vectorised.
     """
@@ -128,12 +146,13 @@ class MultiTaskImageModel(EncoderModel):
         self.encoder = AutoModel.from_config(
             encoder_config, **pooler_argument(encoder_config, config.pooling == "pooler")
         )
-        self.dropout = nn.Dropout(config.dropout)
-        self.heads = nn.Linear(config.num_features, len(config.task_names))
+        self._add_heads(config.task_types, config.num_features, config.dropout)
         self.post_init()
 
     @classmethod
-    def from_encoder(cls, encoder: str, path: str = "encoder", **arguments: Any) -> MultiTaskImageModel:
+    def from_encoder(
+        cls, encoder: str, path: str = "encoder", quantization: Quantization | None = None, **arguments: Any
+    ) -> MultiTaskImageModel:
         """A model with the pretrained weights of `encoder` in float32, and fresh heads.
 
         Its image processor's mean and standard deviation are taken over where there is one; else pixels stay in [0, 1].
@@ -141,26 +160,30 @@ class MultiTaskImageModel(EncoderModel):
         Args:
             encoder: a name on the hub, a folder, or `package:<module>`.
             path: the option it stands in, for messages.
-            arguments: `task_names`, `image_size`, `pooling` and `dropout` of `MultiTaskImageConfig`.
+            quantization: of its weights.
+            arguments: `tasks`, `image_size`, `pooling` and `dropout` of `MultiTaskImageConfig`.
 
         Raises:
-            OptionError: one line, when it cannot be loaded, is no image encoder, or does not take such images.
-            MissingPackageError: its package is not installed.
+            OptionError: one line, when it cannot be loaded, is no image encoder, does not take such images, or cannot
+                be quantised here.
+            MissingPackageError: its package, or bitsandbytes, is not installed.
         """
+        quantized = quantization_config(quantization)
         folder, encoder_config = read_encoder_config(encoder, path)
         with_pooler = arguments["pooling"] == "pooler"
-        pretrained = load_encoder(encoder, folder, encoder_config, path, with_pooler)
+        pretrained = load_encoder(encoder, folder, encoder_config, path, with_pooler, quantized)
         if pretrained.main_input_name != "pixel_values":
             raise OptionError(f"{path}: {encoder!r} takes {pretrained.main_input_name}, expected an image encoder")
         config = MultiTaskImageConfig(
             encoder_config,
             num_features=_count_features(pretrained, encoder, arguments["pooling"], arguments["image_size"]),
             encoder_name=encoder,
+            quantization=quantization,
             **_normalization(folder, encoder, arguments["image_size"]),
             **arguments,
         )
         model = cls(config)
-        model.encoder.load_state_dict(pretrained.state_dict())
+        take_encoder(model, pretrained, quantized is not None)
         return model
 
     def forward(
@@ -170,18 +193,17 @@ class MultiTaskImageModel(EncoderModel):
 
         Args:
             pixel_values: `[B, 3, H, W]` in [0, 1], RGB.
-            labels: `[B, K]`, 0 or 1, NaN where missing; None for predictions alone.
+            labels: `[B, W]`, NaN where missing (`hf_bilb.losses.task_types`); None for predictions alone.
             return_dict: False for a plain tuple of what is there; None follows the config.
 
         Returns:
-            `MultiTaskOutput`: `logits [B, K]` (positive: the attribute is there), and with labels the binary
-            cross-entropies `losses [K]`, `num_items [K]` and `router_features [B, D]`, the pooled encoding.
+            `MultiTaskOutput`: `logits [B, K]` where every task has one output, else a tuple with one tensor per task:
+            `[B, D]` numbers, `[B, C]` or `[B, M]` logits. With labels also `losses [K]` and `num_items [K]`
+            (`hf_bilb.losses.mixed`), and `router_features [B, D]`, the pooled encoding.
         """
         normal = normalized(pixel_values, self.config.image_mean, self.config.image_std)
         features = _pool(self.encoder(pixel_values=normal), self.config.pooling)
-        logits = self.heads(self.dropout(features))
-        losses = None if labels is None else masked_bce_with_logits(logits, labels)
-        return self._output(logits, losses, features, return_dict)
+        return self._heads_output(features, labels, return_dict)
 
 
 def _pool(output: ModelOutput, pooling: Pooling) -> Tensor:
@@ -193,27 +215,40 @@ def _pool(output: ModelOutput, pooling: Pooling) -> Tensor:
 
 
 def build_multi_task_image(
-    options: MultiTaskImageOptions, *, task_names: Sequence[str], image_size: int
-) -> MultiTaskImageModel:
+    options: MultiTaskImageOptions, *, tasks: Tasks, image_size: int
+) -> MultiTaskImageModel | PeftModel:
     """The model of a recipe.
 
     Args:
         options: the recipe's.
-        task_names: the K tasks, from the data.
+        tasks: name -> type, from the data.
         image_size: height and width of the data's images.
 
     Raises:
-        OptionError: an encoder that cannot be loaded or does not fit the data.
-        MissingPackageError: its package is not installed.
+        OptionError: an encoder that cannot be loaded or does not fit the data; layers for LoRA that it does not have;
+            quantised weights without a GPU.
+        MissingPackageError: its package, or bitsandbytes, is not installed.
     """
-    return MultiTaskImageModel.from_encoder(
+    model = MultiTaskImageModel.from_encoder(
         options.encoder,
         path="model.encoder",
-        task_names=task_names,
+        quantization=options.quantization,
+        tasks=tasks,
         image_size=image_size,
         pooling=options.pooling,
         dropout=options.dropout,
     )
+    return model if options.lora is None else add_encoder_lora(model, options.lora)
+
+
+def load_multi_task_image(folder: str | Path) -> MultiTaskImageModel | PeftModel:
+    """Load what a run left in its folder: the whole model, or the adapters on top of the encoder they were made for.
+
+    A whole model is also what `AutoModel.from_pretrained` loads. Raises as `load_encoder_model`.
+    """
+    arguments = ("image_size", "pooling", "dropout")
+    model: MultiTaskImageModel | PeftModel = load_encoder_model(MultiTaskImageModel, folder, arguments)
+    return model
 
 
 # --- the pretrained encoder ---------------------------------------------------------------------------------------

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_bilb.config.options import bounded, check_bounds, nearest
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.models.base import check_dropout
+from hf_bilb.models.heads import head_name
+from hf_bilb.models.pretrained import EncoderModel
+from hf_bilb.models.quantization import Quantization, quantization_config
+from hf_bilb.storage.adapter_weights import BESIDE, load_adapters, with_adapters
+
+logger = logging.getLogger(__name__)
+
+_ADAPTED = (nn.Linear, Conv1D, nn.Conv2d)
 
 #: Fields of `LoraConfig` that something else says.
 _DECIDED = {
@@ -38,8 +49,8 @@ class LoraOptions:
         r: rank.
         alpha: scale.
         dropout: before A, in [0, 1).
-        target_modules: ends of the names of the linear layers that are adapted; null = peft's choice for the
-            architecture (query and value of the attention, mostly).
+        target_modules: ends of the names of the linear or convolution layers that are adapted; null = peft's choice
+            for the architecture (query and value of the attention, mostly). It has none for most image models.
         config: any other field of `peft.LoraConfig` and its value, such as `use_dora`, `use_rslora`, `bias`,
             `rank_pattern` (`{layer: rank}`), `alpha_pattern`, `exclude_modules`, `layers_to_transform`.
     """
@@ -84,9 +95,7 @@ def lora_config(
     """
     targets = options.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
     names = [name for name, _ in adapted.named_modules()]
-    linear = {
-        name.rpartition(".")[2] for name, part in adapted.named_modules() if isinstance(part, (nn.Linear, Conv1D))
-    }
+    linear = {name.rpartition(".")[2] for name, part in adapted.named_modules() if isinstance(part, _ADAPTED)}
     listed = ", ".join(sorted(linear))
     if targets is None:
         raise OptionError(f"model.lora.target_modules: peft has no choice for {kind!r}, expected some of {listed}")
@@ -106,3 +115,63 @@ def lora_config(
         )
     except (TypeError, ValueError, ImportError) as error:
         raise OptionError(f"model.lora.config: peft refuses it: {error}") from error
+
+
+# --- models with an encoder and a head for each task --------------------------------------------------------------
+
+
+def add_encoder_lora(model: EncoderModel, options: LoraOptions) -> PeftModel:
+    """Freeze the encoder, add adapters to its layers, and train and save the heads in addition to them.
+
+    Raises:
+        OptionError: the encoder has no layer of such a name, or peft knows none for it.
+    """
+    # By these peft chooses the layers for quantised weights.
+    for key in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        setattr(model, key, getattr(model.encoder, key, False))
+    heads = [head_name(task) for task in model.config.task_names]
+    return get_peft_model(
+        model, lora_config(options, model.encoder, model.config.encoder_config.model_type, modules_to_save=heads)
+    )
+
+
+def load_encoder_model(model_class: Any, folder: str | Path, arguments: Sequence[str]) -> Any:
+    """Load what a run left in its folder: the whole model, or the adapters on top of the encoder they were made for.
+
+    Args:
+        model_class: one with `from_encoder`.
+        folder: of the run.
+        arguments: what `from_encoder` takes of the config, in addition to `tasks`.
+
+    Raises:
+        CheckpointError: what lies there does not match the model.
+        OptionError: the encoder cannot be loaded.
+        MissingPackageError: its package is not installed.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return model_class.from_pretrained(folder)
+    config = model_class.config_class.from_pretrained(folder)
+    if config.encoder_name is None:
+        raise OptionError(f"{folder}: config.json does not say which encoder (encoder_name) the adapters belong to")
+    model = model_class.from_encoder(
+        config.encoder_name,
+        tasks=config.task_types,
+        quantization=_quantization_here(config),
+        **{key: getattr(config, key) for key in arguments},
+    )
+    adapted = with_adapters(model, folder)
+    if (Path(folder) / BESIDE).is_file():
+        load_adapters(adapted, folder)
+    return adapted.eval()
+
+
+def _quantization_here(config: PretrainedConfig) -> Quantization | None:
+    """That of the config; None, with a warning, where this machine cannot have it."""
+    try:
+        quantization_config(config.quantization)
+    except (OptionError, MissingPackageError) as error:
+        logger.warning(
+            "the adapters were trained on %s weights; they are loaded in full: %s", config.quantization, error
+        )
+        return None
+    return config.quantization

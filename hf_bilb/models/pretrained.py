@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from hf_bilb.config.pretrained import pretrained_path
 from hf_bilb.errors import OptionError
 from hf_bilb.models.base import MultiTaskModel
+from hf_bilb.models.quantization import loading_arguments
 
 
 class EncoderModel(MultiTaskModel):
@@ -56,10 +57,25 @@ def read_encoder_config(encoder: str, path: str) -> tuple[str, PretrainedConfig]
     return folder, config
 
 
-def load_encoder(encoder: str, folder: str, config: PretrainedConfig, path: str, with_pooler: bool) -> PreTrainedModel:
+def load_encoder(
+    encoder: str,
+    folder: str,
+    config: PretrainedConfig,
+    path: str,
+    with_pooler: bool,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
     """The encoder with its pretrained weights; see `load_pretrained`."""
-    arguments: dict[str, Any] = pooler_argument(config, with_pooler)
+    arguments: dict[str, Any] = {**pooler_argument(config, with_pooler), **loading_arguments(quantization)}
     return load_pretrained(AutoModel, encoder, folder, config, path, **arguments)
+
+
+def take_encoder(model: EncoderModel, pretrained: PreTrainedModel, quantized: bool) -> None:
+    """Give a fresh model the weights of `pretrained`; quantised ones are no weights of its own encoder's layers."""
+    if quantized:
+        model.encoder = pretrained
+    else:
+        model.encoder.load_state_dict(pretrained.state_dict())
 
 
 def load_pretrained(
@@ -69,7 +85,7 @@ def load_pretrained(
     config: PretrainedConfig,
     path: str,
     new_layers: str | None = None,
-    **arguments: bool,
+    **arguments: Any,
 ) -> PreTrainedModel:
     """A model with its pretrained weights; `config` names it by `encoder` afterwards, not by a path.
 

@@ -8,9 +8,9 @@
     def build(num_features: int, num_tasks: int, hidden_size: int) -> nn.Module: ...
 
 The function gets the recipe's arguments, and of what the data dictate what its parameters name: `num_features`,
-`task_names`, `num_tasks`, ... What it returns is any `nn.Module`, whose forward takes columns of a batch by name
-(`features`) and returns predictions `[B, K]`, a column for each task. It knows nothing of labels: losses are the data
-set's (`TaskData.task_loss_func`).
+`tasks`, `task_names`, `num_tasks`, ... What it returns is any `nn.Module`, whose forward takes columns of a batch by
+name (`features`) and returns predictions `[B, K]`, a column for each task, or where some task has several outputs a
+tuple with one tensor per task. It knows nothing of labels: losses are the data set's (`TaskData.task_loss_func`).
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ def build_torch_module(options: TorchModuleOptions, /, **dictated: Any) -> nn.Mo
 
     Args:
         options: of the recipe.
-        dictated: `TaskData.model_arguments`; with `task_names` in it, `num_tasks` may be named as well.
+        dictated: `TaskData.model_arguments`; with `tasks` in it, `task_names` may be named as well, and with those
+            `num_tasks`.
 
     Raises:
         OptionError: no such file, module or function; arguments that it does not take or that are missing; something
-            else than a module was returned; later, from its forward, where that returns no `[B, K]`. What the file's
-            own code raises when called comes through as it is.
+            else than a module was returned; later, from its forward, where that returns no such predictions. What the
+            file's own code raises when called comes through as it is.
     """
     factory = load_reference(options.factory, "model.factory")
     arguments = _arguments(factory, options, dictated)
@@ -67,7 +68,8 @@ def build_torch_module(options: TorchModuleOptions, /, **dictated: Any) -> nn.Mo
     if not isinstance(model, nn.Module):
         raise OptionError(f"model.factory: {options.factory} returned {type(model).__name__}, expected an nn.Module")
     names = dictated.get("task_names")
-    model.register_forward_hook(_NamedLogits(options.factory, None if names is None else len(names)))
+    sizes = [task.size for task in dictated["tasks"].values()] if "tasks" in dictated else [1] * len(names or ())
+    model.register_forward_hook(_NamedLogits(options.factory, sizes or None))
     return model
 
 
@@ -92,23 +94,40 @@ class _NamedLogits:
     """A forward hook: Trainer takes a bare tensor for a tuple that begins with the loss, and cuts its first row off."""
 
     factory: str
-    num_tasks: int | None
+    sizes: list[int] | None
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> dict[str, Tensor]:
-        columns = "K" if self.num_tasks is None else str(self.num_tasks)
-        if not isinstance(output, Tensor) or output.ndim != 2 or self.num_tasks not in (None, output.shape[1]):
-            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        if self.sizes is not None and max(self.sizes) > 1:
+            return {"logits": self._of_tasks(output, self.sizes)}
+        columns = None if self.sizes is None else len(self.sizes)
+        if not isinstance(output, Tensor) or output.ndim != 2 or columns not in (None, output.shape[1]):
             raise OptionError(
-                f"model.factory: the module of {self.factory} returned {got}, expected a tensor [B, {columns}], "
-                "a column for each task"
+                f"model.factory: the module of {self.factory} returned {_shape(output)}, expected a tensor "
+                f"[B, {'K' if columns is None else columns}], a column for each task"
             )
         return {"logits": output}
+
+    def _of_tasks(self, output: Any, sizes: list[int]) -> tuple[Tensor, ...]:
+        given = tuple(output) if isinstance(output, tuple | list) else (output,)
+        widths = [part.shape[-1] if isinstance(part, Tensor) and part.ndim > 1 else 0 for part in given]
+        if widths != sizes:
+            raise OptionError(
+                f"model.factory: the module of {self.factory} returned {', '.join(map(_shape, given))}, expected a "
+                f"tuple of {len(sizes)} tensors, one for each task, with {', '.join(map(str, sizes))} outputs"
+            )
+        return given
+
+
+def _shape(output: Any) -> str:
+    return f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
 
 
 def _arguments(factory: Callable[..., Any], options: TorchModuleOptions, dictated: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's arguments, and of those that the data dictate the ones that the factory names."""
     signature = inspect.signature(factory)
     offered = dict(dictated)
+    if "tasks" in offered:
+        offered["task_names"] = list(offered["tasks"])
     if "task_names" in offered:
         offered["num_tasks"] = len(offered["task_names"])
     for key in options.arguments:

@@ -30,6 +30,7 @@ from hf_bilb.data.splits import PARTS
 from hf_bilb.data.task_data import DELTA_M_INFO, DataSetSpec, MetricInfo, TaskData, binary_losses
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_names import CELEBA_ATTRIBUTES
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.multi_label import MEANS, MultiLabelMetrics, trivial_metrics
 
 if TYPE_CHECKING:
@@ -195,7 +196,10 @@ def task_data(file: Path, faces: Faces, options: CelebaOptions) -> TaskData:
         compute_metrics=MultiLabelMetrics(names, base),
         metrics=_metric_infos(names),
         trivial_metrics=trivial_metrics(train.labels, test.labels, names, base),
-        model_arguments={"task_names": list(names), "image_size": options.image_size},
+        model_arguments={
+            "tasks": dict.fromkeys(names, TaskType("multi_label")),
+            "image_size": options.image_size,
+        },
         metrics_by_batch=True,
         trivial_predictor="best constant answer",
         task_loss_func=binary_losses,

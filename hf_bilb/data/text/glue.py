@@ -23,7 +23,6 @@ opposite labels: held-out rows of sst2 look easier, of wnli harder than new ones
 
 from __future__ import annotations
 
-import functools
 import logging
 import lzma
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,9 +44,11 @@ from hf_bilb.data.checks import (
 )
 from hf_bilb.data.splits import PARTS, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
-from hf_bilb.data.text.rows import LABEL_NAMES, PadTokens, TokenRows, count_task_items
+from hf_bilb.data.text.rows import PadTokens, TokenRows
 from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer, tokenize
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.mixed import MixedLosses
+from hf_bilb.losses.task_types import LABELS, TaskType
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
@@ -93,14 +94,16 @@ class GlueTask:
     has_short_rows: bool = False
 
     @property
-    def num_classes(self) -> int:
-        """Classes; 1 for a score."""
-        return len(self.classes) or 1
+    def task_type(self) -> TaskType:
+        """What the model predicts."""
+        if self.classes:
+            return TaskType("classification", len(self.classes), self.classes)
+        return TaskType("regression", unit="points")
 
     def new_metrics(self) -> Accumulator:
         """A fresh accumulator of the task's metrics."""
         if issubclass(self.metrics, ConfusionMatrix):
-            return self.metrics(num_classes=self.num_classes)
+            return self.metrics(num_classes=len(self.classes))
         return self.metrics()
 
 
@@ -205,7 +208,9 @@ def load_glue(options: GlueOptions) -> TaskData:
     parts: dict[str, list[TokenRows]] = {part: [] for part in PARTS}
     for task_id, name in enumerate(options.tasks):
         for part, labelled in parts_of(TASKS[name], *rows[name], options).items():
-            tokens = tokenize(tokenizer, labelled.texts, labelled.labels, task_id, options.max_length)
+            tokens = tokenize(
+                tokenizer, labelled.texts, labelled.labels, task_id, len(options.tasks), options.max_length
+            )
             parts[part].append(tokens)
     joined = {part: TokenRows.concatenate(tokens) for part, tokens in parts.items()}
     return task_data(joined, [TASKS[name] for name in options.tasks], tokenizer, options.max_length)
@@ -244,25 +249,23 @@ def task_data(
 ) -> TaskData:
     """Everything the Trainer needs, from tokenized parts `train`, `validation` and `test`."""
     pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the attention mask hides it
-    names = tuple(task.name for task in tasks)
-    measure = _task_metrics(tasks)
+    types = {task.name: task.task_type for task in tasks}
     return TaskData(
         train=parts["train"],
         validation=parts["validation"],
         test=parts["test"],
-        task_names=names,
-        label_names=LABEL_NAMES,
+        task_names=tuple(types),
+        label_names=(LABELS,),
         data_collator=PadTokens(pad_token_id),
-        compute_metrics=measure,
+        compute_metrics=_task_metrics(tasks),
         metrics=_metric_infos(tasks),
         trivial_metrics=constant_predictor(parts["train"], parts["test"], tasks),
         model_arguments={
-            "task_names": list(names),
-            "num_classes": [task.num_classes for task in tasks],
+            "tasks": types,
             "vocab_size": len(tokenizer),
             "max_length": max_length,
         },
-        task_item_counts=functools.partial(count_task_items, num_tasks=len(names)),
+        task_item_counts=MixedLosses(types).count,
         metrics_by_batch=True,
         trivial_predictor="constant predictor",
         processing_class=tokenizer,
@@ -287,15 +290,14 @@ def constant_predictor(train: TokenRows, test: TokenRows, tasks: Sequence[GlueTa
     class, or the mean score. Its correlations are 0."""
     from transformers import EvalPrediction
 
-    logits = np.full((len(test), max(task.num_classes for task in tasks)), -np.inf, np.float32)
-    for task_id, task in enumerate(tasks):
-        labels = train.labels[train.task_ids == task_id]
-        rows = test.task_ids == task_id
+    predictions = []
+    for task, column in zip(tasks, train.labels.T, strict=True):
+        labels = column[~np.isnan(column)]
+        answer = np.full(1, labels.mean(), np.float32)
         if task.classes:
-            logits[rows, np.bincount(labels.astype(np.int64)).argmax()] = 0.0
-        else:
-            logits[rows, 0] = labels.mean()
-    return _task_metrics(tasks)(EvalPrediction(predictions=logits, label_ids=(test.labels, test.task_ids)))
+            answer = np.eye(len(task.classes), dtype=np.float32)[np.bincount(labels.astype(np.int64)).argmax()]
+        predictions.append(np.tile(answer, (len(test), 1)))
+    return _task_metrics(tasks)(EvalPrediction(predictions=tuple(predictions), label_ids=test.labels))
 
 
 # --- rows with text and label -------------------------------------------------------------------------------------
@@ -430,14 +432,14 @@ def read_hub(name: str, split: str, task: GlueTask) -> LabelledTexts:
         raise OptionError(f"{where}: the column 'label' holds no numbers") from None
     wrong = np.flatnonzero(~_are_labels(labels, task))
     if len(wrong):
-        expected = f"0 to {task.num_classes - 1}" if task.classes else f"a score from 0 to {MAX_SCORE:g}"
+        expected = f"0 to {len(task.classes) - 1}" if task.classes else f"a score from 0 to {MAX_SCORE:g}"
         raise OptionError(f"{where}, row {wrong[0]}: the label is {labels[wrong[0]]:g}, expected {expected}")
     return LabelledTexts(tuple(list(rows[column]) for column in task.hub_texts), labels)
 
 
 def _are_labels(labels: NDArray[np.float32], task: GlueTask) -> NDArray[np.bool_]:
     if task.classes:
-        return np.isin(labels, np.arange(task.num_classes))
+        return np.isin(labels, np.arange(len(task.classes)))
     return (labels >= 0) & (labels <= MAX_SCORE)
 
 

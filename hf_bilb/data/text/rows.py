@@ -1,8 +1,8 @@
 """Sequences of tokens: kept flat in memory, and padded to the longest of a batch.
 
 A batch has the columns `input_ids [B, T]`, `token_type_ids [B, T]` (where the tokenizer makes them), `attention_mask
-[B, T]`, `task_ids [B]` (int64) and the labels: `labels [B]` (float32: a class index or a score, NaN where missing), or
-`token_labels [B, T]` (`hf_bilb.data.text.instruction_rows`).
+[B, T]` and the labels: `labels [B, W]` and `tag_labels [B, T, M]` of tasks of any types (`hf_bilb.losses.task_types`),
+or `token_labels [B, T]` and `task_ids [B]` of a language model (`hf_bilb.data.text.instruction_rows`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_bilb.data.rows import Rows
+from hf_bilb.losses.task_types import LABELS, TAG_LABELS
 from hf_bilb.losses.tokens import IGNORED, TOKEN_LABELS
-
-LABEL_NAMES = ("labels", "task_ids")
 
 
 class SequenceRows(Rows):
@@ -52,16 +51,16 @@ class SequenceRows(Rows):
 
 
 class TokenRows(SequenceRows):
-    """Sequences with a label each.
+    """Sequences with labels, each row of one task of several.
 
-    A row has views `input_ids [T]` (and `token_type_ids [T]`), and the scalars `task_ids` and `labels`.
+    A row has views `input_ids [T]` (and `token_type_ids [T]`) and `labels [W]`.
 
     Args:
         lengths: `[N]`, tokens per row.
         input_ids: `[sum of lengths]` int32, the rows one after the other.
         token_type_ids: the same in int8, or None for tokenizers that make none.
-        task_ids: `[N]` int64.
-        labels: `[N]` float32, class index or score, NaN where missing.
+        task_ids: `[N]` int64, the task of each row; no column, but an attribute.
+        labels: `[N, W]` float32, NaN where missing.
 
     Raises:
         ValueError: when the arrays do not fit together.
@@ -85,7 +84,7 @@ class TokenRows(SequenceRows):
         self.labels = labels
 
     def _row(self, place: int) -> dict[str, Any]:
-        return {**self._tokens(place), "task_ids": self.task_ids[place], "labels": self.labels[place]}
+        return {**self._tokens(place), LABELS: self.labels[place]}
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenRows]) -> TokenRows:
@@ -115,7 +114,10 @@ class PadTokens:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch as in the module's docstring; columns that the rows lack (labels, token types) are left out."""
+        """A batch as in the module's docstring; columns that the rows lack (labels, token types) are left out.
+
+        A row has `labels [W]` and `tag_labels [T, M]`, as arrays or lists.
+        """
         there = where_tokens_are(rows)
         batch = {"input_ids": padded_column(rows, "input_ids", there, self.pad_token_id)}
         if "token_type_ids" in rows[0]:
@@ -123,7 +125,9 @@ class PadTokens:
         batch["attention_mask"] = torch.from_numpy(there.astype(np.int64))
         if TOKEN_LABELS in rows[0]:
             batch[TOKEN_LABELS] = padded_column(rows, TOKEN_LABELS, there, IGNORED)
-        for name, dtype in (("task_ids", np.int64), ("labels", np.float32)):
+        if TAG_LABELS in rows[0]:
+            batch[TAG_LABELS] = padded_column(rows, TAG_LABELS, there, IGNORED)
+        for name, dtype in (("task_ids", np.int64), (LABELS, np.float32)):
             if name in rows[0]:
                 batch[name] = torch.from_numpy(np.array([row[name] for row in rows], dtype))
         return batch
@@ -136,15 +140,8 @@ def where_tokens_are(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
 
 
 def padded_column(rows: Sequence[Mapping[str, Any]], name: str, there: NDArray[np.bool_], filler: int) -> Tensor:
-    """`[B, T, ...]` int64: the rows' column `name`, `[T, ...]`, where `there` is True, `filler` elsewhere."""
+    """`[B, T]` int64: the rows' column `name` where `there` is True, `filler` elsewhere; `[B, T, M]` of `[T, M]`."""
     values = np.concatenate([row[name] for row in rows])
     padded = np.full((*there.shape, *values.shape[1:]), filler, np.int64)
     padded[there] = values
     return torch.from_numpy(padded)
-
-
-def count_task_items(batch: Mapping[str, Any], num_tasks: int) -> Tensor:
-    """How many labelled rows each task has in a batch: `[K]`, on the batch's device, without synchronising with it."""
-    task_ids, labels = batch["task_ids"], batch["labels"]
-    of_task = task_ids[:, None] == torch.arange(num_tasks, device=task_ids.device)
-    return (of_task & ~labels.isnan()[:, None]).sum(dim=0)

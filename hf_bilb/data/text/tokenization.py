@@ -136,9 +136,19 @@ def tokenize(
     texts: Sequence[Sequence[str]],
     labels: NDArray[np.float32],
     task_id: int,
+    num_tasks: int,
     max_length: int,
 ) -> TokenRows:
-    """The rows of one task: see `encode`, with `labels [N]`, and the task's number in every row."""
+    """The rows of one task of K: see `encode`.
+
+    Args:
+        tokenizer, texts, max_length: of `encode`.
+        labels: `[N]`, which become the task's column of `labels [N, K]`; the others are NaN.
+        task_id: the task's number, and that of its column.
+        num_tasks: K.
+    """
     tokens = encode(tokenizer, texts, max_length)
+    columns = np.full((len(labels), num_tasks), np.nan, np.float32)
+    columns[:, task_id] = labels
     task_ids = np.full(len(labels), task_id, np.int64)
-    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, task_ids, labels.astype(np.float32))
+    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, task_ids, columns)
