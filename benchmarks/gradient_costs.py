@@ -208,12 +208,13 @@ class Case:
         return step
 
 
-def their_aggregator(method: str) -> tuple[str, Any]:
+def their_aggregator(method: str, num_tasks: int) -> tuple[str, Any]:
     """torchjd's class for a method, and its name; `Mean` where there is none."""
     name = AGGREGATORS.get(method, "Mean")
+    options = {"n_tasks": num_tasks} if name == "NashMTL" else OPTIONS.get(name, {})
     try:
-        found = getattr(torchjd.aggregation, name)(**OPTIONS.get(name, {}))
-        found(torch.eye(3))
+        found = getattr(torchjd.aggregation, name)(**options)
+        found(torch.eye(num_tasks))
     except (ImportError, TypeError, ValueError, NameError) as error:
         print(f"torchjd's {name}: {str(error).splitlines()[0]}: Mean", flush=True)
         name, found = "Mean", torchjd.aggregation.Mean()
@@ -309,7 +310,7 @@ def measure(model: Model, case: Case, methods: Sequence[str], repeats: int) -> l
         blocks["ours"] = block_of(own, period)
         name = ""
         if not options:
-            name, aggregator = their_aggregator(method)
+            name, aggregator = their_aggregator(method, case.num_tasks)
             if way == "autogram":
                 weighting = getattr(aggregator, "gramian_weighting", torchjd.aggregation.MeanWeighting())
                 theirs = Case.of(model.name).autogram(weighting)
@@ -376,7 +377,7 @@ CPU time on one thread ({platform.processor() or platform.machine()}, torch {tor
 {hf_bilb.__version__}), in one run of {seconds:.0f} s, {repeats} pairs of each; in brackets the middle half. Forward,
 backward, SGD, the balancer's step. Memory: the peak of what torch allocates in a step, above what it held before, MiB.
 `Mean` stands for a class that torchjd does not have, or that needs a package that is not installed (CAGrad, NashMTL:
-cvxpy; UPGrad: quadprog): it has nothing to solve."""
+cvxpy and ecos; UPGrad: quadprog): it has nothing to solve."""
     ]
     for model in models:
         fastest = min(model.ways, key=lambda one: model.ways[one][0])

@@ -29,9 +29,9 @@ def catalogue() -> Catalogue:
     common = _states(_PLAIN)
     return Catalogue(
         balancers=tuple(describe(name) for name in list_balancers()),
-        common_options=tuple(_options(BalancerOptions)),
+        common_options=tuple(options_table(BalancerOptions)),
         common_state=tuple(_shapes(common, frozenset())),
-        gradient_options=tuple(o for o in _options(GradientOptions) if o not in _options(BalancerOptions)),
+        gradient_options=tuple(o for o in options_table(GradientOptions) if o not in options_table(BalancerOptions)),
         gradient_state=tuple(_shapes(_without(_states(_PLAIN_GRADIENT), common), frozenset())),
     )
 
@@ -40,8 +40,8 @@ def describe(name: str) -> BalancerEntry:
     """The registered balancer `name`; raises `OptionError` with the nearest name when there is none."""
     spec = get_balancer_spec(name, "NAME")
     module = sys.modules[spec.objective.__module__]
-    common = {option.name: option for option in _options(BalancerOptions)}
-    options = _options(spec.options)
+    common = {option.name: option for option in options_table(BalancerOptions)}
+    options = options_table(spec.options)
     own = [option for option in options if option.name not in common]
     changed = [o for o in options if o.name in common and o.default != common[o.name].default]
     return BalancerEntry(
@@ -109,7 +109,8 @@ def _in_terms_of_k(sizes: tuple[int, ...]) -> str:
 # ---------------------------------------------------------------------------------------------------- options
 
 
-def _options(cls: type[BalancerOptions]) -> list[OptionEntry]:
+def options_table(cls: type[Any]) -> list[OptionEntry]:
+    """The options of a dataclass: default, what each accepts, and what its docstring says of it."""
     hints, meanings = typing.get_type_hints(cls), _meanings(cls)
     return [
         OptionEntry(field.name, _default(field), describe_type(hints[field.name]), meanings.get(field.name, ""))
@@ -127,12 +128,12 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _meanings(cls: type[BalancerOptions]) -> dict[str, str]:
-    """Option -> what the sections `Attributes:` say of it, of the class and of those it extends."""
+def _meanings(cls: type[Any]) -> dict[str, str]:
+    """Option -> what the sections `Attributes:` or `Args:` say of it, of the class and of those it extends."""
     meanings: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         text = inspect.cleandoc(base.__doc__ or "")
-        section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", text, flags=re.M)
+        section = re.search(r"^(?:Attributes|Args):\n((?:[ ]+.*\n?|\n)*)", text, flags=re.M)
         entries = re.split(r"^ {4}(?=\S)", section[1], flags=re.M)[1:] if section else []
         for names, _, meaning in (entry.partition(":") for entry in entries):
             meanings.update(dict.fromkeys(names.split(", "), " ".join(meaning.split())))

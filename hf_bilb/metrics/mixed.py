@@ -231,10 +231,9 @@ def trivial_metrics(
         with of_task(name):
             outputs[name] = _constant_output(task, known[name])
     for columns in zip(*(column.split(_ROWS) for column in test.values()), strict=True):
-        shapes = {
-            task: columns[-1].shape[:2] if tasks[task].label_width == 0 else columns[0].shape[:1] for task in tasks
-        }
-        rows = tuple(output.expand(*shapes[name], -1) for name, output in outputs.items())
+        # One answer for each token of `tag_labels`, which is the last column, else for each row.
+        shapes = [columns[-1].shape[: 1 if task.label_width else 2] for task in tasks.values()]
+        rows = tuple(output.expand(*shape, -1) for output, shape in zip(outputs.values(), shapes, strict=True))
         predictions = torch.cat(rows, dim=1) if have_one_output(tasks) else rows
         measured(EvalPrediction(predictions, columns), compute_result=False)
     return measured._compute()
@@ -247,9 +246,12 @@ def _present(columns: Mapping[str, Any]) -> dict[str, Tensor]:
 def _constant_output(task: TaskType, labels: Tensor) -> Tensor:
     """`[size]`, from the task's labels in the training part."""
     if task.has_classes:
-        counts = labels[valid_labels(labels)].long().bincount(minlength=task.size)
-        if not counts.any():
+        classes = labels[valid_labels(labels)].long()
+        if not len(classes):
             raise MetricError("there is no label in the training part")
+        if classes.min() < 0 or classes.max() >= task.size:
+            raise MetricError(f"labels of the training part: expected classes 0 to {task.size - 1}")
+        counts = classes.bincount(minlength=task.size)
         return (counts / counts.sum()).log()
     labels = labels.double() if task.type == "regression" else labels.double().where(valid_labels(labels), torch.nan)
     means = labels.nanmean(dim=0)

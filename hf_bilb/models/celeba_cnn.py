@@ -27,7 +27,11 @@ from hf_bilb.models.tasks import Tasks, TasksConfig
 
 @dataclass(frozen=True)
 class CelebaCnnOptions:
-    """What a recipe's `model:` section may set; see `CelebaCnnConfig`."""
+    """What a recipe's `model:` section may set.
+
+    Attributes:
+        width: channels of the first layer; the papers have 64. Time and size of the model go with its square.
+    """
 
     width: int = 64
 

@@ -21,7 +21,14 @@ from hf_bilb.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Qm9MlpOptions:
-    """What a recipe's `model:` section may set; see `Qm9MlpConfig`."""
+    """What a recipe's `model:` section may set.
+
+    Attributes:
+        hidden_size: width of the trunk.
+        num_layers: hidden layers of the trunk.
+        head_size: hidden units of each task's head.
+        dropout: after every layer of the trunk, in [0, 1).
+    """
 
     hidden_size: int = 256
     num_layers: int = 3

@@ -18,6 +18,10 @@ class StepLROptions:
     """`step_lr`: after every `epochs` epochs the learning rate is multiplied by `factor`, as torch's `StepLR` does.
 
     LDC-MTL's runs: `{epochs: 3, factor: 0.3}` on CelebA, `{epochs: 100, factor: 0.5}` on NYUv2 and Cityscapes.
+
+    Attributes:
+        epochs: after so many epochs each time, 1 or more.
+        factor: above 0, at most 1.
     """
 
     epochs: int = bounded(at_least=1, expected="1 or more")

@@ -382,6 +382,9 @@ def test_the_constant_predictor_of_many_rows_and_of_one_output_each() -> None:
     assert trivial_metrics(alone, None, None, tags, tags)["entities_accuracy"] == 1.0
     with pytest.raises(MetricError, match=r"^task 'b': there is no label in the training part$"):
         trivial_metrics(NUMBERS, np.array([[0, np.nan]]), labels)
+    for wrong, message in ((2, "labels of the training part: expected classes 0 to 1"), (np.nan, "there is no label")):
+        with pytest.raises(MetricError, match=rf"^task 'spam': {message}"):
+            trivial_metrics({"spam": TASKS["spam"]}, np.array([[wrong]]), np.array([[1]]))
 
 
 # --- in the Trainer -----------------------------------------------------------------------------------------------

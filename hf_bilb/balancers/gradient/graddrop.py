@@ -74,12 +74,13 @@ class GradDrop(JacobianMethod, HistoryObjective):
     @torch.no_grad()
     def direction(self, jacobian: Tensor, losses: Tensor, tasks: Tensor) -> Direction:
         """What is kept of the gradients, summed."""
+        # By sums: the positive and the negative ones by themselves would be two more copies of K x d numbers.
         size = jacobian.abs().sum(dim=0)
         total = jacobian.sum(dim=0)
         positive = (1 + total / torch.where(size > 0, size, 1.0)) / 2
         uniform = self.uniform(jacobian)
-        kept = torch.where(positive > uniform, jacobian.clamp_min(0).sum(dim=0), 0.0)
-        kept = torch.where(positive < uniform, jacobian.clamp_max(0).sum(dim=0), kept)
+        kept = torch.where(positive > uniform, (total + size) / 2, 0.0)
+        kept = torch.where(positive < uniform, (total - size) / 2, kept)
         return Direction(self._leak * total + (1 - self._leak) * kept)
 
     def uniform(self, jacobian: Tensor) -> Tensor:

@@ -90,9 +90,10 @@ class MoCo(JacobianMethod):
         if self.averages is None:
             raise RuntimeError("allocate() comes before direction()")
         options, time, where = self._options, self.updates + 1, tasks.to(self.averages.device)
-        scale = losses.to(jacobian) / (torch.linalg.vector_norm(jacobian, dim=1) + _EPSILON)
+        step = options.beta * float(time) ** -options.beta_sigma
+        scale = step * losses.to(jacobian) / (torch.linalg.vector_norm(jacobian, dim=1) + _EPSILON)
         averages = self.averages[where].to(jacobian)
-        averages += (options.beta * time**-options.beta_sigma).to(jacobian) * (scale[:, None] * jacobian - averages)
+        averages.mul_(1 - step).addcmul_(scale[:, None], jacobian)  # in place: they are K x d numbers
         known = self.shares[where].to("cpu", torch.float64)
         total = known.sum()
         slope = (averages @ averages.T).to(known) @ (known / total) + options.rho * (known / total)

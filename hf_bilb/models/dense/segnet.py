@@ -36,7 +36,12 @@ _SMALLEST = 32  # five poolings by 2
 
 @dataclass(frozen=True)
 class SegNetOptions:
-    """What a recipe's `model:` section may set; see `SegNetConfig`."""
+    """What a recipe's `model:` section may set.
+
+    Attributes:
+        width: channels of the first layer; the papers have 64. Time and size of the model go with its square.
+        sync_batch_norm: statistics over the images of all processes (GPUs).
+    """
 
     width: int = 64
     sync_batch_norm: bool = False

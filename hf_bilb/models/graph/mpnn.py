@@ -35,7 +35,15 @@ _LOSSES = {"regression": masked_mse, "binary_classification": masked_bce_with_lo
 
 @dataclass(frozen=True)
 class MpnnOptions:
-    """What a recipe's `model:` section may set; see `MpnnConfig`."""
+    """What a recipe's `model:` section may set; the defaults are the papers'.
+
+    Attributes:
+        hidden_size: channels of a node.
+        edge_hidden_size: hidden units of the edge network.
+        num_messages: rounds of messages.
+        num_readout_steps: steps of Set2Set.
+        dropout: before the outputs, in [0, 1); the papers have none.
+    """
 
     hidden_size: int = 64
     edge_hidden_size: int = 128
