@@ -44,7 +44,11 @@ _SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 @dataclass(frozen=True)
 class JsonlFiles:
-    """Files of instructions; a part without a file is held out of the training file's rows, task by task."""
+    """Files of instructions; a part without a file is held out of the training file's rows, task by task.
+
+    Attributes:
+        train, validation, test: a JSONL file each; the last two may be null.
+    """
 
     train: str
     validation: str | None = None
