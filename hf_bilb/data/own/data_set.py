@@ -113,7 +113,7 @@ def _text_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
         raise OptionError("data.tokenizer: is required where no model says it, expected a name, such as "
                           "google-bert/bert-base-uncased")  # fmt: skip
     texts = [_checked_texts(joined, number) for number in range(len(joined.sources))]
-    tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer")
+    tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer", any(one.are_words for one in texts))
     check_max_length(tokenizer, options.max_length, options.tokenizer)
 
     def part(name: str) -> TokenRows:

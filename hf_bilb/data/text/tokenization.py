@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 10_000  # rows that are tokenized together: their Python lists take about 20 MB
 
 
-def load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name` (see `pretrained_path`).
+def load_tokenizer(name: str, path: str, for_words: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name` (see `pretrained_path`); with `for_words` one that takes lists of words.
 
     Raises:
         OptionError: one line, when it cannot be loaded.
@@ -35,7 +35,19 @@ def load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
         raise OptionError(f"{path}: {name!r} gives no tokenizer: {' '.join(str(error).split())}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise OptionError(f"{path}: {name!r} gives no tokenizer")
-    return tokenizer
+    return _for_words(tokenizer, folder, f"{path}: {name!r}") if for_words else tokenizer
+
+
+def _for_words(tokenizer: PreTrainedTokenizerBase, folder: str, what: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not tokenizer.is_fast:
+        raise OptionError(f"{what} is no fast tokenizer, which lists of words need")
+    # Of byte-level tokenizers (RoBERTa): a word begins with a space, but for the first one of a text.
+    if getattr(tokenizer, "add_prefix_space", None) is not False:
+        return tokenizer
+    spaced: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
+    return spaced
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, name: str = "") -> None:

@@ -122,3 +122,21 @@ def test_words_without_a_task_of_words_are_a_text(tmp_path: Path, encoder: str) 
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     assert data.train[0]["input_ids"].tolist() == tokenizer("the dogs ran")["input_ids"]
     assert labels(data).tolist() == [[1.0], [0.0]]
+
+
+def test_words_begin_with_a_space_in_byte_level_tokenizers(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import RobertaTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(["a cat sat on the mat"] * 20, trainer)
+    RobertaTokenizerFast(tokenizer_object=backend, model_max_length=128).save_pretrained(tmp_path / "roberta")
+    files = three_parts(write_jsonl(tmp_path / "a.jsonl", WORDS))
+    tokenizer = str(tmp_path / "roberta")
+    data = load(files=files, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=tokenizer)
+    text = data.processing_class.decode(data.train[1]["input_ids"], skip_special_tokens=True)
+    assert text == " a cat sat on"
