@@ -65,6 +65,7 @@ DATA_SETS: Registry[Any] = Registry(
         "qm9_graphs": "hf_bilb.data.molecules.qm9_graphs",
         "sarcos": "hf_bilb.data.tables.sarcos",
         "sider": "hf_bilb.data.molecules.molecule_net:SIDER",
+        "table": "hf_bilb.data.own.data_set",
         "tox21": "hf_bilb.data.molecules.molecule_net:TOX21",
     }
 )

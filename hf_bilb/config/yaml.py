@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -50,6 +51,15 @@ def load_yaml(text: str, source: str) -> Any:
 def dump_yaml(values: Any) -> str:
     """Nested plain values as YAML that `load_yaml` reads back to equal ones, keys in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def flow(value: Any) -> str:
+    """A plain value on one line, as it may stand behind a key: `bilb`, `"a: b"`, `[0.2, 0.8]`, `{seed: 0}`."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True
+    )
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if "\n" not in text else json.dumps(value)  # text of several lines; JSON is YAML
 
 
 # ---------------------------------------------------------------------------------------------------- overrides

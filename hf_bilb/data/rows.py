@@ -25,7 +25,13 @@ class Rows(Dataset[dict[str, Any]], ABC):
     """A map-style data set: `rows[i]` is a dict of columns.
 
     `i` counts from the end where it is negative; one beyond either end raises `IndexError`.
+
+    Attributes:
+        task_ids: `[N]` int64, the task of each row, of a set that is joined from one set of each task: an attribute, so
+            that a task sampler can read it without loading rows. None: rows are of no single task.
     """
+
+    task_ids: NDArray[np.int64] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

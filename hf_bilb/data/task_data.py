@@ -59,6 +59,7 @@ class TaskData:
         single_task_source: where that base is from, for a reader.
         task_groups: task -> group of nearly equivalent tasks, which count once in the grouped Delta_m.
         gallery: for a run that shall draw some images with the predictions of its pixel-wise tasks; None: it does not.
+        summary: what a run says about the data before it trains, such as how many labels each task has; lines of text.
     """
 
     train: Part
@@ -80,6 +81,7 @@ class TaskData:
     single_task_source: str = ""
     task_groups: Mapping[str, str] = field(default_factory=dict)
     gallery: GalleryInfo | None = None
+    summary: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,14 @@ class DataSetSpec:
         options: dataclass of what a recipe's `data:` section may set.
         load: loads the set with them.
         from_model: option of the data -> option of the model whose value it takes when it is null, so that a recipe
-            says it once (a text's tokenizer is that of the model's encoder).
+            says it once (a text's tokenizer is that of the model's encoder); or a function that gives this mapping for
+            the options of a recipe.
         model_needs: option of the data -> what the data then dictate to the model, which not every model takes.
     """
 
     options: type[Any]
     load: Callable[[Any], TaskData]
-    from_model: Mapping[str, str] = field(default_factory=dict)
+    from_model: Mapping[str, str] | Callable[[Mapping[str, Any]], Mapping[str, str]] = field(default_factory=dict)
     model_needs: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -115,11 +118,14 @@ class Standardizer:
 
     @classmethod
     def fit(cls, values: NDArray[np.floating]) -> Standardizer:
-        """From `values [N, D]`; a column that never varies gets standard deviation 1, so that it becomes zero."""
+        """From `values [N, D]`, missing ones (NaN) left out; a column that never varies gets standard deviation 1, so
+        that it becomes zero, and one without any value mean 0."""
         values = values.astype(np.float64)
-        stds = values.std(axis=0)
-        constant = values.min(axis=0) == values.max(axis=0)  # their computed deviation may be a rounding error, not 0
-        return cls(means=values.mean(axis=0), stds=np.where(constant, 1.0, stds))
+        values = np.where(np.isnan(values).all(axis=0), 0.0, values)
+        stds = np.nanstd(values, axis=0)
+        # Their computed deviation may be a rounding error, not 0.
+        constant = np.nanmin(values, axis=0) == np.nanmax(values, axis=0)
+        return cls(means=np.nanmean(values, axis=0), stds=np.where(constant, 1.0, stds))
 
     def standardize(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """`[N, D]` -> `[N, D]` with the training rows' mean 0 and standard deviation 1."""

@@ -50,7 +50,8 @@ def resolve_data_options(recipe: Recipe) -> Any:
     """
     spec = DATA_SETS[recipe.data["name"]]
     options = _without_name(recipe.data)
-    for key, of_model in spec.from_model.items():
+    from_model = spec.from_model(options) if callable(spec.from_model) else spec.from_model
+    for key, of_model in from_model.items():
         if options[key] is None:
             if of_model not in recipe.model:
                 name = recipe.model["name"]

@@ -66,22 +66,25 @@ def write_recipe(recipe: Recipe, folder: Path, resume: bool) -> None:
     write_text(path, f"{_RECIPE_HEAD} the recipe {recipe.name!r} by hf-bilb\n{dump_recipe(recipe)}")
 
 
-def write_run(recipe: Recipe, results: RunResults, history: list[dict[str, Any]], tasks: tuple[str, ...]) -> None:
-    """Write results, table and plots, and print the table."""
+def write_run(recipe: Recipe, results: RunResults, history: list[dict[str, Any]], tasks: tuple[str, ...]) -> list[Path]:
+    """Write results, table and plots, and print the table; returns the plots."""
     folder = Path(recipe.output_dir)
     write_results(results, folder)
     table = compare_runs([results], [results.balancer])
     write_text(folder / "table.md", runs_markdown(table))
+    plots = []
     if recipe.evaluation.plots:
-        plot_run(history, tasks, folder, title=f"{recipe.name} ({results.balancer})")
+        plots = plot_run(history, tasks, folder, title=f"{recipe.name} ({results.balancer})")
     what = "results" if any(metric.higher_is_better for metric in results.metrics) else "errors"
     click.echo(f"\n{results.split} {what} of {recipe.name} ({results.balancer}):\n\n{runs_text(table)}")
     click.echo(f"{results.training['steps']} steps in {results.training['seconds']:.0f} s; all files are in {folder}")
+    return plots
 
 
-def write_image_gallery(recipe: Recipe, data: TaskData, rows: list[GalleryRow]) -> None:
-    """Write `gallery.png`, where there are images to draw."""
-    if rows and data.gallery is not None:
-        title = f"{recipe.name} ({recipe.balancer['name']}): {recipe.evaluation.split} images"
-        tasks = list(rows[0].prediction)
-        write_gallery(rows, tasks, Path(recipe.output_dir), title, data.gallery.class_names, data.gallery.depth_unit)
+def write_image_gallery(recipe: Recipe, data: TaskData, rows: list[GalleryRow]) -> list[Path]:
+    """Write `gallery.png`, where there are images to draw; returns it."""
+    if not rows or data.gallery is None:
+        return []
+    title = f"{recipe.name} ({recipe.balancer['name']}): {recipe.evaluation.split} images"
+    tasks, folder = list(rows[0].prediction), Path(recipe.output_dir)
+    return [write_gallery(rows, tasks, folder, title, data.gallery.class_names, data.gallery.depth_unit)]

@@ -35,6 +35,7 @@ from hf_bilb.config.registry import DATA_SETS, MODELS
 from hf_bilb.config.user_code import check_reference, import_sources, load_reference
 from hf_bilb.config.yaml import dump_yaml, parse_override, read_yaml, set_value
 from hf_bilb.errors import OptionError
+from hf_bilb.experiments.packaged import packaged_name
 
 SECTIONS = ("model", "data", "balancer", "trainer", "evaluation")
 #: Lists of a user's own code: what is imported, and classes of callbacks.
@@ -117,6 +118,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         OptionError: one line that names the key path (or file and line), the value and the nearest valid name.
     """
     file = Path(path)
+    if not file.exists() and (packaged := packaged_name(str(path))) is not None:
+        copy = f"`hf-bilb recipes copy {packaged}`"
+        raise OptionError(f"{path}: there is no such recipe here; {copy} puts the one of the package into your folder")
     raw = read_yaml(file)
     if not isinstance(raw, dict):
         raise OptionError(f"{path}: a recipe is a mapping with the sections {', '.join(SECTIONS)}")

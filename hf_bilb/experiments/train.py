@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -29,6 +30,7 @@ from hf_bilb.experiments.timing import StepClock
 from hf_bilb.reporting.results import RunResults
 from hf_bilb.storage.disk_full import disk_full_explained
 from hf_bilb.trainer.agreement import from_first_rank
+from hf_bilb.trainer.tracker_images import TrackerImages
 from hf_bilb.trainer.trainer import BilevelMTLTrainer
 
 
@@ -36,8 +38,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     """Train as `recipe` says, measure once on `evaluation.split`, and write everything into `trainer.output_dir`.
 
     Written, by the main process: `recipe.yaml` (before training), checkpoints, the model, `trainer_state.json`,
-    `results.json`, `table.md`, `losses.png`, `weights.png`, of pixel-wise tasks `gallery.png`. Under several processes
-    every rank calls this.
+    `results.json`, `table.md`, `losses.png`, `weights.png`, of pixel-wise tasks `gallery.png`; the pictures are sent to
+    the trackers of `report_to`, too. Under several processes every rank calls this.
 
     Args:
         recipe: from `read_recipe`.
@@ -71,7 +73,10 @@ def _train_and_measure(
     """Everything that comes when the settings are checked and the folder is this run's own."""
     state, clock = PartialState(), StepClock()
     data = load_data(recipe, data_options)
-    trainer = build_trainer(recipe, data, callbacks=[clock, *callbacks])
+    if data.summary and state.is_main_process:
+        click.echo(data.summary)
+    images = TrackerImages()
+    trainer = build_trainer(recipe, data, callbacks=[clock, images, *callbacks])
     training = _train(trainer, checkpoint)
     _save(trainer)
     part = getattr(data, recipe.evaluation.split)
@@ -84,8 +89,8 @@ def _train_and_measure(
     }
     results = collect_results(recipe, data, measured, facts)
     if state.is_main_process:
-        write_run(recipe, results, trainer.state.log_history, data.task_names)
-        write_image_gallery(recipe, data, drawn)
+        plots = write_run(recipe, results, trainer.state.log_history, data.task_names)
+        images.send(trainer, [*plots, *write_image_gallery(recipe, data, drawn)])
     state.wait_for_everyone()
     return results
 

@@ -39,12 +39,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What a reporter of `report_to` needs: the package, and modules of which one is enough; by default of its own name.
-_REPORTERS: dict[str, tuple[str, ...]] = {
-    "azure_ml": ("azureml-sdk", "azureml"),
-    "comet_ml": ("comet-ml", "comet_ml"),
-    "flyte": ("flytekit", "flytekit"),
-    "tensorboard": ("tensorboard", "tensorboard", "tensorboardX"),
+#: What a reporter of `report_to` needs: packages, and the modules of each, of which one is enough; by default the
+#: package of its own name.
+_REPORTERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "azure_ml": {"azureml-sdk": ("azureml.core",)},
+    "comet_ml": {"comet-ml": ("comet_ml",)},
+    "dagshub": {"dagshub": ("dagshub",), "mlflow": ("mlflow",)},
+    "flyte": {"flytekit": ("flytekit",)},
+    "kubeflow": {},  # what it needs is the cluster's
+    "tensorboard": {"tensorboard": ("tensorboard", "tensorboardX")},
 }
 
 
@@ -59,13 +62,21 @@ def check_reporting(report_to: str | list[str] | None, key: str = "report_to") -
     for name in (name for name in named if name not in ("none", "all")):
         if name not in INTEGRATION_TO_CALLBACK:
             raise unknown_name(key, name, [*INTEGRATION_TO_CALLBACK, "none", "all"])
-        package, *modules = _REPORTERS.get(name, (name, name))
-        # What "kubeflow" needs is the cluster's.
-        if name != "kubeflow" and not any(find_spec(module) for module in modules):
-            raise MissingPackageError(
-                f"{key}: {name!r} needs the package {package}, which is not installed; `pip install {package}`, or set "
-                'report_to: "none"'
-            )
+        for package, modules in _REPORTERS.get(name, {name: (name,)}).items():
+            if not any(_is_installed(module) for module in modules):
+                raise MissingPackageError(
+                    f"{key}: {name!r} needs the package {package}, which is not installed; `pip install {package}`, or "
+                    'set report_to: "none"'
+                )
+
+
+def _is_installed(module: str) -> bool:
+    """Whether there is such a module; a folder without code is none, such as the `wandb/` that a run leaves."""
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # what it would lie in
+        return False
+    return found is not None and found.origin is not None
 
 
 def look_inside(trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments, OptionError
 from hf_bilb.errors import MissingPackageError
 from hf_bilb.experiments.build import training_arguments
 from hf_bilb.experiments.recipe import parse_recipe
+from hf_bilb.trainer import checks
 from hf_bilb.trainer.checks import check_reporting
 from tests.trainer.harness import FLOAT, build_model, plain_settings
 
@@ -61,3 +63,20 @@ def test_every_reporter_of_trainer_is_known() -> None:
         else:
             with pytest.raises(MissingPackageError, match=f"^report_to: '{name}' needs the package "):
                 check_reporting(name)
+
+
+def test_a_reporter_that_needs_two_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(name: str) -> ModuleSpec | None:
+        return ModuleSpec(name, None, origin="made up") if name == "dagshub" else None
+
+    monkeypatch.setattr(checks, "find_spec", found)
+    with pytest.raises(MissingPackageError, match="needs the package mlflow, which is not"):
+        check_reporting("dagshub")
+
+
+def test_a_folder_of_a_former_run_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "swanlab").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "swanlab", raising=False)
+    with pytest.raises(MissingPackageError, match="needs the package swanlab"):
+        check_reporting("swanlab")

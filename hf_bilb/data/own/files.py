@@ -1,0 +1,306 @@
+"""Tables from files and from the hub, read by `datasets`: one `Table` for each file."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import csv
+import glob
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.checks import loading_from_hub
+from hf_bilb.data.own.options import CsvOptions, Patterns, SourceOptions
+from hf_bilb.data.own.words import MISSING
+from hf_bilb.data.splits import PARTS
+from hf_bilb.errors import OptionError
+
+if TYPE_CHECKING:
+    import datasets
+
+_OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_TABS = (".tsv", ".tab")
+_FORMATS = {
+    **dict.fromkeys((".csv", ".data", ".txt", *_TABS), "csv"),
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), "json"),
+    ".parquet": "parquet",
+}
+#: Split of a set on the hub, or in a folder -> the part that it becomes.
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
+           "dev": "validation", "test": "test"}  # fmt: skip
+#: What files that are damaged, or of another kind than their names say, raise.
+_UNREADABLE = (OSError, EOFError, ValueError, LookupError, NotImplementedError, StopIteration, lzma.LZMAError)
+_OF_PANDAS = "Error tokenizing data. C error: "
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file.
+
+    Attributes:
+        name: of the file, or of the set and its split, for messages.
+        rows: its rows; the cells of text files are strings, as they stand there.
+        folder: that the paths in it are relative to.
+        missing: words that mean an empty cell.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    folder: Path
+    missing: frozenset[str] = MISSING
+
+    def place(self, row: int) -> str:
+        """A row for messages; the first one is 1."""
+        return f"{self.name}, row {row + 1}"
+
+
+def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
+    """The tables of each part that is given; `train` is among them.
+
+    Raises:
+        OptionError: a pattern that means no file, a file in two parts, or one that is damaged, has no rows or is of a
+            kind that is not known.
+    """
+    if options.hub is not None:
+        return _read_hub(options.hub, options.path)
+    assert options.files is not None  # OwnDataOptions asks for one of the two
+    where, missing = f"{options.path}.files", MISSING | frozenset(options.csv.missing)
+    if isinstance(options.files, dict):
+        patterns = {part: options.files[part] for part in PARTS if part in options.files}
+        found = {part: _find(given, f"{where}.{part}") for part, given in patterns.items()}
+    elif isinstance(options.files, str) and _is_saved(Path(options.files).expanduser(), "dataset_dict.json"):
+        return _read_saved_dict(Path(options.files).expanduser(), where, missing)
+    else:
+        found = {"train": _find(options.files, where)}
+    _check_different(found, where)
+    return {part: [_read(file, part, options.csv, missing) for file in files] for part, files in found.items()}
+
+
+# --- which files --------------------------------------------------------------------------------------------------
+
+
+def _find(given: Patterns, where: str) -> list[Path]:
+    patterns = (given,) if isinstance(given, str) else given
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        files.update(dict.fromkeys(_matching(pattern, where)))
+    if not files:
+        raise OptionError(f"{where}: is empty, expected paths or patterns of files")
+    return list(files)
+
+
+def _matching(pattern: str, where: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.exists():
+        return [path]
+    found = [Path(file) for file in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise OptionError(
+            f"{where}: {shown(pattern)} matches no file{nearest(path.name, near)}, seen from {str(Path.cwd())!r}"
+        )
+    return found
+
+
+def _check_different(found: Mapping[str, list[Path]], where: str) -> None:
+    owners: dict[Path, str] = {}
+    for part, files in found.items():
+        for file in files:
+            if (other := owners.setdefault(file.resolve(), part)) != part:
+                raise OptionError(f"{where}: {str(file)!r} is in two parts, {other} and {part}")
+
+
+# --- one file -----------------------------------------------------------------------------------------------------
+
+
+def _read(file: Path, part: str, csv_options: CsvOptions, missing: frozenset[str]) -> Table:
+    if file.is_dir():
+        return _read_saved(file, part, missing)
+    kind = _FORMATS.get(_ending(file))
+    if kind is None:
+        raise OptionError(
+            f"data: {file} is of no known kind, expected {', '.join(_FORMATS)}, or packed (.gz, .xz, .bz2)"
+        )
+    with _reading(file):
+        if kind == "csv":
+            rows = _read_csv(file, csv_options)
+        else:
+            rows = _read_json(file) if kind == "json" else _read_parquet(file)
+    return Table(str(file), _not_empty(rows, str(file)), file.parent, missing)
+
+
+def _not_empty(rows: datasets.Dataset | None, name: str) -> datasets.Dataset:
+    if rows is None or not len(rows):
+        raise OptionError(f"data: {name} has no rows")
+    return rows
+
+
+def _ending(file: Path) -> str:
+    name = Path(file.stem) if file.suffix in _OPENERS else file
+    return name.suffix.lower()
+
+
+def _open(file: Path) -> IO[str]:
+    opener: Callable[..., IO[str]] = _OPENERS.get(file.suffix, open)
+    return opener(file, "rt", encoding="utf-8-sig", newline="")
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turns an error of reading into one line; `datasets` would also write some of its own."""
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    except OptionError:
+        raise
+    except (*_UNREADABLE, csv.Error, datasets.exceptions.DatasetsError) as error:
+        cause = " ".join(str(error.__cause__ or error).split()).removeprefix(_OF_PANDAS)
+        raise OptionError(f"data: {file} cannot be read: {cause or type(error).__name__}") from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
+    """Every cell as text: what is a number, and what is missing, is decided column by column."""
+    import datasets
+
+    tabs = _ending(file) in _TABS
+    layout: dict[str, Any] = {
+        "sep": options.delimiter or ("\t" if tabs else ","),
+        "quoting": csv.QUOTE_NONE
+        if options.quotes is False or (options.quotes is None and tabs)
+        else csv.QUOTE_MINIMAL,
+        "skipinitialspace": True,
+    }
+    header, has_rows = _header(file, options.columns, layout)
+    if not has_rows:
+        return None
+    return datasets.Dataset.from_csv(
+        str(file),
+        features=datasets.Features({name: datasets.Value("string") for name in header}),
+        names=header,
+        header=None if options.columns else 0,
+        na_filter=False,
+        encoding="utf-8-sig",
+        **layout,
+    )
+
+
+def _header(file: Path, columns: tuple[str, ...] | None, layout: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The columns' names, and whether there is a row."""
+    with _open(file) as stream:
+        lines = csv.reader(
+            stream,
+            delimiter=layout["sep"],
+            quoting=layout["quoting"],
+            skipinitialspace=layout["skipinitialspace"],
+        )
+        header = [name.strip() for name in (next(lines, []) if columns is None else columns)]
+        first = next((cells for cells in lines if cells), None)
+    if repeated := {name for name in header if header.count(name) > 1}:
+        raise OptionError(f"data: {file}: the column {min(repeated)!r} stands twice in the first line")
+    # pandas would take the first cells for the rows' names, and give every column the values of its neighbour.
+    if first is not None and len(first) > len(header):
+        raise OptionError(f"data: {file}, row 1: has {len(first)} cells, expected {len(header)}, one for each column")
+    return header, first is not None
+
+
+def _read_json(file: Path) -> datasets.Dataset | None:
+    import datasets
+
+    with _open(file) as stream:
+        if not any(line.strip() for line in stream):
+            return None
+    try:
+        return datasets.Dataset.from_json(str(file))
+    except (*_UNREADABLE, datasets.exceptions.DatasetsError):
+        _check_json_lines(file)
+        raise
+
+
+def _check_json_lines(file: Path) -> None:
+    """Raise `OptionError` for the first line that is no JSON object, if the file is not one value altogether."""
+    with _open(file) as stream:
+        for number, line in enumerate((line for line in stream if line.strip()), 1):
+            if number == 1 and line.lstrip().startswith("["):
+                return
+            try:
+                value = json.loads(line.strip())
+            except json.JSONDecodeError as error:
+                raise OptionError(
+                    f"data: {file}, row {number}: is no JSON: {error.msg}, character {error.pos + 1}"
+                ) from None
+            if not isinstance(value, dict):
+                raise OptionError(f"data: {file}, row {number}: {shown(value)} is no JSON object with columns")
+
+
+def _read_parquet(file: Path) -> datasets.Dataset | None:
+    import datasets
+    import pyarrow.parquet
+
+    if not pyarrow.parquet.read_metadata(file).num_rows:
+        return None
+    return datasets.Dataset.from_parquet(str(file))
+
+
+# --- folders that `datasets` saved, and the hub -------------------------------------------------------------------
+
+
+def _is_saved(folder: Path, file: str) -> bool:
+    return (folder / file).is_file()
+
+
+def _read_saved(folder: Path, part: str, missing: frozenset[str]) -> Table:
+    import datasets
+
+    if _is_saved(folder, "dataset_dict.json"):
+        tables = _read_saved_dict(folder, f"data.files.{part}", missing, part)
+        return tables[part][0]
+    if not _is_saved(folder, "state.json"):
+        files = str(folder / "*.csv")
+        raise OptionError(
+            f"data: {folder} is a folder that was not saved by `datasets`, expected files, such as {files!r}"
+        )
+    with _reading(folder):
+        rows = datasets.Dataset.load_from_disk(str(folder))
+    return Table(str(folder), _not_empty(rows, str(folder)), folder, missing)
+
+
+def _read_saved_dict(folder: Path, where: str, missing: frozenset[str], part: str = "train") -> dict[str, list[Table]]:
+    import datasets
+
+    with _reading(folder):
+        splits = datasets.DatasetDict.load_from_disk(str(folder))
+    return _parts_of(splits, str(folder), where, folder, missing, part)
+
+
+def _read_hub(hub: str, path: str) -> dict[str, list[Table]]:
+    import datasets
+
+    name, _, config = hub.partition(":")
+    with loading_from_hub(f"{path}.hub: {hub!r} cannot be loaded"):
+        splits = datasets.load_dataset(name, config or None)
+    return _parts_of(splits, hub, f"{path}.hub", Path(), MISSING, "train")
+
+
+def _parts_of(
+    splits: Mapping[str, datasets.Dataset], name: str, where: str, folder: Path, missing: frozenset[str], needed: str
+) -> dict[str, list[Table]]:
+    parts: dict[str, list[Table]] = {}
+    for split, rows in splits.items():
+        part = _SPLITS.get(split)
+        if part is not None and part not in parts:
+            of_split = f"{name}, {split}"
+            parts[part] = [Table(of_split, _not_empty(rows, of_split), folder, missing)]
+    if needed not in parts:
+        raise OptionError(f"{where}: {name!r} has no split {needed!r} (it has {', '.join(splits)})")
+    return {part: parts[part] for part in PARTS if part in parts}

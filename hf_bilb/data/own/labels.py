@@ -1,0 +1,221 @@
+"""The labels of a task, from its columns, and what the task is: classes, means, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.own import columns
+from hf_bilb.data.own.columns import Lists, Words
+from hf_bilb.data.own.options import TaskOptions
+from hf_bilb.data.own.source import Source
+from hf_bilb.data.own.words import in_order, word_of
+from hf_bilb.data.task_data import Standardizer
+from hf_bilb.errors import OptionError
+from hf_bilb.losses.class_weights import balanced_class_weights
+from hf_bilb.losses.masked import MISSING_INTEGER
+from hf_bilb.losses.task_types import TaskType
+from hf_bilb.metrics.by_type import fitting_metrics
+
+Floats = NDArray[np.float64]
+_LISTED = 12  # classes that a message lists
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Labels of the words of N rows.
+
+    Attributes:
+        lengths: `[N]`, words of a row; -1: the row has no labels.
+        codes: `[sum of lengths]`, classes of the words, one row after the other; -100 where missing.
+    """
+
+    lengths: NDArray[np.int64]
+    codes: NDArray[np.int64]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """`[N + 1]`, where each row's words begin in `codes`."""
+        return np.concatenate([[0], np.cumsum(np.maximum(self.lengths, 0))])
+
+
+@dataclass(frozen=True)
+class TaskLabels:
+    """The labels of a task in all rows of its source.
+
+    Attributes:
+        type: what the task is.
+        values: `[N, W]`, as in a batch, NaN where missing; of a token task `[N, 0]`.
+        tags: of a token task.
+        has_label: `[N]`, whether a row has any.
+    """
+
+    type: TaskType
+    values: Floats
+    tags: Tags | None
+    has_label: NDArray[np.bool_]
+
+
+def read_labels(source: Source, name: str, options: TaskOptions) -> TaskLabels:
+    """The labels of the task `name`.
+
+    Raises:
+        OptionError: a value that is no label of its type, no label at all in the training part, one class alone, a
+            class that the training part lacks, or a metric that does not fit the classes; names file, row and column.
+    """
+    labels: TaskLabels = getattr(_Reader(source, name, options), options.type)()
+    fitting = fitting_metrics(labels.type)
+    for metric in options.metrics or ():
+        if metric not in fitting:
+            raise OptionError(
+                f"data.tasks.{name}.metrics: {metric!r} does not fit {options.type} with {labels.type.size} "
+                f"classes; these do: {', '.join(fitting)}"
+            )
+    return labels
+
+
+class _Reader:
+    """A method for each type of task."""
+
+    def __init__(self, source: Source, name: str, options: TaskOptions) -> None:
+        self.source = source
+        self.name = name
+        self.options = options
+        self.columns = options.label_columns(name)
+        self.path = f"data.tasks.{name}"
+        self.train = source.split.train
+
+    # --- the types ------------------------------------------------------------------------------------------------
+
+    def regression(self) -> TaskLabels:
+        values = np.stack([self.source.numbers(column) for column in self.columns], axis=1)
+        for column, of_column in zip(self.columns, values.T, strict=True):
+            self._check_some(~np.isnan(of_column[self.train]), column)
+        names = self.columns if len(self.columns) > 1 else ()
+        task = self._type(len(self.columns), names, unit=self.options.unit)
+        if self.options.standardize is not False:
+            scale = Standardizer.fit(values[self.train])
+            values = scale.standardize(values)
+            task = self._type(
+                len(self.columns), names, unit=self.options.unit, means=scale.means.tolist(), stds=scale.stds.tolist()
+            )
+        return TaskLabels(task, values, None, np.any(~np.isnan(values), axis=1))
+
+    def classification(self) -> TaskLabels:
+        given = self._given_classes()
+        found = self.source.words(self.columns[0], given or ())
+        classes, codes = self._coded(found, self.train, given, self.source.place)
+        values = np.where(codes < 0, np.nan, codes)[:, None]
+        weights = self._weights(codes[self.train], classes)
+        return TaskLabels(self._type(len(classes), classes, class_weights=weights), values, None, codes >= 0)
+
+    def multi_label(self) -> TaskLabels:
+        if self.options.columns is None and self._has_lists():
+            names, values = self._of_lists()
+        else:
+            names, values = self.columns, np.stack([self.source.bits(column) for column in self.columns], axis=1)
+        known = ~np.isnan(values)
+        for label, of_label in zip(names, known[self.train].T, strict=True):
+            self._check_some(of_label, label)
+        weights = self._positive_weights(values[self.train], names)
+        return TaskLabels(self._type(len(names), names, class_weights=weights), values, None, np.any(known, axis=1))
+
+    def token_classification(self) -> TaskLabels:
+        lists = self.source.each(columns.lists, self.columns[0])
+        given = self._given_classes()
+        lengths, found = self._joined(lists, given or ())
+        # Of each word, its row.
+        rows = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
+        of_train = np.flatnonzero(np.isin(rows, self.train))
+        classes, codes = self._coded(found, of_train, given, lambda word: self.source.place(int(rows[word])))
+        weights = self._weights(codes[of_train], classes)
+        labelled = np.isin(np.arange(len(lengths)), rows[codes >= 0])
+        tags = Tags(lengths, np.where(codes < 0, MISSING_INTEGER, codes))
+        task = self._type(len(classes), classes, class_weights=weights)
+        return TaskLabels(task, np.empty((len(lengths), 0)), tags, labelled)
+
+    # --- multi-label by lists -------------------------------------------------------------------------------------
+
+    def _has_lists(self) -> bool:
+        return any(self.source.each(columns.has_lists, self.columns[0]))
+
+    def _of_lists(self) -> tuple[tuple[str, ...], Floats]:
+        """The labels' names, and `[N, M]`: 1 for those in a row's list, NaN where there is no list."""
+        given = self._given_classes()
+        lengths, found = self._joined(self.source.each(columns.lists, self.columns[0]), given or ())
+        rows = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
+        of_train = np.flatnonzero(np.isin(rows, self.train))
+        classes, codes = self._coded(found, of_train, given, lambda value: self.source.place(int(rows[value])), 1)
+        values = np.zeros((len(lengths), len(classes)))
+        values[rows[codes >= 0], codes[codes >= 0]] = 1.0
+        values[lengths < 0] = np.nan
+        return classes, values
+
+    def _joined(self, lists: Sequence[Lists], kept: Sequence[str]) -> tuple[NDArray[np.int64], Words]:
+        """Lengths of the lists, and their values as words."""
+        missing = [table.missing - set(kept) for table in self.source.tables]
+        found = [columns.words_of(of_table.values, of_table.feature, none)
+                 for of_table, none in zip(lists, missing, strict=True)]  # fmt: skip
+        return np.concatenate([of_table.lengths for of_table in lists]), Words.joined(found)
+
+    # --- classes --------------------------------------------------------------------------------------------------
+
+    def _given_classes(self) -> tuple[str, ...] | None:
+        return None if self.options.classes is None else tuple(map(word_of, self.options.classes))
+
+    def _coded(
+        self, found: Words, train: NDArray[np.int64], given: tuple[str, ...] | None, place: Any, least: int = 2
+    ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+        """The classes, and each value's number among them, -1 where missing."""
+        column = self.columns[0]
+        self._check_some(found.codes[train] >= 0, column)
+        used = found.used(train)
+        if len(used) < least:
+            raise OptionError(f"{self.path}: column {column!r} has only one class in the training part: {used[0]!r}")
+        classes = given or (found.known if found.declared else tuple(in_order(used)))
+        codes = found.positions_in(classes, unknown=-2)
+        wrong = np.flatnonzero(codes == -2)
+        if wrong.size:
+            word = found.known[found.codes[wrong[0]]]
+            why = f"is none of {self.path}.classes" if given else "is in no row of the training part"
+            hint = nearest(word, classes) or f" (classes: {', '.join(classes[:_LISTED])})"
+            raise OptionError(f"data: {place(int(wrong[0]))}: column {column!r} is {shown(word)}, which {why}{hint}")
+        return classes, codes
+
+    def _check_some(self, labelled: NDArray[np.bool_], column: str) -> None:
+        if not labelled.any():
+            raise OptionError(f"{self.path}: column {column!r} has no label in the training part")
+
+    # --- weights --------------------------------------------------------------------------------------------------
+
+    def _weights(self, codes: NDArray[np.int64], classes: Sequence[str]) -> tuple[float, ...]:
+        if self.options.class_weights != "balanced":
+            return self.options.class_weights or ()
+        try:
+            return balanced_class_weights(np.where(codes < 0, MISSING_INTEGER, codes), len(classes), classes)
+        except OptionError as error:
+            raise OptionError(f"{self.path}.{error}") from None
+
+    def _positive_weights(self, values: Floats, names: Sequence[str]) -> tuple[float, ...]:
+        if self.options.class_weights != "balanced":
+            return self.options.class_weights or ()
+        positive, negative = (values == 1).sum(axis=0), (values == 0).sum(axis=0)
+        for name, ones, zeros in zip(names, positive, negative, strict=True):
+            if not ones or not zeros:
+                kind = "positive" if not ones else "negative"
+                raise OptionError(
+                    f"{self.path}.class_weights: {name!r} has no {kind} row in the training part, so there is no "
+                    "balanced weight for it"
+                )
+        return tuple((negative / positive).tolist())
+
+    def _type(self, size: int, names: Sequence[str], **more: Any) -> TaskType:
+        try:
+            return TaskType(self.options.type, size, tuple(names), **more)
+        except OptionError as error:
+            raise OptionError(f"{self.path}.{error}") from None
