@@ -10,6 +10,7 @@ import click
 
 from hf_bilb.cli.balancers import balancers
 from hf_bilb.cli.errors import TRACEBACK, OneLineUsage
+from hf_bilb.cli.init import init
 from hf_bilb.cli.prepare import prepare
 from hf_bilb.cli.recipes import recipes
 from hf_bilb.cli.report import report
@@ -28,5 +29,5 @@ def main(traceback: bool) -> None:
     """Train one model on several tasks and keep the tasks in balance."""
 
 
-for command in (recipes, train, show, report, compare, balancers, prepare):
+for command in (init, recipes, train, show, report, compare, balancers, prepare):
     main.add_command(command)

@@ -109,7 +109,7 @@ def copy_recipe(asked: str, output: str | Path | None = None, force: bool = Fals
     if name is None:
         hint = nearest(asked, packaged_names())
         raise OptionError(f"recipe: {shown(asked)} is not known{hint}; `hf-bilb recipes` lists all of them")
-    target = _target(name, output)
+    target = recipe_file(output, Path(name).name)
     check_output_folder(target.parent, "--output")
     written = {target: "", **_code_of(name, target.parent)}
     written[target] = _rewritten(name, target, [path for path in written if path != target])
@@ -122,9 +122,10 @@ def copy_recipe(asked: str, output: str | Path | None = None, force: bool = Fals
     return CopiedRecipe(target, tuple(path for path in written if path != target), tuple(_missing(raw["data"], "data")))
 
 
-def _target(name: str, output: str | Path | None) -> Path:
+def recipe_file(output: str | Path | None, name: str) -> Path:
+    """Where a recipe of this name goes: `output` itself where it is a `.yaml` file, else into it as a folder."""
     path = Path("." if output is None else output)
-    return path if path.suffix in (".yaml", ".yml") and not path.is_dir() else path / Path(name).name
+    return path if path.suffix in (".yaml", ".yml") and not path.is_dir() else path / name
 
 
 def _code_of(name: str, folder: Path) -> dict[Path, str]:
@@ -138,9 +139,13 @@ def _rewritten(name: str, target: Path, code: list[Path]) -> str:
     """The recipe's text, with references to its files, and its commands, as they are from the current folder."""
     text = (recipes_folder() / name).read_text(encoding="utf-8").replace(f"{_PREFIX}{name}", _from_here(target))
     for path in code:
-        pattern = rf"{_PREFIX}[\w/.-]*{re.escape(path.name)}(:\w+)?"
-        text = re.sub(pattern, lambda found, path=path: flow(_from_here(path) + (found[1] or "")), text)
+        text = _with_reference(text, path)
     return text
+
+
+def _with_reference(text: str, path: Path) -> str:
+    pattern = rf"{_PREFIX}[\w/.-]*{re.escape(path.name)}(:\w+)?"
+    return re.sub(pattern, lambda found: flow(_from_here(path) + (found[1] or "")), text)
 
 
 def _from_here(path: Path) -> str:

@@ -65,6 +65,21 @@ def test_a_file_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["recipes"], 0),
+        (["recipes", "copy", "qm9/bilb_smal.yaml"], 2),
+        (["init", "--help"], 0),
+        (["init", "READM.md"], 2),
+        (["init", "README.md", "--text", "a", "--image", "b"], 2),
+        (["init", "README.md", "--output", "pyproject.toml/my.yaml"], 2),
+    ],
+)
+def test_what_needs_no_data_imports_nothing_heavy(arguments: list[str], code: int) -> None:
+    assert run(*arguments)[0] == f"HEAVY {code} []"
+
+
+@pytest.mark.parametrize(
     ("statement", "heavy", "most"),
     [
         ("import hf_bilb", [], 8),

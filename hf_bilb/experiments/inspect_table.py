@@ -1,0 +1,213 @@
+"""A look at a user's table: which columns it has, and what is in them, read as the data set `table` reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.own.columns import Lists, Words, has_lists, holds_images, lists, numbers, words, words_of
+from hf_bilb.data.own.files import Table, read_tables
+from hf_bilb.data.own.options import CsvOptions, InputOptions, SourceOptions, SplitOptions
+from hf_bilb.errors import OptionError
+
+if TYPE_CHECKING:
+    import datasets
+
+#: Rows of a table that are looked at; the first ones.
+MOST_ROWS = 20_000
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+#: Words that may stand for an empty cell; they do where all other values of a column are numbers.
+_NO_NUMBER = frozenset({"?", "NA", "N/A", "n/a", "na", "#N/A", "-", "--", ".", "NULL", "missing", "unknown"})
+_OTHER_DELIMITERS = (";", "\t", "|", ",")
+
+T = TypeVar("T")
+
+Kind = Literal["numbers", "words", "lists", "images", "others", "empty"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of N rows.
+
+    Attributes:
+        name: as in the table.
+        kind: `numbers`; `words` (any text, true and false, numbers among words); `lists` of words or numbers; `images`
+            of `datasets`; `others`; `empty`, where no cell has a value.
+        num_rows, missing: how many cells were looked at, and how many of them are empty.
+        words: `[N]`, the values of numbers and words as words.
+        numbers: `[N]` of `numbers`, NaN where missing.
+        lists: of `lists`.
+        elements: the elements of all lists as words.
+    """
+
+    name: str
+    kind: Kind
+    num_rows: int
+    missing: int
+    words: Words | None = None
+    numbers: NDArray[np.float64] | None = None
+    lists: Lists | None = None
+    elements: Words | None = None
+
+    @property
+    def known(self) -> int:
+        """Cells with a value."""
+        return self.num_rows - self.missing
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Value -> how often, the most frequent first; of lists that of their elements."""
+        found = self.words if self.elements is None else self.elements
+        if found is None:
+            return {}
+        sizes = np.bincount(found.codes[found.codes >= 0], minlength=len(found.known)).tolist()
+        return dict(sorted(zip(found.known, sizes, strict=True), key=lambda pair: -pair[1]))
+
+    @cached_property
+    def are_whole(self) -> bool:
+        """Whether all numbers are whole."""
+        known = np.empty(0) if self.numbers is None else self.numbers[~np.isnan(self.numbers)]
+        return bool((known == np.round(known)).all())
+
+    @cached_property
+    def no_numbers(self) -> dict[str, int]:
+        """Of `words`: those that are no numbers, where most values are some, and how often each stands there."""
+        odd = {word: number for word, number in self.counts.items() if not _NUMBER.fullmatch(word)}
+        return odd if self.kind == "words" and sum(odd.values()) < self.known / 2 else {}
+
+    def row_of(self, word: str) -> int:
+        """The first row that holds `word`; rows count from 1."""
+        assert self.words is not None
+        return int(np.flatnonzero(self.words.codes == self.words.known.index(word))[0]) + 1
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """`[N]`: of lists their lengths, of words how many words a text has; -1 where missing."""
+        if self.lists is not None:
+            return self.lists.lengths
+        if self.words is None:
+            return np.full(self.num_rows, -1)
+        return np.array([*(len(text.split()) for text in self.words.known), -1])[self.words.codes]
+
+
+@dataclass(frozen=True)
+class InspectedTable:
+    """What the first rows of a table hold.
+
+    Attributes:
+        name: of the file, or of the set and its split.
+        columns: in order.
+        num_rows: how many were looked at.
+        all_rows: how many there are.
+        folder: that paths in it are relative to.
+        csv: how its text was read, where that is not the default.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    num_rows: int
+    all_rows: int
+    folder: Path
+    csv: CsvOptions
+
+    def column(self, name: str, option: str) -> Column:
+        """The column of this name.
+
+        Raises:
+            OptionError: there is none; for the option that named it.
+        """
+        found = next((column for column in self.columns if column.name == name), None)
+        if found is None:
+            names = [column.name for column in self.columns]
+            raise OptionError(f"{option}: there is no column {shown(name)}{nearest(name, names)}; {_listed(names)}")
+        return found
+
+
+def _listed(names: list[str]) -> str:
+    return f"known: {', '.join(names)}" if len(names) <= 30 else f"the table has {len(names)} columns"
+
+
+def inspect_table(path: str | Path) -> InspectedTable:
+    """Look at a file, or at the training part of a folder saved by `datasets`.
+
+    Raises:
+        OptionError: no such file, one of an unknown kind, one that cannot be read, or without rows.
+
+    Cost: the whole file is read, into the cache of `datasets`, from where training reads it; the first 20,000 rows are
+    looked at.
+    """
+    csv = CsvOptions()
+    table = _read(path, csv)
+    if len(names := table.rows.column_names) == 1:
+        other = next((one for one in _OTHER_DELIMITERS if one in names[0]), None)
+        csv = CsvOptions(delimiter=other)
+        table = _read(path, csv)
+    missing = _missing_words(columns := _columns(table))
+    if missing:
+        csv = replace(csv, missing=missing)
+        columns = _columns(replace(table, missing=table.missing | set(missing)))
+    rows = min(len(table.rows), MOST_ROWS)
+    return InspectedTable(table.name, columns, rows, len(table.rows), table.folder, csv)
+
+
+def _read(path: str | Path, csv: CsvOptions) -> Table:
+    unused: Mapping[str, Any] = {}
+    source = SourceOptions("data", str(path), None, csv, InputOptions(text="-"), SplitOptions(), unused)
+    return read_tables(source)["train"][0]
+
+
+def _missing_words(columns: tuple[Column, ...]) -> tuple[str, ...]:
+    """Words that stand for an empty cell, as far as columns of numbers tell."""
+    found = {word for column in columns if column.no_numbers.keys() <= _NO_NUMBER for word in column.no_numbers}
+    return tuple(sorted(found))
+
+
+def _columns(table: Table) -> tuple[Column, ...]:
+    first = replace(table, rows=table.rows.select(range(min(len(table.rows), MOST_ROWS))))
+    return tuple(_column(first, name) for name in table.rows.column_names)
+
+
+def _column(table: Table, name: str) -> Column:
+    import datasets
+
+    feature, size = table.rows.features[name], len(table.rows)
+    if holds_images(table, name):
+        return Column(name, "images", size, _count_missing(table.rows, name))
+    found_lists = _tried(lists, table, name) if has_lists(table, name) else None
+    if found_lists is not None:
+        return _of_lists(table, name, found_lists)
+    found = _tried(words, table, name)
+    if found is None:  # of a type that no option of the data set `table` takes
+        return Column(name, "others", size, _count_missing(table.rows, name))
+    missing = int((found.codes < 0).sum())
+    if missing == size:
+        return Column(name, "empty", size, missing)
+    are_words = isinstance(feature, datasets.ClassLabel) or feature == datasets.Value("bool")
+    values = None if are_words else _tried(numbers, table, name)
+    return Column(name, "words" if values is None else "numbers", size, missing, words=found, numbers=values)
+
+
+def _of_lists(table: Table, name: str, found: Lists) -> Column:
+    elements = words_of(found.values, found.feature, table.missing)
+    missing = int((found.lengths < 0).sum())
+    return Column(name, "lists", len(table.rows), missing, lists=found, elements=elements)
+
+
+def _tried(read: Callable[[Table, str], T], table: Table, name: str) -> T | None:
+    """None where one of the values is of another kind."""
+    try:
+        return read(table, name)
+    except OptionError:
+        return None
+
+
+def _count_missing(rows: datasets.Dataset, name: str) -> int:
+    return int(rows.with_format("arrow")[name].null_count)
