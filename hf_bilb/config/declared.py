@@ -8,6 +8,7 @@ check of the class itself, which comes afterwards in any case.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,16 @@ _PLAIN: dict[str, Any] = {
     "dict": dict,
     "list": list,
 }
-_GENERIC: dict[str, Any] = {"Literal": Literal, "Optional": Optional, "Union": Union, "tuple": tuple, "list": list}
+_GENERIC: dict[str, Any] = {
+    "Literal": Literal,
+    "Optional": Optional,
+    "Union": Union,
+    "tuple": tuple,
+    "list": list,
+    "dict": dict,
+}
+#: What a field may be made by.
+_FIELD_MAKERS = ("bounded", "field")
 # transformers makes these names on demand, too.
 _ELSEWHERE = {("transformers", "TrainingArguments"): "transformers.training_args"}
 
@@ -41,7 +51,7 @@ class _NotTold(Exception):  # no error: a control flow of this file
 def declared_fields(module: str, class_name: str) -> dict[str, Any]:
     """The fields of a dataclass in their order: name -> type, or `UNKNOWN`; empty where the class is not found."""
     try:
-        return dict(_fields(module, class_name))
+        return {name: kind for name, kind, _ in _fields(module, class_name)}
     except (_NotTold, OSError, SyntaxError):
         return {}
 
@@ -109,7 +119,8 @@ def _calls(tree: ast.Module, attribute: str) -> Iterator[ast.Call]:
             yield from (decorator for decorator in node.decorator_list if isinstance(decorator, ast.Call))
 
 
-def _fields(module: str, class_name: str) -> Iterator[tuple[str, Any]]:
+def _fields(module: str, class_name: str) -> Iterator[tuple[str, Any, bool]]:
+    """Name and type of each field, and whether it is required."""
     home, node = _definition(module, class_name)
     if not isinstance(node, ast.ClassDef):
         raise _NotTold
@@ -118,7 +129,7 @@ def _fields(module: str, class_name: str) -> Iterator[tuple[str, Any]]:
             yield from _fields(home, base.id)
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and _is_field(line):
-            yield line.target.id, _type_or_unknown(home, line.annotation)
+            yield line.target.id, _type_or_unknown(home, line.annotation), _is_required(line.value)
 
 
 def _is_field(line: ast.AnnAssign) -> bool:
@@ -127,6 +138,12 @@ def _is_field(line: ast.AnnAssign) -> bool:
     value = line.value
     arguments = value.keywords if isinstance(value, ast.Call) else []
     return not any(a.arg == "init" and isinstance(a.value, ast.Constant) and a.value.value is False for a in arguments)
+
+
+def _is_required(value: ast.expr | None) -> bool:
+    if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Name) or value.func.id not in _FIELD_MAKERS:
+        return value is None
+    return not value.args and not any(a.arg in ("default", "default_factory") for a in value.keywords)
 
 
 @functools.cache
@@ -164,7 +181,7 @@ def _type(module: str, node: ast.AST) -> Any:
             return _PLAIN[node.id]
         home, value = _definition(module, node.id)
         if isinstance(value, ast.ClassDef):
-            raise _NotTold
+            return _options_class(home, node.id)
         return _type(home, value)
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in _GENERIC:
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
@@ -173,6 +190,19 @@ def _type(module: str, node: ast.AST) -> Any:
         arguments = tuple(... if _is_ellipsis(value) else _type(module, value) for value in inner)
         return _GENERIC[node.value.id][arguments if len(arguments) > 1 else arguments[0]]
     raise _NotTold
+
+
+@functools.cache
+def _options_class(module: str, name: str) -> type[Any]:
+    """A dataclass with the fields of the one in the source; it knows types, and no ranges."""
+    _, node = _definition(module, name)
+    if not isinstance(node, ast.ClassDef) or not any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+        raise _NotTold
+    fields: list[Any] = []
+    for key, kind, required in _fields(module, name):
+        default = dataclasses.MISSING if required else None
+        fields.append((key, Any if kind is UNKNOWN else kind, dataclasses.field(default=default)))
+    return dataclasses.make_dataclass(name, fields, kw_only=True)
 
 
 def _is_ellipsis(node: ast.AST) -> bool:

@@ -121,9 +121,10 @@ def plan_comparison(
         raise OptionError(f"--base: {shown(reference)} is none of {', '.join(labels)}{nearest(reference, labels)}")
     folder = _folder(output, shared)
     command = _command(launcher)
-    plan_runs(recipe, overrides, folder, asked, numbers[:1], split_by_seed=split_by_seed)  # before data are loaded
-    tasks = task_names(shared) if single_tasks else ()
-    runs = plan_runs(recipe, overrides, folder, asked, numbers, tasks, split_by_seed)
+    seed_keys = split_seed_keys(shared) if split_by_seed else ()
+    plan_runs(recipe, overrides, folder, asked, numbers[:1], {}, seed_keys)  # before data are loaded
+    tasks = single_task_choices(shared) if single_tasks else {}
+    runs = plan_runs(recipe, overrides, folder, asked, numbers, tasks, seed_keys)
     base = reference or ("ls" if "ls" in labels else labels[0])
     return ComparisonPlan(shared, tuple(runs), labels, numbers, base, folder, command, split_by_seed)
 
@@ -229,8 +230,8 @@ def plan_runs(
     output: Path,
     balancers: Sequence[Balancer],
     seeds: Sequence[int],
-    single_tasks: Sequence[str] = (),
-    split_by_seed: bool = False,
+    single_tasks: Mapping[str, Any] | None = None,
+    split_seed_keys: Sequence[str] = (),
 ) -> list[PlannedRun]:
     """Every run with its checked recipe; seed by seed, so that a comparison of one seed is there early.
 
@@ -238,8 +239,9 @@ def plan_runs(
         recipe, overrides: as for `read_recipe`.
         output: folder of the comparison.
         balancers, seeds: the methods, and `trainer.seed` of their runs.
-        single_tasks: the tasks that are also trained alone, with the sum of losses (which has one term).
-        split_by_seed: the seed also splits the data (`data.seed`).
+        single_tasks: the tasks that are also trained alone, with the sum of losses (which has one term), and what
+            `data.tasks` is then.
+        split_seed_keys: what else gets the seed (`data.seed`), so that it also splits the data.
 
     Raises:
         OptionError: at the first setting of any run that is not valid.
@@ -247,7 +249,7 @@ def plan_runs(
     runs = []
 
     def add(label: str, task: str, seed: int, folder: Path, *own: str) -> None:
-        of_seed = [f"trainer.seed={seed}", *([f"data.seed={seed}"] if split_by_seed else [])]
+        of_seed = [f"{key}={seed}" for key in ("trainer.seed", *split_seed_keys)]
         of_folder = f"trainer.output_dir={_yaml(str(folder / f'seed-{seed}'))}"
         changes = (*own, *of_seed, of_folder)
         runs.append(PlannedRun(label, task, seed, changes, read_recipe(recipe, (*overrides, *changes))))
@@ -255,9 +257,9 @@ def plan_runs(
     for seed in seeds:
         for balancer in balancers:
             add(balancer.label, "", seed, output / balancer.label, f"balancer={_yaml(balancer.section)}")
-        for task in single_tasks:
+        for task, choice in (single_tasks or {}).items():
             folder = output / SINGLE_TASK / re.sub(r"[^\w.,=+-]+", "_", task)
-            add(SINGLE_TASK, task, seed, folder, 'balancer={"name": "ls"}', f"data.tasks={_yaml([task])}")
+            add(SINGLE_TASK, task, seed, folder, 'balancer={"name": "ls"}', f"data.tasks={_yaml(choice)}")
     return runs
 
 
@@ -266,8 +268,18 @@ def _yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def task_names(recipe: Recipe) -> tuple[str, ...]:
-    """The tasks of the recipe's data: as it names them, else by loading the data once.
+def split_seed_keys(recipe: Recipe) -> list[str]:
+    """The keys of the seeds that split the recipe's data: `data.seed`, or those of every option `split`."""
+    data = recipe.data
+    if not isinstance(data.get("split"), Mapping):
+        return ["data.seed"]
+    own = [name for name, task in data["tasks"].items() if task["split"] is not None]
+    return ["data.split.seed", *(f"data.tasks.{name}.split.seed" for name in own)]
+
+
+def single_task_choices(recipe: Recipe) -> dict[str, Any]:
+    """Each task of the recipe's data, and what `data.tasks` is for it alone; the tasks are as the recipe names them,
+    else known by loading the data once.
 
     Raises:
         OptionError: the data set has no option `tasks`, so that no task can be trained alone.
@@ -279,9 +291,12 @@ def task_names(recipe: Recipe) -> tuple[str, ...]:
         raise OptionError(
             f"--stl: the data set {recipe.data['name']!r} has no option data.tasks to train one task with"
         )
-    if recipe.data["tasks"] is not None:
-        return tuple(recipe.data["tasks"])
-    return DATA_SETS[recipe.data["name"]].load(resolve_data_options(recipe)).task_names
+    tasks = recipe.data["tasks"]
+    if isinstance(tasks, Mapping):
+        return {name: {name: options} for name, options in tasks.items()}
+    if tasks is None:
+        tasks = DATA_SETS[recipe.data["name"]].load(resolve_data_options(recipe)).task_names
+    return {name: [name] for name in tasks}
 
 
 # ---------------------------------------------------------------------------------------------------- how far they are

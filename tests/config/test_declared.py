@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -27,8 +28,24 @@ def same(declared: dict[str, Any], options: type[Any]) -> int:
     hints = typing.get_type_hints(options)
     assert list(declared) == [field.name for field in dataclasses.fields(options) if field.init]
     told = {name: kind for name, kind in declared.items() if kind is not UNKNOWN}
-    assert told == {name: hints[name] for name in told}
+    for name, kind in told.items():
+        assert agree(kind, hints[name]), name
     return len(told)
+
+
+def agree(declared: Any, kind: Any) -> bool:
+    """Whether a type from the source is that of the class; options within options become classes of their own."""
+    if dataclasses.is_dataclass(declared) and isinstance(kind, type):
+        mine, theirs = typing.get_type_hints(declared), typing.get_type_hints(kind)
+        required = [[f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+                    for cls in (declared, kind)]  # fmt: skip
+        known = [f.name for f in dataclasses.fields(kind) if f.init]
+        of_fields = all(mine[name] is Any or agree(mine[name], theirs[name]) for name in known)
+        return list(mine) == known and required[0] == required[1] and of_fields
+    inner, theirs_inner = typing.get_args(declared), typing.get_args(kind)
+    if len(inner) != len(theirs_inner) or not inner or typing.get_origin(declared) is Literal:
+        return bool(declared == kind)
+    return all(map(agree, inner, theirs_inner))
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -66,6 +83,21 @@ def test_what_the_source_does_not_tell_is_left_to_the_class() -> None:
     assert options_of("json") is None
     assert declared_fields("json", "NoSuchClass") == {}
     check_declared({"anything": 1}, {}, "part")
+
+
+def test_options_within_options_are_checked_by_the_source() -> None:
+    fields = declared_fields("hf_bilb.data.own.options", "OwnDataOptions")
+    assert UNKNOWN not in fields.values()
+    for values, line in (
+        (
+            {"tasks": {"a": {"type": "regression", "colum": 1}}},
+            'tasks.a.colum: unknown option, value 1 (did you mean "column"?)',
+        ),
+        ({"tasks": {"a": {}}}, "tasks.a.type: is required, expected one of"),
+        ({"split": {"seed": "x"}}, "split.seed: 'x' is not valid, expected an integer"),
+    ):
+        with pytest.raises(OptionError, match=re.escape(line)):
+            check_declared(values, fields, "data")
 
 
 def test_a_registry_imports_an_entry_when_it_is_taken() -> None:

@@ -33,18 +33,12 @@ from hf_bilb.data.own.joined import Joined, join_sources
 from hf_bilb.data.own.options import OwnDataOptions
 from hf_bilb.data.own.summary import summary
 from hf_bilb.data.own.table import Encoder, read_cells
-from hf_bilb.data.own.text import (
-    LabelledTokens,
-    PadLabelledTokens,
-    Texts,
-    check_lengths,
-    read_texts,
-    tokenize_texts,
-)
+from hf_bilb.data.own.text import Texts, check_lengths, read_texts, tokenize_texts
 from hf_bilb.data.rows import Rows, VectorRows, collate_images, collate_vectors
 from hf_bilb.data.splits import PARTS
 from hf_bilb.data.task_data import DataSetSpec, TaskData
-from hf_bilb.data.text.tokenization import Tokens, check_max_length, load_tokenizer
+from hf_bilb.data.text.rows import PadTokens, TokenRows
+from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.mixed import MixedLosses
 from hf_bilb.losses.task_types import LABELS, TAG_LABELS
@@ -119,25 +113,22 @@ def _text_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
         raise OptionError("data.tokenizer: is required where no model says it, expected a name, such as "
                           "google-bert/bert-base-uncased")  # fmt: skip
     texts = [_checked_texts(joined, number) for number in range(len(joined.sources))]
-    tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer")
+    tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer", any(one.are_words for one in texts))
     check_max_length(tokenizer, options.max_length, options.tokenizer)
 
-    def part(name: str) -> LabelledTokens:
-        found = [
-            tokenize_texts(tokenizer, of_source, rows, joined.tags(number), options.max_length)
-            for number, (of_source, rows) in enumerate(zip(texts, joined.rows[name], strict=True))
-        ]
-        tag_labels = [labels for _, labels in found if labels is not None]
-        return LabelledTokens(
-            Tokens.concatenate([tokens for tokens, _ in found]),
-            joined.labels(name),
-            np.concatenate(tag_labels) if tag_labels else None,
+    def part(name: str) -> TokenRows:
+        of_sources = joined.labels_by_source(name)
+        return TokenRows.concatenate(
+            [
+                tokenize_texts(tokenizer, texts[number], rows, labels, joined.tags(number), options.max_length)
+                for number, (rows, labels) in enumerate(zip(joined.rows[name], of_sources, strict=True))
+            ]
         )
 
     pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the attention mask hides it
     return Inputs(
         {name: part(name) for name in PARTS},
-        PadLabelledTokens(pad_token_id),
+        PadTokens(pad_token_id),
         {"vocab_size": len(tokenizer), "max_length": options.max_length},
         tokenizer,
     )
@@ -196,9 +187,9 @@ def _trivial(joined: Joined, inputs: Inputs, chosen: Mapping[str, Sequence[str]]
     of_train, of_test = (joined.labels(part) if joined.width else None for part in ("train", "test"))
     train, test = inputs.parts["train"], inputs.parts["test"]
     tags: tuple[Any, Any] = (None, None)
-    if isinstance(train, LabelledTokens) and isinstance(test, LabelledTokens) and joined.tagged:
+    if isinstance(train, TokenRows) and isinstance(test, TokenRows) and joined.tagged:
         # Of the training part the order of the tokens does not matter: as one row, they need no padding.
-        tags = (train.columns[TAG_LABELS][None], test.padded_tags())
+        tags = (train.columns[TAG_LABELS][None], test.padded_tag_labels())
     return trivial_metrics(joined.types, of_train, of_test, *tags, chosen)
 
 

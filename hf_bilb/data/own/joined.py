@@ -57,14 +57,15 @@ class Joined:
 
     def labels(self, part: str) -> NDArray[np.float32]:
         """`[N, W]`, NaN where missing."""
-        slices = label_slices(self.types)
-        starts = np.cumsum([0, *map(len, self.rows[part])])
-        joined = np.full((starts[-1], self.width), np.nan, np.float32)
-        for name, labels in self.tasks.items():
+        return np.concatenate(self.labels_by_source(part))
+
+    def labels_by_source(self, part: str) -> list[NDArray[np.float32]]:
+        """The same of each source's rows."""
+        found = [np.full((len(rows), self.width), np.nan, np.float32) for rows in self.rows[part]]
+        for name, columns in label_slices(self.types).items():
             number = self.source_of[name]
-            of_source = slice(starts[number], starts[number + 1])
-            joined[of_source, slices[name]] = labels.values[self.rows[part][number]]
-        return joined
+            found[number][:, columns] = self.tasks[name].values[self.rows[part][number]]
+        return found
 
     def task_ids(self, part: str) -> Ints | None:
         """`[N]`, the task of each row; None where all tasks share their rows."""

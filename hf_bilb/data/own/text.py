@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,10 @@ from hf_bilb.data.own import columns
 from hf_bilb.data.own.files import Table
 from hf_bilb.data.own.labels import Tags
 from hf_bilb.data.own.source import Source
-from hf_bilb.data.text.rows import PadTokens, SequenceRows, padded_column, where_tokens_are
+from hf_bilb.data.text.rows import TokenRows
 from hf_bilb.data.text.tokenization import Tokens, encode
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.masked import MISSING_INTEGER
-from hf_bilb.losses.task_types import LABELS, TAG_LABELS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,20 +74,25 @@ def check_lengths(source: Source, texts: Texts, tags: Tags, column: str) -> None
 
 
 def tokenize_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Texts, rows: Rows, tags: Sequence[Tags | None], max_length: int
-) -> tuple[Tokens, NDArray[np.int64] | None]:
-    """The tokens of some rows, and the labels of these tokens `[sum of lengths, M]` for M tasks; None for no task.
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    rows: Rows,
+    labels: NDArray[np.float32],
+    tags: Sequence[Tags | None],
+    max_length: int,
+) -> TokenRows:
+    """Some rows as tokens, with their `labels [N, W]`, and labels of the tokens for M tasks.
 
     The first token of a word has the word's label, the others have none, nor have words that were cut off. A task
     without tags (of another source) has no labels.
     """
     chosen = texts.take(rows)
     tokens = encode(tokenizer, chosen.columns, max_length, chosen.are_words)
-    if not tags:
-        return tokens, None
-    labels = [np.full(len(tokens.input_ids), MISSING_INTEGER) if one is None else _aligned(tokens, one, rows)
-              for one in tags]  # fmt: skip
-    return tokens, np.stack(labels, axis=1)
+    of_tasks = [
+        np.full(len(tokens.input_ids), MISSING_INTEGER) if one is None else _aligned(tokens, one, rows) for one in tags
+    ]
+    tag_labels = np.stack(of_tasks, axis=1) if of_tasks else None
+    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, None, labels, tag_labels)
 
 
 def _aligned(tokens: Tokens, tags: Tags, rows: Rows) -> NDArray[np.int64]:
@@ -102,43 +106,3 @@ def _aligned(tokens: Tokens, tags: Tags, rows: Rows) -> NDArray[np.int64]:
     labels = np.full(len(words), MISSING_INTEGER)
     labels[labelled] = tags.codes[tags.starts[rows][row_of[labelled]] + words[labelled]]
     return labels
-
-
-class LabelledTokens(SequenceRows):
-    """Rows with views `input_ids [T]` (`token_type_ids [T]`), `labels [W]` and `tag_labels [T, M]`, those there are.
-
-    Use `PadLabelledTokens` with it.
-
-    Args:
-        tokens: of N rows.
-        labels: `[N, W]` float32, NaN where missing.
-        tag_labels: `[sum of lengths, M]`, -100 where missing; None: there are none.
-    """
-
-    def __init__(self, tokens: Tokens, labels: NDArray[np.float32], tag_labels: NDArray[np.int64] | None) -> None:
-        tagged = {} if tag_labels is None else {TAG_LABELS: tag_labels}
-        super().__init__(tokens.lengths, {**tokens.columns, **tagged})
-        self.labels = labels
-
-    def _row(self, place: int) -> dict[str, Any]:
-        row: dict[str, Any] = self._tokens(place)
-        return {**row, LABELS: self.labels[place]} if self.labels.shape[1] else row
-
-    def padded_tags(self) -> NDArray[np.int64]:
-        """`tag_labels` of all rows, `[N, T, M]`."""
-        values = self.columns[TAG_LABELS]
-        there = np.arange(self.lengths.max()) < self.lengths[:, None]
-        padded = np.full((*there.shape, values.shape[1]), MISSING_INTEGER)
-        padded[there] = values
-        return padded
-
-
-class PadLabelledTokens(PadTokens):
-    """Collator of `LabelledTokens`: as `PadTokens`, with `tag_labels [B, T, M]`, -100 where there is no token."""
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch."""
-        batch = super().__call__(rows)
-        if TAG_LABELS in rows[0]:
-            batch[TAG_LABELS] = padded_column(rows, TAG_LABELS, where_tokens_are(rows), MISSING_INTEGER)
-        return batch

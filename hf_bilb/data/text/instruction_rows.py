@@ -50,6 +50,8 @@ class InstructionRows(SequenceRows):
         ValueError: when the arrays do not fit together.
     """
 
+    task_ids: NDArray[np.int64]
+
     def __init__(
         self,
         lengths: NDArray[np.int64],

@@ -51,16 +51,17 @@ class SequenceRows(Rows):
 
 
 class TokenRows(SequenceRows):
-    """Sequences with labels, each row of one task of several.
+    """Sequences with labels of the row, of its tokens, or of both.
 
-    A row has views `input_ids [T]` (and `token_type_ids [T]`) and `labels [W]`.
+    A row has views `input_ids [T]` (`token_type_ids [T]`), `labels [W]` and `tag_labels [T, M]`, those that there are.
 
     Args:
         lengths: `[N]`, tokens per row.
         input_ids: `[sum of lengths]` int32, the rows one after the other.
         token_type_ids: the same in int8, or None for tokenizers that make none.
-        task_ids: `[N]` int64, the task of each row; no column, but an attribute.
-        labels: `[N, W]` float32, NaN where missing.
+        task_ids: `[N]` int64, where each row is of one task of several; no column, but an attribute.
+        labels: `[N, W]` float32, NaN where missing; no column where W is 0.
+        tag_labels: `[sum of lengths, M]`, -100 where missing; None: there are none.
 
     Raises:
         ValueError: when the arrays do not fit together.
@@ -71,31 +72,46 @@ class TokenRows(SequenceRows):
         lengths: NDArray[np.int64],
         input_ids: NDArray[np.int32],
         token_type_ids: NDArray[np.int8] | None,
-        task_ids: NDArray[np.int64],
+        task_ids: NDArray[np.int64] | None,
         labels: NDArray[np.float32],
+        tag_labels: NDArray[np.int64] | None = None,
     ) -> None:
+        given = {"input_ids": input_ids, "token_type_ids": token_type_ids, TAG_LABELS: tag_labels}
+        columns = {name: column for name, column in given.items() if column is not None}
         num_tokens = int(lengths.sum())
-        if not len(lengths) == len(task_ids) == len(labels):
-            raise ValueError(f"{len(lengths)} lengths, {len(task_ids)} task_ids, {len(labels)} labels")
-        if len(input_ids) != num_tokens or (token_type_ids is not None and len(token_type_ids) != num_tokens):
-            raise ValueError(f"the lengths add up to {num_tokens}, but there are {len(input_ids)} input_ids")
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        super().__init__(lengths, {"input_ids": input_ids, **types}, task_ids)
+        if len(lengths) != len(labels) or (task_ids is not None and len(task_ids) != len(labels)):
+            of_tasks = "no" if task_ids is None else len(task_ids)
+            raise ValueError(f"{len(lengths)} lengths, {of_tasks} task_ids, {len(labels)} labels")
+        for name, column in columns.items():
+            if len(column) != num_tokens:
+                raise ValueError(f"the lengths add up to {num_tokens}, but there are {len(column)} {name}")
+        super().__init__(lengths, columns, task_ids)
         self.labels = labels
 
     def _row(self, place: int) -> dict[str, Any]:
-        return {**self._tokens(place), LABELS: self.labels[place]}
+        row: dict[str, Any] = self._tokens(place)
+        return row if self.labels.shape[1:] == (0,) else {**row, LABELS: self.labels[place]}
+
+    def padded_tag_labels(self) -> NDArray[np.int64]:
+        """Of all rows, padded to the longest, `[N, T, M]`."""
+        values = self.columns[TAG_LABELS]
+        there = np.arange(self.lengths.max()) < self.lengths[:, None]
+        padded = np.full((*there.shape, values.shape[1]), IGNORED, np.int64)
+        padded[there] = values
+        return padded
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenRows]) -> TokenRows:
         """The rows of all `parts`, one part after the other."""
-        tokens = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+        tasks = [part.task_ids for part in parts if part.task_ids is not None]
         return cls(
             np.concatenate([part.lengths for part in parts]),
-            tokens["input_ids"],
-            tokens.get("token_type_ids"),
-            np.concatenate([part.task_ids for part in parts]),
+            columns["input_ids"],
+            columns.get("token_type_ids"),
+            np.concatenate(tasks) if tasks else None,
             np.concatenate([part.labels for part in parts]),
+            columns.get(TAG_LABELS),
         )
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 10_000  # rows that are tokenized together: their Python lists take about 20 MB
 
 
-def load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `name` (see `pretrained_path`).
+def load_tokenizer(name: str, path: str, for_words: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `name` (see `pretrained_path`); with `for_words` one that takes lists of words.
 
     Raises:
         OptionError: one line, when it cannot be loaded.
@@ -35,7 +35,19 @@ def load_tokenizer(name: str, path: str) -> PreTrainedTokenizerBase:
         raise OptionError(f"{path}: {name!r} gives no tokenizer: {' '.join(str(error).split())}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise OptionError(f"{path}: {name!r} gives no tokenizer")
-    return tokenizer
+    return _for_words(tokenizer, folder, f"{path}: {name!r}") if for_words else tokenizer
+
+
+def _for_words(tokenizer: PreTrainedTokenizerBase, folder: str, what: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not tokenizer.is_fast:
+        raise OptionError(f"{what} is no fast tokenizer, which lists of words need")
+    # Of byte-level tokenizers (RoBERTa): a word begins with a space, but for the first one of a text.
+    if getattr(tokenizer, "add_prefix_space", None) is not False:
+        return tokenizer
+    spaced: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
+    return spaced
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, max_length: int, name: str = "") -> None:
@@ -62,28 +74,6 @@ class Tokens:
     input_ids: NDArray[np.int32]
     token_type_ids: NDArray[np.int8] | None
     word_ids: NDArray[np.int64] | None = None
-
-    @property
-    def columns(self) -> dict[str, NDArray[np.integer]]:
-        """What a model takes, by name."""
-        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
-        return {"input_ids": self.input_ids, **types}
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Tokens]) -> Tokens:
-        """The rows of all `parts`, one part after the other."""
-        return cls(
-            np.concatenate([part.lengths for part in parts]),
-            np.concatenate([part.input_ids for part in parts]),
-            _joined([part.token_type_ids for part in parts]),
-            _joined([part.word_ids for part in parts]),
-        )
-
-
-def _joined(arrays: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
-    """One after the other; None where one is."""
-    present = [array for array in arrays if array is not None]
-    return np.concatenate(present) if len(present) == len(arrays) else None
 
 
 def encode(
@@ -139,16 +129,16 @@ def tokenize(
     num_tasks: int,
     max_length: int,
 ) -> TokenRows:
-    """The rows of one task of K: see `encode`.
+    """Tokenize the rows of one task of K, each of which has one column of labels.
 
     Args:
-        tokenizer, texts, max_length: of `encode`.
+        tokenizer, texts, max_length: see `encode`.
         labels: `[N]`, which become the task's column of `labels [N, K]`; the others are NaN.
         task_id: the task's number, and that of its column.
         num_tasks: K.
     """
     tokens = encode(tokenizer, texts, max_length)
-    columns = np.full((len(labels), num_tasks), np.nan, np.float32)
-    columns[:, task_id] = labels
+    columns_of_tasks = np.full((len(labels), num_tasks), np.nan, np.float32)
+    columns_of_tasks[:, task_id] = labels
     task_ids = np.full(len(labels), task_id, np.int64)
-    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, task_ids, columns)
+    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, task_ids, columns_of_tasks)
