@@ -98,12 +98,12 @@ class Around(nn.Module):
         self.heads = nn.Linear(16, 2)
 
 
-BINARY = {"a": TaskType("multi_label"), "b": TaskType("multi_label")}
+NUMBERS = {"a": TaskType("regression"), "b": TaskType("regression")}
 CLASSES = {"a": TaskType("classification", 2), "b": TaskType("classification", 3)}
 
 
 def image_encoder() -> nn.Module:
-    return MultiTaskImageModel(MultiTaskImageConfig(hf.ViTConfig(**VIT), 16, BINARY, image_size=16))
+    return MultiTaskImageModel(MultiTaskImageConfig(hf.ViTConfig(**VIT), 16, NUMBERS, image_size=16))
 
 
 def text_encoder() -> nn.Module:

@@ -85,6 +85,8 @@ def test_parts_without_files_are_drawn_and_do_not_depend_on_the_tasks(tmp_path: 
     data = load(**options, tasks=TASKS)
     found = [rows_of(data, part) for part in ("train", "validation", "test")]
     assert list(map(len, found)) == [42, 6, 12] and set.union(*found) == set(range(60))
+    expected = split_rows(60, 1, None, num_validation=6, num_test=12)
+    assert found == [set(part.tolist()) for part in expected]
     again = load(**options, tasks={"c": {"type": "classification"}, **TASKS})
     assert {int(value) for value in labels(again, "test")[:, 1]} == found[2]
     other = load(**{**options, "split": {"test": 0.2, "seed": 2}}, tasks=TASKS)

@@ -140,3 +140,19 @@ def test_words_begin_with_a_space_in_byte_level_tokenizers(tmp_path: Path) -> No
     data = load(files=files, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=tokenizer)
     text = data.processing_class.decode(data.train[1]["input_ids"], skip_special_tokens=True)
     assert text == " a cat sat on"
+
+
+def test_tags_stay_with_their_words_in_drawn_parts(tmp_path: Path, encoder: str) -> None:
+    generator = np.random.default_rng(0)
+    tag_of = {"cat": "B-animal", "dog": "B-animal", "tree": "B-plant", "the": "O", "ran": "O"}
+    rows = [{"words": list(generator.choice(list(tag_of), generator.integers(1, 6)))} for _ in range(40)]
+    file = write_jsonl(tmp_path / "a.jsonl", [{**row, "tags": [tag_of[word] for word in row["words"]]} for row in rows])
+    data = load(files=file, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=encoder)
+    names = data.model_arguments["tasks"]["tags"].names
+    seen = 0
+    for part in (data.train, data.validation, data.test):
+        for row in (part[place] for place in range(len(part))):
+            words = data.processing_class.convert_ids_to_tokens(row["input_ids"][1:-1])
+            assert [names[tag] for tag in row["tag_labels"][1:-1, 0]] == [tag_of[word] for word in words]
+            seen += len(words)
+    assert seen == sum(len(row["words"]) for row in rows)
