@@ -78,6 +78,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/image_loading.py
 	$(BIN)/python benchmarks/dense_loading.py
 	$(BIN)/python benchmarks/dense_models.py
+	$(BIN)/python benchmarks/task_heads.py
 
 campaign: $(VENV)/installed-dev
 	$(BIN)/python -m pytest campaigns -q --durations=5

@@ -60,7 +60,7 @@ class MultiTaskImageOptions:
             `pooler`, the encoder's own pooled output.
         dropout: before the heads, in [0, 1).
         lora: options of LoRA, with which only the adapters and the heads are trained; null = everything is. For most
-            image models `target_modules` has to name the layers (`[query, value]` of a ViT).
+            image models `target_modules` has to name the layers; without it an error lists them.
         quantization: `4bit` or `8bit`, of the encoder's weights under LoRA; needs a CUDA GPU and bitsandbytes.
     """
 

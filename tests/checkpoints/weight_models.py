@@ -10,6 +10,7 @@ import transformers as hf
 from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.dense.backbone import DenseBackboneConfig, DenseBackboneModel
 from hf_bilb.models.image_encoder import MultiTaskImageConfig, MultiTaskImageModel
 from hf_bilb.models.text_encoder import MultiTaskTextConfig, MultiTaskTextModel
@@ -97,12 +98,16 @@ class Around(nn.Module):
         self.heads = nn.Linear(16, 2)
 
 
+NUMBERS = {"a": TaskType("regression"), "b": TaskType("regression")}
+CLASSES = {"a": TaskType("classification", 2), "b": TaskType("classification", 3)}
+
+
 def image_encoder() -> nn.Module:
-    return MultiTaskImageModel(MultiTaskImageConfig(hf.ViTConfig(**VIT), 16, ["a", "b"], image_size=16))
+    return MultiTaskImageModel(MultiTaskImageConfig(hf.ViTConfig(**VIT), 16, NUMBERS, image_size=16))
 
 
 def text_encoder() -> nn.Module:
-    return MultiTaskTextModel(MultiTaskTextConfig(hf.BertConfig(**TEXT), ["a", "b"], [2, 3]))
+    return MultiTaskTextModel(MultiTaskTextConfig(hf.BertConfig(**TEXT), CLASSES))
 
 
 def dense_backbone() -> nn.Module:

@@ -22,6 +22,7 @@ from hf_bilb.data.rows import collate_images
 from hf_bilb.errors import OptionError
 from hf_bilb.experiments.recipe import read_recipe
 from hf_bilb.experiments.train import run_recipe
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.reporting.results import read_results
 from tests.data.celeba_files import change_line, made_up, name_of, write_celeba
 
@@ -72,7 +73,9 @@ def test_some_tasks_in_an_order_of_one_s_own(tmp_path: Path) -> None:
     columns = [ATTRIBUTES.index(task) for task in tasks]
     data = load_celeba(options(tmp_path / "celeba", tasks=tasks))
     np.testing.assert_array_equal(data.train.labels, labels[:12, columns])
-    assert data.task_names == tasks and data.model_arguments == {"task_names": list(tasks), "image_size": 16}
+    assert data.task_names == tasks and data.model_arguments["image_size"] == 16
+    assert data.model_arguments["tasks"] == dict.fromkeys(tasks, TaskType("multi_label"))
+    assert list(data.model_arguments["tasks"]) == list(tasks)
     keys = ["Young_f1", "Bald_f1", "Smiling_f1", "mean_f1", "mean_accuracy", "mean_roc_auc", "delta_m"]
     assert [metric.key for metric in data.metrics] == list(data.trivial_metrics) == keys
     assert data.single_task_base == {"Young_f1": 0.91907, "Bald_f1": 0.7205613, "Smiling_f1": 0.924108}

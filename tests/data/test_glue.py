@@ -26,7 +26,7 @@ from hf_bilb.data.text.glue import (
     read_tsv,
     split_training_rows,
 )
-from hf_bilb.data.text.rows import PadTokens, TokenRows, count_task_items
+from hf_bilb.data.text.rows import PadTokens, TokenRows
 from hf_bilb.data.text.tokenization import tokenize
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.trainer.sampling import example_tasks
@@ -277,7 +277,7 @@ def write_hub(root: Path, task: str, labels: dict[str, list[object]] | None = No
         )
         texts[split] = [list(columns[name]) for name in names]
         hub_names = HUB_TEXTS.get(task, ["sentence1", "sentence2"])
-        given = (labels or {}).get(split) or [k % TASKS[task].num_classes for k in range(12)]
+        given = (labels or {}).get(split) or [k % (len(TASKS[task].classes) or 1) for k in range(12)]
         table = {**dict(zip(hub_names, texts[split], strict=True)), "label": given, "idx": list(range(12))}
         (root / task).mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(table).to_parquet(str(root / task / f"{split}-00000-of-00001.parquet"))
@@ -291,7 +291,7 @@ def test_a_folder_in_the_hub_s_layout_reads_like_the_tsv_files(tmp_path: Path, t
     splits = list(texts)
     assert [list(column) for column in train.texts] == texts[splits[0]]
     assert [list(column) for column in dev.texts] == texts[splits[1]]
-    assert train.labels.tolist() == [k % TASKS[task].num_classes for k in range(12)]
+    assert train.labels.tolist() == [k % (len(TASKS[task].classes) or 1) for k in range(12)]
 
 
 def test_a_name_on_the_hub_is_loaded_by_name_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,14 +335,20 @@ def test_what_is_wrong_on_the_hub_is_one_line(tmp_path: Path, monkeypatch: pytes
 
 def test_parts_tasks_and_rows(folder: str, encoder: str) -> None:
     data = load_glue(GlueOptions(folder=folder, tokenizer=encoder, tasks=("mnli", "stsb", "cola"), max_length=32))
-    assert data.task_names == ("mnli", "stsb", "cola") and data.label_names == ("labels", "task_ids")
-    assert data.model_arguments["num_classes"] == [3, 1, 2]
+    assert data.task_names == ("mnli", "stsb", "cola") and data.label_names == ("labels",)
+    tasks = data.model_arguments["tasks"]
+    assert list(tasks) == list(data.task_names)
+    kinds = [("classification", 3), ("regression", 1), ("classification", 2)]
+    assert [(task.type, task.size) for task in tasks.values()] == kinds
+    assert tasks["mnli"].names == ("entailment", "neutral", "contradiction")
     for part, count in ((data.train, 36), (data.validation, 4), (data.test, 10)):
         assert np.bincount(part.task_ids).tolist() == [count] * 3
         assert example_tasks(part, data.task_names).tolist() == part.task_ids.tolist()
+        # A row has a label of its own task alone.
+        assert np.array_equal(~np.isnan(part.labels), np.eye(3, dtype=bool)[part.task_ids])
     # The dev sets are the test part, in their order.
-    assert data.test.labels.tolist()[:10] == [k % 3 for k in range(10)]
-    assert set(data.train.labels[data.train.task_ids == 1].tolist()) <= {0.0, 2.5, np.float32(3.8), 5.0}
+    assert data.test.labels[:10, 0].tolist() == [k % 3 for k in range(10)]
+    assert set(data.train.labels[data.train.task_ids == 1, 1].tolist()) <= {0.0, 2.5, np.float32(3.8), 5.0}
 
 
 def test_held_out_rows_are_training_rows_and_each_row_is_in_one_part(folder: str, encoder: str) -> None:
@@ -350,7 +356,7 @@ def test_held_out_rows_are_training_rows_and_each_row_is_in_one_part(folder: str
     data = load_glue(options)
     as_bytes = lambda part: sorted(part[i]["input_ids"].tobytes() for i in range(len(part)))  # noqa: E731
     everything, _ = read_task(TASKS["rte"], options)
-    tokens = tokenize(data.processing_class, everything.texts, everything.labels, 0, options.max_length)
+    tokens = tokenize(data.processing_class, everything.texts, everything.labels, 0, 1, options.max_length)
     assert len(data.validation) == 12
     assert sorted(as_bytes(data.train) + as_bytes(data.validation)) == as_bytes(tokens)
 
@@ -395,9 +401,9 @@ def test_rows_and_batches_are_what_the_tokenizer_says(folder: str, encoder: str)
     expected = data.processing_class.pad([wanted[i] for i in chosen], return_tensors="pt")
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert batch[name].dtype == torch.int64 and torch.equal(batch[name], expected[name])
-    assert batch["task_ids"].tolist() == [0, 1, 0] and batch["task_ids"].dtype == torch.int64
-    assert batch["labels"].dtype == torch.float32
-    assert batch["labels"].tolist() == [dev.labels[0], other.labels[3], dev.labels[5]]
+    expected_labels = [[dev.labels[0], np.nan], [np.nan, other.labels[3]], [dev.labels[5], np.nan]]
+    assert batch["labels"].dtype == torch.float32 and "task_ids" not in batch
+    np.testing.assert_array_equal(batch["labels"].numpy(), np.array(expected_labels, np.float32))
 
 
 def test_token_rows_know_their_bounds() -> None:
@@ -405,7 +411,7 @@ def test_token_rows_know_their_bounds() -> None:
         total = sum(lengths)
         tokens = np.arange(total, dtype=np.int32) + 100 * task_id
         count = len(lengths)
-        return TokenRows(np.array(lengths), tokens, None, np.full(count, task_id), np.zeros(count, np.float32))
+        return TokenRows(np.array(lengths), tokens, None, np.full(count, task_id), np.zeros((count, 2), np.float32))
 
     joined = TokenRows.concatenate([part(0, 2, 0, 3), part(1, 1)])
     assert [joined[i]["input_ids"].tolist() for i in (0, 1, 2, -1)] == [[0, 1], [], [2, 3, 4], [100]]
@@ -417,15 +423,27 @@ def test_token_rows_know_their_bounds() -> None:
 
 
 def test_texts_without_labels_make_a_batch_for_prediction() -> None:
-    batch = PadTokens(7)([{"input_ids": [1, 2, 3], "task_ids": 0}, {"input_ids": [4], "task_ids": 1}])
+    batch = PadTokens(7)([{"input_ids": [1, 2, 3]}, {"input_ids": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert set(batch) == {"input_ids", "attention_mask", "task_ids"}
+    assert set(batch) == {"input_ids", "attention_mask"}
 
 
-def test_items_are_counted_by_task_without_missing_labels() -> None:
-    batch = {"task_ids": torch.tensor([2, 0, 2, 2]), "labels": torch.tensor([1.0, 0.0, torch.nan, 3.0])}
-    assert count_task_items(batch, 4).tolist() == [1, 0, 2, 0]
+def test_labels_of_tokens_are_padded_as_missing() -> None:
+    rows = [
+        {"input_ids": [1, 2], "tag_labels": [[0, 5], [1, -100]], "labels": [1.0]},
+        {"input_ids": [4], "tag_labels": np.array([[2, 3]]), "labels": np.array([np.nan], np.float32)},
+    ]
+    batch = PadTokens(0)(rows)
+    assert batch["tag_labels"].tolist() == [[[0, 5], [1, -100]], [[2, 3], [-100, -100]]]
+    assert batch["tag_labels"].dtype == torch.int64 and batch["labels"].shape == (2, 1)
+
+
+def test_items_are_counted_by_task_without_missing_labels(folder: str, encoder: str) -> None:
+    data = load_glue(GlueOptions(folder=folder, tokenizer=encoder, tasks=("cola", "rte", "sst2")))
+    rows = [*range(3), len(data.test) - 1]
+    batch = data.data_collator([data.test[row] for row in rows])
+    assert data.task_item_counts(batch).tolist() == [3, 0, 1]
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------
@@ -438,14 +456,15 @@ def test_metrics_are_those_of_the_benchmark(folder: str, encoder: str) -> None:
 
     data = load_glue(GlueOptions(folder=folder, tokenizer=encoder, tasks=NINE))
     generator = np.random.default_rng(0)
-    logits = generator.normal(size=(len(data.test), 3)).astype(np.float32)
-    measured = data.compute_metrics(EvalPrediction(logits, (data.test.labels, data.test.task_ids)))
+    types = data.model_arguments["tasks"].values()
+    logits = tuple(generator.normal(size=(len(data.test), task.size)).astype(np.float32) for task in types)
+    measured = data.compute_metrics(EvalPrediction(logits, data.test.labels))
     expected: dict[str, float] = {}
     scores = []
     for k, task in enumerate(NINE):
         mine = data.test.task_ids == k
-        labels, outputs = data.test.labels[mine], logits[mine]
-        classes = outputs[:, : 3 if task == "mnli" else 2].argmax(1)
+        labels, outputs = data.test.labels[mine, k], logits[k][mine]
+        classes = outputs.argmax(1)
         if task == "stsb":
             of_task = {"pearson": pearsonr(outputs[:, 0], labels)[0], "spearman": spearmanr(outputs[:, 0], labels)[0]}
         elif task == "cola":
@@ -467,7 +486,8 @@ def test_the_constant_predictor_knows_the_training_labels_alone() -> None:
     def part(labels: dict[int, list[float]]) -> TokenRows:
         values = np.array([value for row in labels.values() for value in row], np.float32)
         task_ids = np.array([task for task, row in labels.items() for _ in row])
-        return TokenRows(np.zeros(len(values), np.int64), np.empty(0, np.int32), None, task_ids, values)
+        columns = np.where(np.eye(3, dtype=bool)[task_ids], values[:, None], np.float32(np.nan))
+        return TokenRows(np.zeros(len(values), np.int64), np.empty(0, np.int32), None, task_ids, columns)
 
     tasks = [TASKS[name] for name in ("mnli", "stsb", "mrpc")]
     train = part({0: [2, 2, 1, 0, 2], 1: [1.0, 4.0], 2: [1, 1, 0]})

@@ -155,6 +155,24 @@ def test_every_task_per_row() -> None:
     assert evaluate(metrics, batches) == pytest.approx(expected, rel=1e-10)
 
 
+def test_one_tensor_a_task_with_a_column_of_labels_each() -> None:
+    # The same mixture, laid out as models with tasks of different types do: the label of a row is in its task's column.
+    data = mixture()
+    generator = torch.Generator().manual_seed(7)
+    own = torch.nn.functional.one_hot(data.task_ids, 4).bool()
+    labels = data.labels[:, None].where(own, torch.nan)
+    outputs = []
+    for index, size in enumerate((2, 3, 2, 1)):
+        others = torch.randn(300, size, generator=generator)  # what is said of rows that have no label does not count
+        outputs.append(torch.where(own[:, index, None], data.logits[:, :size], others))
+    batches = [Prediction(tuple(part[i : i + 50] for part in outputs), labels[i : i + 50]) for i in range(0, 300, 50)]
+    found = evaluate(glue(), batches)
+    assert found.pop("glue_score") is not None
+    assert found == pytest.approx(data.expected(), rel=1e-10)
+    arrays = Prediction(tuple(part.numpy() for part in outputs), labels.numpy())
+    assert glue()(arrays) == pytest.approx(evaluate(glue(), batches), rel=1e-10)
+
+
 def test_a_single_task_needs_no_task_ids() -> None:
     logits, labels = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]), torch.tensor([2, 1])
     metrics = TaskMetrics({"mnli": Accuracy(3)}, ["mnli"])

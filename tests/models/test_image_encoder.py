@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModel,
@@ -23,12 +24,16 @@ from transformers import (
 
 from hf_bilb.config.options import parse_options
 from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models import MODELS, MultiTaskImageConfig, MultiTaskImageModel, MultiTaskImageOptions
-from hf_bilb.models.image_encoder import build_multi_task_image
+from hf_bilb.models.image_encoder import build_multi_task_image, load_multi_task_image
+from hf_bilb.models.lora import LoraOptions
+from hf_bilb.storage.adapter_weights import save_beside
 from tests.models.files import saved_and_loaded
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
-TASKS = ["a", "b", "c"]
+TASKS = {"a": TaskType("multi_label"), "b": TaskType("multi_label"), "c": TaskType("multi_label")}
+HEADS = ("head_a", "head_b", "head_c")
 
 
 def processor(folder: Path, **changes: object) -> None:
@@ -56,9 +61,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(encoder: Path | str, image_size: int = 16, **options: object) -> MultiTaskImageModel:
     torch.manual_seed(1)
-    return build_multi_task_image(
-        MultiTaskImageOptions(str(encoder), **options), task_names=TASKS, image_size=image_size
-    )
+    return build_multi_task_image(MultiTaskImageOptions(str(encoder), **options), tasks=TASKS, image_size=image_size)
 
 
 def _batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +93,8 @@ def test_predictions_are_heads_on_the_pooled_output_of_the_encoder(
         pooled = output.pooler_output.reshape(6, size)
     else:
         pooled = sum(hidden.unbind(1)) / 5 if encoder == "vit" else hidden.sum(dim=(2, 3)) / hidden[0, 0].numel()
-    logits = pooled @ model.heads.weight.T + model.heads.bias
+    heads = [model.get_submodule(name) for name in HEADS]
+    logits = torch.stack([pooled @ head.weight[0] + head.bias for head in heads], dim=1)
     found = model(pixels, labels)
     torch.testing.assert_close(found.logits, logits)
     torch.testing.assert_close(found.router_features, pooled)
@@ -155,7 +159,7 @@ def test_another_size_than_the_processor_s_is_said(
 def test_saved_and_loaded_through_the_auto_classes(encoders: Path, tmp_path: Path, encoder: str) -> None:
     model = build(encoders / encoder)
     model(*_batch())  # ResNet's running statistics
-    keys = ("task_names", "image_size", "image_mean", "image_std", "pooling", "num_features", "encoder_name")
+    keys = ("task_names", "tasks", "image_size", "image_mean", "image_std", "pooling", "num_features", "encoder_name")
     for loaded in saved_and_loaded(model, tmp_path, keys):
         torch.testing.assert_close(loaded(_batch()[0]).logits, model(_batch()[0]).logits)
         assert loaded.config.encoder_config.model_type == encoder
@@ -212,7 +216,11 @@ def test_bad_options_are_one_line(values: dict[str, object], message: str) -> No
         ({"image_mean": [0.5]}, r"^image_mean: \[0\.5\] is not valid, expected a number for each of 3 colours$"),
         ({"image_std": [1, 0, 1]}, r"^image_std: \[1, 0, 1\] is not valid, expected numbers above 0$"),
         ({"pooling": "max"}, r"^pooling: 'max' is not valid, expected one of mean, pooler$"),
-        ({"task_names": []}, r"^task_names: is empty"),
+        ({"tasks": {}}, r"^tasks: is empty"),
+        (
+            {"tasks": {"a": TaskType("token_classification", 2)}},
+            r"^tasks\.a\.type: token_classification is no task of image_encoder, expected one of regression, class",
+        ),
     ],
 )
 def test_bad_configs_are_refused(values: dict[str, object], message: str) -> None:
@@ -223,6 +231,72 @@ def test_bad_configs_are_refused(values: dict[str, object], message: str) -> Non
 def test_the_registry_builds_it_from_options_and_data(encoders: Path) -> None:
     spec = MODELS["image_encoder"]
     options = parse_options(spec.options, {"encoder": str(encoders / "resnet")}, "model")
-    assert dataclasses.asdict(options) == {"encoder": str(encoders / "resnet"), "pooling": "mean", "dropout": 0.0}
-    model = spec.build(options, task_names=["x", "y"], image_size=32)
-    assert model(torch.rand(2, 3, 32, 32)).logits.shape == (2, 2)
+    assert dataclasses.asdict(options) == {
+        "encoder": str(encoders / "resnet"), "pooling": "mean", "dropout": 0.0, "lora": None, "quantization": None,
+    }  # fmt: skip
+    tasks = {"x": TaskType("multi_label"), "y": TaskType("regression")}
+    assert spec.build(options, tasks=tasks, image_size=32)(torch.rand(2, 3, 32, 32)).logits.shape == (2, 2)
+
+
+def test_tasks_of_several_outputs(encoders: Path) -> None:
+    tasks = {"place": TaskType("regression", 2), "kind": TaskType("classification", 3), "b": TaskType("multi_label")}
+    model = build_multi_task_image(MultiTaskImageOptions(str(encoders / "vit")), tasks=tasks, image_size=16).eval()
+    pixels, _ = _batch()
+    labels = torch.tensor([[0.5, -1.0, 2.0, 1.0]]).repeat(6, 1)
+    labels[0, 2] = torch.nan
+    output = model(pixels, labels)
+    assert [tuple(part.shape) for part in output.logits] == [(6, 2), (6, 3), (6, 1)]
+    assert output.num_items.tolist() == [12, 5, 6]
+    expected = nn.functional.cross_entropy(output.logits[1][1:], torch.full((5,), 2))
+    torch.testing.assert_close(output.losses[1], expected)
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+def lora_model(encoder: Path, **options: object) -> PeftModel:
+    model = build(encoder, lora=LoraOptions(r=2, **options))
+    assert isinstance(model, PeftModel)
+    return model
+
+
+@pytest.mark.parametrize(("encoder", "target"), [("vit", "q_proj"), ("resnet", "convolution")])
+def test_lora_trains_adapters_and_heads_and_they_load_again(
+    encoders: Path, tmp_path: Path, encoder: str, target: str
+) -> None:
+    model = lora_model(encoders / encoder, target_modules=(target,))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    assert sum("modules_to_save" in name for name in trained) == 2 * len(TASKS)
+    pixels, labels = _batch()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    found = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        found.append(model(pixels, labels).losses.sum())
+        found[-1].backward()
+        optimizer.step()
+    assert found[-1].item() < 0.9 * found[0].item()
+    model.eval().save_pretrained(tmp_path)
+    save_beside(model, tmp_path)  # ResNet's running statistics, as the Trainer does
+    model.get_base_model().config.save_pretrained(tmp_path)
+    loaded = load_multi_task_image(tmp_path)
+    assert isinstance(loaded, PeftModel) and torch.equal(loaded(pixels).logits, model(pixels).logits)
+
+
+def test_layers_for_lora_have_to_be_named_where_peft_has_no_choice(encoders: Path) -> None:
+    with pytest.raises(OptionError, match=r"^model\.lora\.target_modules: peft has no choice for 'vit', expected some"):
+        lora_model(encoders / "vit")
+
+
+def test_a_whole_model_is_loaded_by_the_same_function(encoders: Path, tmp_path: Path) -> None:
+    model = build(encoders / "vit").eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_multi_task_image(tmp_path)(_batch()[0]).logits, model(_batch()[0]).logits)
+
+
+def test_quantised_weights_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(OptionError, match=r"^model\.quantization: 8bit weights cannot be trained, expected lora"):
+        parse_options(MultiTaskImageOptions, {"encoder": "x", "quantization": "8bit"}, "model")
+    with pytest.raises(OptionError, match=r"^model\.quantization: 4bit needs a CUDA GPU"):
+        build("nowhere", quantization="4bit", lora=LoraOptions())

@@ -19,6 +19,7 @@ from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.experiments.build import build_model, task_loss_func
 from hf_bilb.experiments.recipe import parse_recipe
 from hf_bilb.experiments.train import run_recipe
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models import MODELS
 from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module, check_columns
 
@@ -77,6 +78,16 @@ def other_name(num_features, num_tasks):
 
 def wide(num_features, num_tasks):
     return Wide(num_features, num_tasks, Sizes(4), 0.0)
+
+
+class Several(Net):
+    def forward(self, features):
+        return super().forward(features).split([2, 1], dim=1)
+
+
+def several(num_features, tasks, task_names):
+    assert task_names == list(tasks)
+    return Several(num_features, sum(task.size for task in tasks.values()), Sizes(4), 0.0)
 
 
 def fails(num_features):
@@ -197,6 +208,19 @@ def test_predictions_of_another_shape(folder: Path) -> None:
         "each task"
     )
     assert "returned shape (3,)" in refused(lambda: build("network.py:build")(torch.zeros(5)))
+
+
+def test_tasks_with_several_outputs_are_a_tensor_each(folder: Path) -> None:
+    def several(*tasks: TaskType) -> nn.Module:
+        named = dict(zip("xy", tasks, strict=True))
+        return build_torch_module(TorchModuleOptions("network.py:several"), num_features=5, tasks=named)
+
+    logits = several(TaskType("classification", 2), TaskType("regression"))(torch.zeros(4, 5))["logits"]
+    assert [tuple(part.shape) for part in logits] == [(4, 2), (4, 1)]
+    assert refused(lambda: several(TaskType("regression"), TaskType("regression", 2))(torch.zeros(4, 5))) == (
+        "model.factory: the module of network.py:several returned shape (4, 2), shape (4, 1), expected a tuple of 2 "
+        "tensors, one for each task, with 1, 2 outputs"
+    )
 
 
 # --- training -----------------------------------------------------------------------------------------------------

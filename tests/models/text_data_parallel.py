@@ -30,9 +30,11 @@ def train(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     balancer = build_balancer("bilb", task_names=list(TASKS), dtype=torch.float64, absent_tasks="hold")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for step in range(STEPS):
-        of_ranks = [batch_of([step % 3] * 5, missing=(1,)), batch_of([(step + 1) % 3] * 3)]
+        of_ranks = [
+            batch_of([step % 3] * 5, (1,), torch.float64),
+            batch_of([(step + 1) % 3] * 3, dtype=torch.float64),
+        ]
         batch = of_ranks[rank] if world_size > 1 else joined(of_ranks)
-        batch["labels"] = batch["labels"].double()
         optimizer.zero_grad()
         output = wrapped(**batch)
         balancer.backward(output.losses, num_items=output.num_items)
