@@ -105,7 +105,12 @@ class FilledLabels:
         self._seen: dict[str, LabelColumn] = {}
 
     def __call__(self, rows: list[Any]) -> Any:
-        """A batch; raises `TaskLossError` where an input is None, or nothing tells what a column of None holds."""
+        """A batch; raises as `fill`."""
+        return self._collator(self.fill(rows))
+
+    def fill(self, rows: list[Any]) -> list[Any]:
+        """The rows with their missing labels; raises `TaskLossError` where an input is None, or nothing tells what a
+        column of None holds."""
         rows = [row if isinstance(row, Mapping) else vars(row) for row in rows]
         self._check_inputs(rows)
         names = self._label_names if self._kinds is None else list(self._kinds)
@@ -115,7 +120,7 @@ class FilledLabels:
             filled = {name: self._fill(name, values) for name, values in columns.items() if self._is_due(name, values)}
             if filled:
                 rows = [{**row, **{name: values[i] for name, values in filled.items()}} for i, row in enumerate(rows)]
-        return self._collator(rows)
+        return rows
 
     def _is_due(self, name: str, values: list[Any]) -> bool:
         """Whether a value is missing, or class numbers have become floats, as `with_format` does next to a null; truth
@@ -127,7 +132,7 @@ class FilledLabels:
         there = [value for value in values if value is not None]
         if there and not isinstance(there[0], (str, bytes, Mapping)):
             before = self._seen.get(name)
-            integer = not any(map(_is_float, there)) and (before is None or before.integer)
+            integer = not any(map(holds_floats, there)) and (before is None or before.integer)
             self._seen[name] = LabelColumn(integer, np.shape(there[0]))
         return missing
 
@@ -190,17 +195,18 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, list) and any(map(_is_missing, value)))
 
 
-def _is_float(value: Any) -> bool:
+def holds_floats(value: Any) -> bool:
+    """Whether a label, or a list of them, is of floats; no whole numbers, classes or truth values."""
     if isinstance(value, Tensor):
         return value.is_floating_point()
     if isinstance(value, (np.ndarray, np.generic)):
         return bool(np.issubdtype(value.dtype, np.floating))
-    return isinstance(value, float) or (isinstance(value, list) and any(map(_is_float, value)))
+    return isinstance(value, float) or (isinstance(value, list) and any(map(holds_floats, value)))
 
 
 def _is_whole(value: Any) -> bool:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return not _is_float(value) and value.dtype not in (torch.bool, np.bool_)
+        return not holds_floats(value) and value.dtype not in (torch.bool, np.bool_)
     return all(map(_is_whole, value)) if isinstance(value, list) else type(value) is int
 
 
