@@ -190,7 +190,7 @@ def label_columns(
         order of the columns nor the width of one of integers (which may be tokens) says it.
     """
     num_tasks = len(task_names)
-    by_row = task_ids_of(batch) is not None
+    by_row = TASK_IDS in batch and task_ids_of(batch) is not None
     if len(label_names) == 1 or ("labels" in label_names and not set(label_names) & set(task_names)):
         # In addition to `labels` there may be columns that only the loss needs, such as weights of the examples.
         only = batch.get("labels" if len(label_names) > 1 else label_names[0])

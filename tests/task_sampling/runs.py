@@ -68,9 +68,7 @@ RUNS = {
         SINGLE_TASK, 2, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": BATCH // 2}
     ),
     "sets": Run({}, several_sets=True),
-    "sets-two_ranks-workers": Run(
-        SINGLE_TASK, 2, {**WORKERS, "dataloader_persistent_workers": True}, several_sets=True
-    ),
+    "sets-two_ranks-workers": Run(SINGLE_TASK, 2, WORKERS, several_sets=True),
 }
 if ALL_CASES:
     RUNS |= {
