@@ -151,8 +151,23 @@ class FilledLabels:
                 f"label column {name!r}: all {len(values)} labels of a batch are None, and nothing says how long they "
                 "are; give the column a fixed length, or use NaN / -100 for missing labels"
             )
+        if column.integer:
+            self._check_digits(name, values)
         kind: type = next((type(value) for value in values if isinstance(value, (Tensor, np.ndarray))), list)
+        if kind is np.ndarray and not shape:
+            kind = list  # of `label`, the default collator takes an array for a float
         return [_filled(value, column.integer, shape, kind) for value in values]
+
+    def _check_digits(self, name: str, values: list[Any]) -> None:
+        """`with_format` makes whole numbers float32 next to a null, which holds those up to 2^24."""
+        for value in values:
+            if isinstance(value, (Tensor, np.ndarray, np.generic)) and holds_floats(value):
+                found = torch.as_tensor(value)
+                if found.dtype != torch.float64 and bool((found.abs() >= 2**24).any()):
+                    raise TaskLossError(
+                        f"label column {name!r}: whole numbers of 2^24 and more lose digits where with_format makes "
+                        "them float32 next to None; use with_format(None), or -100 in place of None"
+                    )
 
     def _check_inputs(self, rows: list[Mapping[str, Any]]) -> None:
         """The default collator drops a column whose first row is None, and fails on one in another row."""
@@ -177,7 +192,6 @@ def _filled(value: Any, integer: bool, shape: tuple[int, ...], kind: type) -> An
         value = _filled_list(value)
     array = torch.full(shape, math.nan) if value is None else torch.as_tensor(value)
     if integer and array.is_floating_point():
-        # Beyond 2^24 class numbers have lost digits in float32, before they came here.
         array = torch.where(array.isnan(), float(MISSING_INTEGER), array.double()).long()
     elif integer:
         array = array.long()
