@@ -190,7 +190,10 @@ def _filled(value: Any, integer: bool, shape: tuple[int, ...], kind: type) -> An
         return missing if _is_missing(value) or value != value else int(value) if integer else float(value)
     if isinstance(value, list):
         value = _filled_list(value)
-    array = torch.full(shape, math.nan) if value is None else torch.as_tensor(value)
+    if value is None:
+        array = torch.full(shape, math.nan)
+    else:
+        array = value if isinstance(value, Tensor) else torch.tensor(value)
     if integer and array.is_floating_point():
         array = torch.where(array.isnan(), float(MISSING_INTEGER), array.double()).long()
     elif integer:

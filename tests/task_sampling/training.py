@@ -69,7 +69,7 @@ class NotingTrainer(BilevelMTLTrainer):
         )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.seen.append(inputs["index"].tolist())
+        self.seen.append(inputs["index"].tolist() if "index" in inputs else [])
         return super().training_step(model, inputs, num_items_in_batch)
 
 
