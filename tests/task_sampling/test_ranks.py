@@ -82,7 +82,7 @@ def test_mixed_batches_hold_several_tasks(sampled: Runs) -> None:
     assert sum(len(set(batch)) > 1 for batch in batches) > 0.9 * len(batches)
 
 
-@pytest.mark.parametrize("name", [*SETS, "default/workers"])
+@pytest.mark.parametrize("name", [*SETS, "default/workers", "default/dispatched"])
 def test_a_data_set_for_each_task(sampled: Runs, name: str) -> None:
     sampling = SETS[name.split("/")[0]] or {}
     for rank, results in enumerate(sampled.ranks):

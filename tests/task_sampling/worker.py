@@ -104,6 +104,7 @@ def all_scenarios() -> dict[str, Callable[[], dict[str, Any]]]:
     if world_size() == 2:
         workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
         found["sets/default/workers"] = partial(train, None, several_sets=True, **workers)
+        found["sets/default/dispatched"] = partial(train, None, several_sets=True, **LOADERS["dispatched"])
         for loader, settings in LOADERS.items():
             for name in ("proportional-different", "uniform-mixed"):
                 found[f"{loader}/{name}"] = partial(train, SAMPLINGS[name], **settings)

@@ -315,6 +315,22 @@ def test_losses_without_num_items_count_the_rows_of_their_task(tmp_path: Path) -
     torch.testing.assert_close(flat_parameters(trainer.model), learned_by_hand(1)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_losses_of_other_tasks_are_none_of_a_set(tmp_path: Path) -> None:
+    class Counted(BothHeads):
+        def forward(self, features: Tensor, task_ids: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+            errors = (self.heads(features)[:, :2] - labels[:, None]).square()
+            return {"losses": errors.mean(0), "num_items": torch.full((2,), len(features))}
+
+    sets = {"topic": stars(seed=6), "stars": stars(seed=5)}
+    trainer = trainer_of(tmp_path, Counted(), train_dataset={"topic": stars(), "stars": stars()}, eval_dataset=sets)
+    metrics = trainer.evaluate()
+    for k, (task, rows) in enumerate(sets.items()):
+        with torch.no_grad():
+            errors = trainer.model.heads(torch.tensor(rows["features"][:]))[:, k] - torch.tensor(rows["label"][:])
+        assert metrics[f"eval_{task}_loss"] == pytest.approx(float(errors.square().mean()), rel=1e-5)
+        assert metrics[f"eval_loss_{task}"] == metrics[f"eval_{task}_loss"]
+
+
 @pytest.mark.parametrize("metric", ["loss", "loss_stars", "eval_stars_loss"])
 def test_the_best_model_by_a_loss(metric: str, tmp_path: Path) -> None:
     sets = {"stars": stars(seed=5), "topic": topics(seed=6)}
