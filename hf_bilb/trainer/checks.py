@@ -28,9 +28,10 @@ from hf_bilb.engine.records import AbsentTasks
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
-from hf_bilb.trainer.columns import config_of, innermost, takes_any
+from hf_bilb.trainer.columns import COLLATED_LABELS, config_of, innermost, takes_any
 from hf_bilb.trainer.diagnostics import DiagnosticsOptions
 from hf_bilb.trainer.sampling import TaskSamplingOptions, example_tasks, refuse_other_sampling
+from hf_bilb.trainer.task_datasets import TASK_IDS, TaskDatasets, check_alike, check_names, sets_of
 
 if TYPE_CHECKING:
     from hf_bilb.trainer.losses_trainer import TaskLossTrainer
@@ -158,14 +159,21 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 
 def _say_unknown_labels(trainer: TaskLossTrainer) -> None:
-    columns = getattr(trainer.train_dataset, "column_names", None)
-    for name in trainer.args.label_names or []:
-        if isinstance(columns, list) and name not in columns:
-            logger.warning(
-                "label_names: %r is no column of train_dataset%s; there is no evaluation loss of batches without it",
-                name,
-                nearest(name, columns),
-            )
+    data = trainer.train_dataset
+    sets = data.datasets if isinstance(data, TaskDatasets) else {"": data}
+    for task, dataset in sets.items():
+        columns = getattr(dataset, "column_names", None)
+        if not isinstance(columns, list):
+            continue
+        if task:  # what the collators make of the rows
+            columns = [*columns, TASK_IDS, *(["labels"] if {*COLLATED_LABELS} & {*columns} else [])]
+        for name in trainer.args.label_names or []:
+            if name not in columns:
+                logger.warning(
+                    "label_names: %r is no column of train_dataset%s%s; there is no evaluation loss of batches without "
+                    "it",
+                    *(name, f"[{task!r}]" if task else "", nearest(name, columns)),
+                )
 
 
 def check_balancer(trainer: BilevelMTLTrainer) -> None:
@@ -260,15 +268,41 @@ def plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def check_sampling(trainer: Trainer) -> TaskSamplingOptions | None:
-    """The options of `task_sampling`; raises `OptionError` where the training data cannot be sampled by task."""
-    options = trainer.args.task_sampling_options()
-    if options is not None:
-        refuse_other_sampling(trainer.args.train_sampling_strategy)
-        if trainer.train_dataset is not None:
-            # Said now, not when training starts.
-            example_tasks(trainer.train_dataset, trainer.task_names)
+def sampling_options(trainer: Trainer) -> TaskSamplingOptions | None:
+    """`task_sampling`; its defaults (proportional, batches of one task each) where there are several training sets."""
+    options: TaskSamplingOptions | None = trainer.args.task_sampling_options()
+    several = isinstance(trainer.train_dataset, TaskDatasets)
+    return TaskSamplingOptions() if options is None and several else options
+
+
+def check_sampling(trainer: TaskLossTrainer) -> TaskSamplingOptions | None:
+    """The options of the task sampler, None where there is none; raises `OptionError` where the training data cannot be
+    sampled by task."""
+    options = sampling_options(trainer)
+    if options is None:
+        return None
+    sets = trainer.train_dataset
+    several = isinstance(sets, TaskDatasets)
+    refuse_other_sampling(trainer.args.train_sampling_strategy, "several training sets" if several else "task_sampling")
+    if several:
+        why = _joins_sets(trainer, options)
+        if why is not None and len(sets.datasets) > 1:
+            kept = trainer.kept_columns
+            names = [*trainer.label_names, *COLLATED_LABELS]
+            check_alike(sets, lambda name: kept is None or name in kept, names, why)
+    elif sets is not None:
+        # Said now, not when training starts.
+        example_tasks(sets, trainer.task_names)
     return options
+
+
+def _joins_sets(trainer: TaskLossTrainer, options: TaskSamplingOptions) -> str | None:
+    """The setting by which one batch is made of rows of several tasks; None: there is none."""
+    if options.batches == "mixed":
+        return "task_sampling.batches: mixed"
+    accelerator = trainer.accelerator
+    dispatched = accelerator.dispatch_batches and trainer.args.world_size > 1 and options.ranks != "same"
+    return "dispatch_batches: true (without task_sampling.ranks: same)" if dispatched else None
 
 
 @dataclass(frozen=True)
@@ -297,14 +331,14 @@ class RunSettings:
         name, given = args.balancer_name_and_options()
         options = with_num_features(name, given, trainer.model)
         exact = any(parameter.dtype == torch.float64 for parameter in trainer.model.parameters())
-        keys = ("absent_tasks", "task_priors", "balancer_init_from", "task_sampling", "diagnostics")
+        keys = ("absent_tasks", "task_priors", "balancer_init_from", "diagnostics")
         return cls(
             name=name,
             options=options,
             resolved=resolve_options(name, options),
             task_names=trainer.task_names,
             dtype=torch.float64 if exact else torch.float32,
-            others={key: copy.deepcopy(getattr(args, key)) for key in keys},
+            others={"sampling": sampling_options(trainer), **{key: copy.deepcopy(getattr(args, key)) for key in keys}},
         )
 
     @property
@@ -313,11 +347,12 @@ class RunSettings:
         return (self.name, self.resolved, self.task_names, self.dtype)
 
 
-def resolve_absent_tasks(args: BilevelMTLTrainingArguments) -> AbsentTasks:
-    """`absent_tasks`; `auto` is `hold` for the whole run where `task_sampling` draws batches of one task each."""
-    sampling = args.task_sampling_options()
+def resolve_absent_tasks(trainer: Trainer) -> AbsentTasks:
+    """`absent_tasks`; `auto` is `hold` for the whole run where the task sampler draws batches of one task each."""
+    given: AbsentTasks = trainer.args.absent_tasks
+    sampling = sampling_options(trainer)
     one_task_each = sampling is not None and sampling.batches == "single_task"
-    return "hold" if args.absent_tasks == "auto" and one_task_each else args.absent_tasks
+    return "hold" if given == "auto" and one_task_each else given
 
 
 def with_num_features(name: str, options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -329,8 +364,17 @@ def with_num_features(name: str, options: Mapping[str, Any], model: nn.Module) -
 
 
 def has_task_names(trainer: Trainer) -> bool:
-    """Whether the arguments or the model's config name the tasks."""
-    return trainer.args.task_names is not None or _task_names_of_model(trainer) is not None
+    """Whether the arguments, the model's config or the training sets name the tasks."""
+    return _task_names(trainer) is not None
+
+
+def _task_names(trainer: Trainer) -> list[str] | None:
+    """Those of the arguments, else of the model's config, else the keys of the training sets."""
+    of_model = _task_names_of_model(trainer)
+    if trainer.args.task_names is not None or of_model is not None:
+        return of_model if trainer.args.task_names is None else list(trainer.args.task_names)
+    sets = sets_of(trainer.train_dataset)
+    return None if sets is None else list(sets)
 
 
 def _task_names_of_model(trainer: Trainer) -> list[str] | None:
@@ -338,11 +382,13 @@ def _task_names_of_model(trainer: Trainer) -> list[str] | None:
 
 
 def resolve_task_names(trainer: Trainer) -> tuple[str, ...]:
-    """The K task names: those of the arguments, else of `model.config.task_names`, else one task."""
-    of_model = _task_names_of_model(trainer)
-    names = trainer.args.task_names if trainer.args.task_names is not None else of_model
-    if names is None:
-        return ("task_0",)
-    if of_model is not None and list(of_model) != list(names):
-        raise OptionError(f"task_names: {list(names)} do not match model.config.task_names {list(of_model)}")
-    return check_task_names(names)
+    """The K task names: those of the arguments, else of `model.config.task_names`, else the keys of several training
+    sets, else one task."""
+    of_model, names = _task_names_of_model(trainer), _task_names(trainer)
+    if of_model is not None and list(of_model) != list(names or ()):
+        raise OptionError(f"task_names: {names} do not match model.config.task_names {list(of_model)}")
+    sets = sets_of(trainer.train_dataset)
+    if sets is not None:
+        given = trainer.args.task_names is not None or of_model is not None
+        check_names(sets, names if given else None, "train_dataset")
+    return ("task_0",) if names is None else check_task_names(names)

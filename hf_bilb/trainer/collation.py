@@ -105,7 +105,12 @@ class FilledLabels:
         self._seen: dict[str, LabelColumn] = {}
 
     def __call__(self, rows: list[Any]) -> Any:
-        """A batch; raises `TaskLossError` where an input is None, or nothing tells what a column of None holds."""
+        """A batch; raises as `fill`."""
+        return self._collator(self.fill(rows))
+
+    def fill(self, rows: list[Any]) -> list[Any]:
+        """The rows with their missing labels; raises `TaskLossError` where an input is None, or nothing tells what a
+        column of None holds."""
         rows = [row if isinstance(row, Mapping) else vars(row) for row in rows]
         self._check_inputs(rows)
         names = self._label_names if self._kinds is None else list(self._kinds)
@@ -115,7 +120,7 @@ class FilledLabels:
             filled = {name: self._fill(name, values) for name, values in columns.items() if self._is_due(name, values)}
             if filled:
                 rows = [{**row, **{name: values[i] for name, values in filled.items()}} for i, row in enumerate(rows)]
-        return self._collator(rows)
+        return rows
 
     def _is_due(self, name: str, values: list[Any]) -> bool:
         """Whether a value is missing, or class numbers have become floats, as `with_format` does next to a null; truth
@@ -127,7 +132,7 @@ class FilledLabels:
         there = [value for value in values if value is not None]
         if there and not isinstance(there[0], (str, bytes, Mapping)):
             before = self._seen.get(name)
-            integer = not any(map(_is_float, there)) and (before is None or before.integer)
+            integer = not any(map(holds_floats, there)) and (before is None or before.integer)
             self._seen[name] = LabelColumn(integer, np.shape(there[0]))
         return missing
 
@@ -146,8 +151,23 @@ class FilledLabels:
                 f"label column {name!r}: all {len(values)} labels of a batch are None, and nothing says how long they "
                 "are; give the column a fixed length, or use NaN / -100 for missing labels"
             )
+        if column.integer:
+            self._check_digits(name, values)
         kind: type = next((type(value) for value in values if isinstance(value, (Tensor, np.ndarray))), list)
+        if kind is np.ndarray and not shape:
+            kind = list  # of `label`, the default collator takes an array for a float
         return [_filled(value, column.integer, shape, kind) for value in values]
+
+    def _check_digits(self, name: str, values: list[Any]) -> None:
+        """`with_format` makes whole numbers float32 next to a null, which holds those up to 2^24."""
+        for value in values:
+            if isinstance(value, (Tensor, np.ndarray, np.generic)) and holds_floats(value):
+                found = torch.as_tensor(value)
+                if found.dtype != torch.float64 and bool((found.abs() >= 2**24).any()):
+                    raise TaskLossError(
+                        f"label column {name!r}: whole numbers of 2^24 and more lose digits where with_format makes "
+                        "them float32 next to None; use with_format(None), or -100 in place of None"
+                    )
 
     def _check_inputs(self, rows: list[Mapping[str, Any]]) -> None:
         """The default collator drops a column whose first row is None, and fails on one in another row."""
@@ -170,9 +190,11 @@ def _filled(value: Any, integer: bool, shape: tuple[int, ...], kind: type) -> An
         return missing if _is_missing(value) or value != value else int(value) if integer else float(value)
     if isinstance(value, list):
         value = _filled_list(value)
-    array = torch.full(shape, math.nan) if value is None else torch.as_tensor(value)
+    if value is None:
+        array = torch.full(shape, math.nan)
+    else:
+        array = value if isinstance(value, Tensor) else torch.tensor(value)
     if integer and array.is_floating_point():
-        # Beyond 2^24 class numbers have lost digits in float32, before they came here.
         array = torch.where(array.isnan(), float(MISSING_INTEGER), array.double()).long()
     elif integer:
         array = array.long()
@@ -190,17 +212,18 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, list) and any(map(_is_missing, value)))
 
 
-def _is_float(value: Any) -> bool:
+def holds_floats(value: Any) -> bool:
+    """Whether a label, or a list of them, is of floats; no whole numbers, classes or truth values."""
     if isinstance(value, Tensor):
         return value.is_floating_point()
     if isinstance(value, (np.ndarray, np.generic)):
         return bool(np.issubdtype(value.dtype, np.floating))
-    return isinstance(value, float) or (isinstance(value, list) and any(map(_is_float, value)))
+    return isinstance(value, float) or (isinstance(value, list) and any(map(holds_floats, value)))
 
 
 def _is_whole(value: Any) -> bool:
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return not _is_float(value) and value.dtype not in (torch.bool, np.bool_)
+        return not holds_floats(value) and value.dtype not in (torch.bool, np.bool_)
     return all(map(_is_whole, value)) if isinstance(value, list) else type(value) is int
 
 

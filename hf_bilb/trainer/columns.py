@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 from accelerate.utils import is_compiled_module
@@ -17,6 +17,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_bilb.config.options import nearest
 from hf_bilb.errors import MissingColumnError, TrainerError
+from hf_bilb.trainer.task_datasets import sets_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ForwardColumns:
         label_names: label columns.
         withhold_labels: a `task_loss_func` makes the losses of them: a forward with `**kwargs` that does not name them
             gets none of them.
+        told: columns that say something of the rows (`task_ids`): kept as labels are, and withheld like them.
 
     Attributes:
         taken: whether the forward takes a column, by its name; found out once for each.
@@ -57,15 +59,16 @@ class ForwardColumns:
         signature: the columns that `remove_unused_columns` keeps.
     """
 
-    def __init__(self, model: nn.Module, label_names: list[str], withhold_labels: bool) -> None:
+    def __init__(
+        self, model: nn.Module, label_names: list[str], withhold_labels: bool, told: Sequence[str] = ()
+    ) -> None:
         model = innermost(model)
         self._names, self._takes_any = _parameters(model.forward)
-        self._withheld = set(label_names) if withhold_labels else set()
-        self._labels = set(label_names)
+        self._withheld = {*label_names, *told} if withhold_labels else set()
         self._encoder = _encoder_parameters(model) if self._takes_any else set()
         self.takes_everything = self._takes_any and not self._names
         self.taken: Mapping[str, bool] = _Answers(self.takes)
-        self.signature = [*self._names, *sorted({*COLLATED_LABELS, *label_names})]
+        self.signature = [*self._names, *sorted({*COLLATED_LABELS, *label_names, *told})]
 
     def select(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The part of `inputs` to call the model with."""
@@ -218,8 +221,9 @@ class Batch(dict[str, Any]):
 
 def _column_names(data: Any, look: bool) -> Iterator[str]:
     """The names of a data set's columns, as far as they can be told; `look`: an example may be drawn for it."""
-    if isinstance(data, dict):  # several evaluation sets
-        for part in data.values():
+    sets = sets_of(data)
+    if sets is not None:
+        for part in sets.values():
             yield from _column_names(part, look)
         return
     names = getattr(data, "column_names", None)

@@ -16,10 +16,17 @@ from hf_bilb.trainer.item_counts import tasks_have
 
 
 class EvaluationLosses:
-    """Sums S_k and counts N_k of an evaluation, on the device until `metrics` is asked for."""
+    """Sums S_k and counts N_k of an evaluation, on the device until `metrics` is asked for.
 
-    def __init__(self, task_names: Sequence[str], device: torch.device) -> None:
+    Args:
+        task_names: the K tasks.
+        device: of the losses.
+        only: the task of all rows, where the set is one of several: `<prefix>_loss` is its loss.
+    """
+
+    def __init__(self, task_names: Sequence[str], device: torch.device, only: str | None = None) -> None:
         self._task_names = tuple(task_names)
+        self._only = only
         #: Batches of this rank, and whether batch sizes stand in for counts of some task in one of them.
         self.num_batches, self.assumed = 0, False
         num_tasks = len(self._task_names)
@@ -40,11 +47,15 @@ class EvaluationLosses:
     def losses(self) -> dict[str, float]:
         """Task -> exact loss, of the tasks that have a label. Cost: one all-reduce of 2 K numbers and one host read."""
         sums, counts = reduction.all_reduce_sum(self._sums).tolist()
-        return {name: s / n for name, s, n in zip(self._task_names, sums, counts, strict=True) if n > 0}
+        found = {name: s / n for name, s, n in zip(self._task_names, sums, counts, strict=True) if n > 0}
+        return found if self._only is None else {name: loss for name, loss in found.items() if name == self._only}
 
-    @staticmethod
-    def metrics(losses: Mapping[str, float], prefix: str, of_losses: LossMetrics | None = None) -> dict[str, float]:
+    def metrics(
+        self, losses: Mapping[str, float], prefix: str, of_losses: LossMetrics | None = None
+    ) -> dict[str, float]:
         """`<prefix>_loss` (unweighted mean of `losses`), `<prefix>_loss_<task>`, and those of `of_losses`."""
+        if self._only is not None:
+            return {f"{prefix}_loss": loss for loss in losses.values()}
         if not losses:
             return {}
         found = {"loss": sum(losses.values()) / len(losses), **{f"loss_{name}": loss for name, loss in losses.items()}}
@@ -54,11 +65,12 @@ class EvaluationLosses:
 
     def remarks(self, losses: Mapping[str, float], prefix: str) -> list[str]:
         """What a reader of `metrics` must know: tasks that are missing in it, and losses that are NaN."""
+        expected = self._task_names if self._only is None else (self._only,)
         if not losses:
-            missing = f"all labels of {short_names(self._task_names)} are missing (NaN or -100)"
+            missing = f"all labels of {short_names(expected)} are missing (NaN or -100)"
             return [f"{prefix}: {missing}; there is no {prefix}_loss"]
         found = []
-        without = [name for name in self._task_names if name not in losses]
+        without = [name for name in expected if name not in losses]
         if without:
             found.append(
                 f"{prefix}: {tasks_have(without)} no label here; {prefix}_loss is the mean of "

@@ -7,7 +7,9 @@ Losses are means; what they weigh against those of other batches and ranks is th
 3. the valid labels in the task's label column: neither NaN nor -100 (nor, in a column of integers, `ignore_index`).
    For a column of vectors, tokens or pixels these are its entries. That is the count behind a mean over the labelled
    rows (tokens, pixels), which a loss that skips missing labels is;
-4. the batch size. It stands in for tasks whose labels no column tells, and is right where none is missing.
+   Where not every task has a column, and the batch has `task_ids` `[B]`, they are those of the task's rows;
+4. the batch size, or the number of the task's rows. It stands in for tasks whose labels no column tells, and is right
+   where none is missing.
 
 A task whose labels are all missing has no items: it is absent, and its loss is ignored, NaN included. Not so a NaN
 gradient: a mean over an empty selection (`errors[labelled].mean()`) and `cross_entropy` have none, but the mean of
@@ -29,6 +31,7 @@ from hf_bilb.engine.checks import NOT_FINITE_ADVICE
 from hf_bilb.errors import TaskLossError
 from hf_bilb.losses.contract import short_names
 from hf_bilb.losses.masked import valid_labels
+from hf_bilb.trainer.task_datasets import TASK_IDS
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +91,23 @@ class ItemCounter:
         told = _valid_numbers(list(columns.values()), self._ignore_index)
         if len(columns) == num_tasks:
             return ItemCounts(told, ())
+        task_ids = task_ids_of(batch)
+        if task_ids is not None:
+            return self._of_rows(batch, task_ids)
         # By index, so that nothing but K numbers is made.
         places = [k for k, name in enumerate(self._task_names) if name in columns]
         num_items = torch.full((num_tasks,), int(batch_size(batch)), device=told.device)
         num_items[places] = told
         return ItemCounts(num_items, tuple(name for name in self._task_names if name not in columns))
+
+    def _of_rows(self, batch: Mapping[str, Any], task_ids: Tensor) -> ItemCounts:
+        """Each task's labels in its own rows of the batch, or these rows where there is no label column."""
+        given = [batch.get(name) for name in self._label_names if name != TASK_IDS]
+        labels = [x for x in given if isinstance(x, Tensor) and x.shape[:1] == task_ids.shape]
+        valid = [valid_labels(column, self._ignore_index).reshape(len(task_ids), -1).sum(dim=1) for column in labels]
+        of_row = sum(valid[1:], valid[0]) if valid else torch.ones_like(task_ids)
+        num_items = torch.zeros(len(self._task_names), dtype=torch.int64, device=task_ids.device)
+        return ItemCounts(num_items.index_add_(0, task_ids, of_row), () if labels else self._task_names)
 
     def say_assumed(self, tasks: Iterable[str]) -> None:
         """Say, once, that the batch size stands in for the counts of `tasks`, where that can make a difference."""
@@ -155,6 +170,13 @@ def batch_size(batch: Mapping[str, Any]) -> float:
     return float(find_batch_size(batch) or 1)
 
 
+def task_ids_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """The column `task_ids` `[B]` of a batch whose rows are of one task each; None: there is none."""
+    task_ids = batch.get(TASK_IDS)
+    whole = isinstance(task_ids, Tensor) and task_ids.ndim == 1 and not task_ids.is_floating_point()
+    return task_ids if whole else None
+
+
 def label_columns(
     batch: Mapping[str, Any], label_names: Sequence[str], task_names: Sequence[str]
 ) -> Tensor | dict[str, Tensor]:
@@ -164,16 +186,19 @@ def label_columns(
         one column `[B, K]` or `[B, K, ...]` that holds those of all tasks (the only one, or `labels`); or task -> its
         column, `[B]` or `[B, ...]`, in the order of `task_names`: the column of its name, the others, where there are K
         columns, in the order of `label_names`.
-        Tasks without a column in the batch have no entry.
+        Tasks without a column in the batch have no entry. Where `task_ids` say whose a row's labels are, neither the
+        order of the columns nor the width of one of integers (which may be tokens) says it.
     """
     num_tasks = len(task_names)
+    by_row = TASK_IDS in batch and task_ids_of(batch) is not None
     if len(label_names) == 1 or ("labels" in label_names and not set(label_names) & set(task_names)):
         # In addition to `labels` there may be columns that only the loss needs, such as weights of the examples.
         only = batch.get("labels" if len(label_names) > 1 else label_names[0])
-        if isinstance(only, Tensor) and only.ndim > 1 and only.shape[1] == num_tasks:
+        wide = isinstance(only, Tensor) and only.ndim > 1 and only.shape[1] == num_tasks
+        if isinstance(only, Tensor) and wide and (only.is_floating_point() or not by_row):
             return only
     column_of = {task: task for task in task_names if task in label_names}
-    if len(label_names) == num_tasks:
+    if len(label_names) == num_tasks and not by_row:
         others = [name for name in label_names if name not in column_of]
         column_of.update(zip([task for task in task_names if task not in column_of], others, strict=True))
     given = {task: batch.get(column_of[task]) for task in task_names if task in column_of}

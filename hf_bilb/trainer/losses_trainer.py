@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_bilb.config.options import unknown_name
 from hf_bilb.engine.replay import RandomState, unchanged
 from hf_bilb.errors import MissingColumnError, OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses, as_task_losses
@@ -29,7 +30,7 @@ from hf_bilb.trainer.checks import (
     look_inside,
     resolve_task_names,
 )
-from hf_bilb.trainer.collation import with_missing_labels
+from hf_bilb.trainer.collation import FilledLabels, with_missing_labels
 from hf_bilb.trainer.columns import ForwardColumns, MissingColumns, config_of
 from hf_bilb.trainer.data_trainer import (
     GAVE_NOTHING,
@@ -42,9 +43,11 @@ from hf_bilb.trainer.data_trainer import (
 from hf_bilb.trainer.evaluation import EvaluationLosses, own_part
 from hf_bilb.trainer.evaluation_loader import streamed_loader, whole_sets
 from hf_bilb.trainer.item_counts import ItemCounter, batch_size
+from hf_bilb.trainer.metrics_by_task import MetricsByTask
 from hf_bilb.trainer.parts import check_rates, freeze, split_groups
 from hf_bilb.trainer.predictions import NotJoinedError, PredictedFields
 from hf_bilb.trainer.schedules import step_schedule, updates_per_epoch
+from hf_bilb.trainer.task_datasets import TASK_IDS, TaskCollator, TaskDatasets, sets_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,9 @@ class TaskLossTrainer(DataTrainer):
     """
 
     args: BilevelMTLTrainingArguments
+    train_dataset: Any
+    eval_dataset: Any
+    control: TrainerControl
 
     def __init__(
         self,
@@ -92,10 +98,17 @@ class TaskLossTrainer(DataTrainer):
         check_settings(self)
         self._settle_parts()
         self.task_names = resolve_task_names(self)
+        self._settle_data_sets()
         self.args.settle_best_metric(self.task_names, evaluation_names(self.eval_dataset))
         check_losses(self)
         trainer = weakref.proxy(self)
-        self._columns = ForwardColumns(self.model, self.label_names, withhold_labels=self.task_loss_func is not None)
+        several = isinstance(self.train_dataset, TaskDatasets)
+        self._columns = ForwardColumns(
+            self.model,
+            self.label_names,
+            withhold_labels=self.task_loss_func is not None,
+            told=[TASK_IDS] if several else [],
+        )
         self._missing_columns = MissingColumns(
             self._columns,
             self.label_names,
@@ -110,6 +123,24 @@ class TaskLossTrainer(DataTrainer):
             self._settle_ordinary(False)
         elif self._ordinary is False:
             self._settle_ordinary(None)
+
+    def _settle_data_sets(self) -> None:
+        """Make one training set of several; look at the evaluation sets that go with them."""
+        sets = sets_of(self.train_dataset)
+        if sets is not None:
+            self.train_dataset = TaskDatasets(sets, self.task_names, "train_dataset")
+        if isinstance(self.eval_dataset, Mapping):
+            self.eval_dataset = dict(self.eval_dataset)  # Trainer looks for a dict
+        by_task = self._by_task(self.eval_dataset)
+        if isinstance(self.compute_metrics, MetricsByTask):
+            for task in self.compute_metrics.functions:
+                if task not in self.task_names:
+                    raise unknown_name("compute_metrics", task, self.task_names)
+            if self.eval_dataset is not None and not by_task:
+                raise OptionError(
+                    "compute_metrics: a mapping task -> function needs evaluation sets of one task each: "
+                    "eval_dataset={task: data set}, and train_dataset likewise"
+                )
 
     def _settle_parts(self) -> None:
         """Freeze what `freeze` says; look whether `learning_rates` can be followed."""
@@ -153,6 +184,13 @@ class TaskLossTrainer(DataTrainer):
         if self._columns.takes_everything:
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)
+
+    @property
+    def kept_columns(self) -> list[str] | None:
+        """The columns of a data set that reach the collator; None: all of them."""
+        return (
+            self._columns.signature if self.args.remove_unused_columns and not self._columns.takes_everything else None
+        )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """`Trainer`'s, or that of `step_lr`."""
@@ -332,30 +370,113 @@ class TaskLossTrainer(DataTrainer):
         dataloader_key: str | None = None,
     ) -> Any:
         if is_training:
-            with self._labels_filled(dataset):
-                return super()._get_dataloader(
-                    dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-                )
+            with self._rows_prepared(dataset, description) as ready:
+                return super()._get_dataloader(ready, description, batch_size, sampler_fn, is_training, dataloader_key)
         name = "test_dataset" if description == "test" else "eval_dataset"
+        dataset = self._with_task(dataset, dataloader_key, name)
         refuse_empty(dataset, name)
         say_split_already(dataset, name, self.args.world_size)
-        with self._labels_filled(dataset), whole_sets(self, dataset, drop_as_trainer=self._ordinary is not False):
-            streamed = streamed_loader(self, dataset, description, batch_size)
+        drop_as_trainer = self._ordinary is not False
+        with self._rows_prepared(dataset, description) as ready, whole_sets(self, dataset, drop_as_trainer):
+            streamed = streamed_loader(self, ready, description, batch_size)
             if streamed is not None:
                 return streamed
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            return super()._get_dataloader(ready, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     @contextmanager
-    def _labels_filled(self, dataset: Any) -> Iterator[None]:
-        """Loaders that are built inside turn labels that are None into NaN, or -100 among integers, where the collator
-        is one that Trainer chose."""
+    def _rows_prepared(self, dataset: Any, description: str) -> Iterator[Any]:
+        """Loaders of what this gives that are built inside turn labels that are None into NaN, or -100 among integers,
+        where the collator is one that Trainer chose. The rows of several sets are prepared as those of their set."""
         given: Any = self.data_collator  # type: ignore[has-type]
-        several = len(self.task_names) > 1
-        self.data_collator = with_missing_labels(given, dataset, self.label_names, several, self._columns.taken)
+        if isinstance(dataset, TaskDatasets):
+            dataset, self.data_collator = self._prepared_sets(dataset, given, description)
+        else:
+            self.data_collator = self._labels_filled(given, dataset)
         try:
-            yield
+            yield dataset
         finally:
             self.data_collator = given
+
+    def _labels_filled(self, collator: Any, dataset: Any) -> Any:
+        several = len(self.task_names) > 1
+        return with_missing_labels(collator, dataset, self.label_names, several, self._columns.taken)
+
+    def _prepared_sets(self, sets: TaskDatasets, collator: Any, description: str) -> tuple[TaskDatasets, TaskCollator]:
+        from datasets import Dataset
+
+        ready: dict[str, Any] = {}
+        prepare: dict[int, Callable[[list], list]] = {}
+        for task, dataset in sets.datasets.items():
+            filled = self._labels_filled(collator, dataset)
+            fill = filled.fill if isinstance(filled, FilledLabels) else _as_they_are
+            of_set = f"{description} ({task})"
+            if isinstance(dataset, Dataset):
+                dataset = self._remove_unused_columns(dataset, of_set)
+            else:
+                fill = self._get_collator_with_removed_columns(fill, of_set)
+            ready[task], prepare[self.task_names.index(task)] = dataset, fill
+        return TaskDatasets(ready, self.task_names, description), TaskCollator(collator, prepare)
+
+    # --- evaluation sets of one task each --------------------------------------------------------------------------
+
+    def _by_task(self, datasets: Any) -> dict[str, TaskDatasets]:
+        """The evaluation sets that are of one task each, in the order of the tasks: those named like one, unless the
+        training set is one alone, in which any row may have labels of any task."""
+        several = self.train_dataset is None or isinstance(self.train_dataset, TaskDatasets)
+        sets = (sets_of(datasets) or {}) if several else {}
+        return {task: self._of_task(task, sets[task]) for task in self.task_names if task in sets}
+
+    def _of_task(self, task: str, dataset: Any, name: str = "eval_dataset") -> TaskDatasets:
+        if isinstance(dataset, TaskDatasets) and dataset.only_task == task:
+            return dataset
+        return TaskDatasets({task: dataset}, self.task_names, name)
+
+    def _with_task(self, dataset: Any, key: str | None, name: str) -> Any:
+        """An evaluation set with its task, where `self.eval_dataset`, or a mapping `{task: data set}`, tells it."""
+        sets = sets_of(dataset)
+        if sets is not None:
+            if len(sets) != 1:
+                raise OptionError(
+                    f"{name}: got {len(sets)} data sets ({', '.join(sets)}), expected one: {{task: data set}}"
+                )
+            return self._of_task(*next(iter(sets.items())), name)
+        if isinstance(self.eval_dataset, dict) and key is not None and self.eval_dataset.get(key) is dataset:
+            return self._by_task({key: dataset}).get(key, dataset)
+        return dataset
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **generate_arguments: Any,
+    ) -> dict[str, float]:
+        """As in `Trainer`: of a mapping name -> data set each is evaluated, as `<prefix>_<name>_loss` and so on.
+
+        Where these sets are of one task each (those named like a task, unless the training set is one alone), the loss
+        of each is that of its task, and what one evaluation of all would give is added, and logged: `<prefix>_loss`,
+        the unweighted mean, and `<prefix>_loss_<task>`.
+        """
+        if isinstance(eval_dataset, TaskDatasets) and eval_dataset.only_task is None:
+            eval_dataset = eval_dataset.datasets
+        tasks = self._by_task(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {**eval_dataset, **tasks}
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **generate_arguments)
+        keys = {task: f"{metric_key_prefix}_{task}_loss" for task in tasks}
+        losses = {task: metrics[key] for task, key in keys.items() if key in metrics}
+        if losses:
+            metrics.update(self._evaluated_together(losses, metric_key_prefix))
+        return metrics
+
+    def _evaluated_together(self, losses: Mapping[str, float], prefix: str) -> dict[str, float]:
+        """The metrics of losses that evaluations of one task each have found, logged and handed to the callbacks."""
+        evaluation = EvaluationLosses(self.task_names, self.args.device)
+        metrics = evaluation.metrics(losses, prefix, self._loss_metrics)
+        self._say_once(evaluation.remarks(losses, prefix))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def evaluation_loop(
         self,
@@ -373,11 +494,11 @@ class TaskLossTrainer(DataTrainer):
         Raises:
             OptionError: data without a length give not a single batch.
         """
-        of_losses = self.compute_metrics if isinstance(self.compute_metrics, LossMetrics) else None
+        of_losses = self._loss_metrics
         if of_losses is not None and description != "Prediction":
             prediction_loss_only = True  # a language model's predictions would not fit into memory
         while True:
-            evaluation = self._begin_evaluation()
+            evaluation = self._begin_evaluation(_task_of(dataloader))
             try:
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -412,9 +533,11 @@ class TaskLossTrainer(DataTrainer):
         if evaluation.num_batches == 0:
             logger.warning("%s: no evaluation losses: %s", prefix, self._why_no_losses())
             return
-        remarks = evaluation.remarks(losses, prefix)
         if evaluation.assumed and (evaluation.num_batches > 1 or self.args.world_size > 1):
             self._say_assumed()
+        self._say_once(evaluation.remarks(losses, prefix))
+
+    def _say_once(self, remarks: list[str]) -> None:
         for remark in remarks:
             if remark not in self._remarks:
                 self._remarks.add(remark)
@@ -430,9 +553,15 @@ class TaskLossTrainer(DataTrainer):
             why = f"the batches have no column {', '.join(map(repr, missing))} of label_names (their columns: {has})"
         return f"{why}; compute_metrics is not called either"
 
-    def _begin_evaluation(self) -> EvaluationLosses:
-        self._evaluation = evaluation = EvaluationLosses(self.task_names, self.args.device)
-        if isinstance(self.compute_metrics, StreamingMetrics):
+    @property
+    def _loss_metrics(self) -> LossMetrics | None:
+        return self.compute_metrics if isinstance(self.compute_metrics, LossMetrics) else None
+
+    def _begin_evaluation(self, only: str | None) -> EvaluationLosses:
+        self._evaluation = evaluation = EvaluationLosses(self.task_names, self.args.device, only)
+        if isinstance(self.compute_metrics, MetricsByTask):
+            self.compute_metrics.begin(only)
+        elif isinstance(self.compute_metrics, StreamingMetrics):
             # What an evaluation that died has left must not count in this one.
             self.compute_metrics.reset()
         self._fields = None
@@ -540,6 +669,16 @@ class TaskLossTrainer(DataTrainer):
             return batch
         again = self._task_losses(self._outputs(model, part), part)
         return again if own > 0 else TaskLosses(again.losses, torch.zeros_like(again.num_items))
+
+
+def _as_they_are(rows: list) -> list:
+    return rows
+
+
+def _task_of(dataloader: Any) -> str | None:
+    """The task of all rows of an evaluation, where its data set is of one of several."""
+    dataset = getattr(dataloader, "dataset", None)
+    return dataset.only_task if isinstance(dataset, TaskDatasets) else None
 
 
 def evaluation_names(eval_dataset: Any) -> list[str]:

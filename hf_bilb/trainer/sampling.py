@@ -239,12 +239,17 @@ def set_sampler_epoch(dataloader: DataLoader, epoch: int, batches_done: int = 0)
         batches.sampler.set_epoch(epoch, batches_done * (batches.sampler.num_ranks - 1) if skips_too_few else 0)
 
 
-def refuse_other_sampling(train_sampling_strategy: str) -> None:
-    """Raise `OptionError` when the Trainer's own `train_sampling_strategy` is set in addition to `task_sampling`."""
+def refuse_other_sampling(train_sampling_strategy: str, why: str = "task_sampling") -> None:
+    """Raise `OptionError` when the Trainer's own `train_sampling_strategy` is set in addition to a task sampler.
+
+    Args:
+        train_sampling_strategy: the setting.
+        why: what there is a task sampler for.
+    """
     if train_sampling_strategy != "random":
         raise OptionError(
-            f"train_sampling_strategy: {train_sampling_strategy!r} cannot be combined with task_sampling, which itself "
-            'decides the order; expected the default "random", or no task_sampling'
+            f"train_sampling_strategy: {train_sampling_strategy!r} cannot be combined with {why}, whose order the task "
+            'sampler decides; expected the default "random"'
         )
 
 

@@ -53,6 +53,7 @@ from hf_bilb.trainer.losses_trainer import (
     evaluation_names,
     tensors_in,
 )
+from hf_bilb.trainer.metrics_by_task import Metrics, MetricsByTask
 from hf_bilb.trainer.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.trainer.sampling import build_task_sampler, set_sampler_epoch
 from hf_bilb.trainer.step import GRADIENT, OptimizerStep, Part, Problem
@@ -66,6 +67,15 @@ class BilevelMTLTrainer(TaskLossTrainer):
     Args:
         model, ..., preprocess_logits_for_metrics: those of `transformers.Trainer`, in its order. `args` may be plain
             `TrainingArguments` or None: `trainer.args` is then a copy with the fields of `BilevelMTLTrainingArguments`.
+        train_dataset: also a mapping task -> data set, one for each task, with columns of their own: their rows are
+            drawn by `task_sampling` (by default in batches of one task, every row once an epoch). Each batch gets the
+            column `task_ids` `[B]` int64, positions in `task_names`, which is the keys unless it is given; the model's
+            forward gets it if it takes it. `trainer.train_dataset` is then a `TaskDatasets`, with the mapping as its
+            attribute `datasets`.
+        eval_dataset: also a mapping name -> data set, which are evaluated one after the other, as by `Trainer`:
+            `eval_<name>_loss`. Next to a mapping `train_dataset`, those whose names are tasks are of that task alone;
+            `eval_loss`, the unweighted mean, and `eval_loss_<task>` are added (see `evaluate`).
+        compute_metrics: also a mapping task -> function, where `eval_dataset` is one task -> data set.
         task_loss_func: `(outputs, batch) -> losses` or `-> (losses, num_items)`; losses a tensor `[K]` or a dict of
             scalars, num_items likewise. Without it the model's output fields `losses`, `num_items`, `router_features`,
             `auxiliary_loss` are taken (the contract stands in `hf_bilb.losses.contract`).
@@ -104,7 +114,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         processing_class: Any = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
         compute_loss_func: Callable | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | Mapping[str, Metrics] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
@@ -125,7 +135,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             processing_class=processing_class,
             model_init=model_init,
             compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
+            compute_metrics=MetricsByTask(compute_metrics) if isinstance(compute_metrics, Mapping) else compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -229,10 +239,11 @@ class BilevelMTLTrainer(TaskLossTrainer):
 
     def _objective_of_search(self, metrics: dict[str, float]) -> float:
         names = evaluation_names(self.eval_dataset)
+        others = [name for name in names if name not in self._by_task(self.eval_dataset)]
         kept = {
             key: value
             for key, value in metrics.items()
-            if is_task_loss(key, (), names) or not is_task_loss(key, self.task_names, names)
+            if is_task_loss(key, (), others) or not is_task_loss(key, self.task_names, names)
         }
         return float(default_compute_objective(kept))
 
@@ -240,7 +251,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         return build_balancer(
             settings.name,
             task_names=self.task_names,
-            absent_tasks=resolve_absent_tasks(self.args),
+            absent_tasks=resolve_absent_tasks(self),
             task_priors=self.args.task_priors,
             device=self.args.device,
             dtype=settings.dtype,

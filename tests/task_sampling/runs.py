@@ -21,7 +21,7 @@ import torch
 from tests.checkpoints.runs import KillAt, finish, in_processes
 from tests.products import ALL_CASES
 from tests.synthetic import build_model
-from tests.task_sampling.training import NotingTrainer, TaskData, build_trainer
+from tests.task_sampling.training import NotingTrainer, TaskData, build_trainer, sets_of_tasks
 
 BATCH = 4
 LOGGING_STEPS, SAVE_STEPS = 7, 5
@@ -35,6 +35,7 @@ class Run:
     sampling: dict[str, Any]
     num_ranks: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
+    several_sets: bool = False
 
     @property
     def accumulation(self) -> int:
@@ -66,6 +67,8 @@ RUNS = {
     "accumulated-two_ranks": Run(
         SINGLE_TASK, 2, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": BATCH // 2}
     ),
+    "sets": Run({}, several_sets=True),
+    "sets-two_ranks-workers": Run(SINGLE_TASK, 2, WORKERS, several_sets=True),
 }
 if ALL_CASES:
     RUNS |= {
@@ -88,7 +91,9 @@ def trainer_of(run: Run, output_dir: Path) -> NotingTrainer:
         "ddp_backend": "gloo" if run.num_ranks > 1 else None,
         **run.settings,
     }
-    return build_trainer(build_model(dropout=0.1), TaskData(), run.sampling, **settings)
+    return build_trainer(
+        build_model(dropout=0.1), sets_of_tasks() if run.several_sets else TaskData(), run.sampling, **settings
+    )
 
 
 def run_to_end(run: Run, folder: Path, output: str, result: str, resume: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tests.checkpoints.test_kill_and_resume import assert_bit_identical
 from tests.task_sampling.runs import BATCH, EPOCHS, LOGGING_STEPS, RUNS, SAVE_STEPS, Run
-from tests.task_sampling.training import TaskData, expected_batches
+from tests.task_sampling.training import TASKS_OF_SETS, TaskData, expected_batches
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,8 @@ def designed(run: Run, rank: int) -> list[list[int]]:
     size = run.settings.get("per_device_train_batch_size", BATCH)
     if run.settings.get("accelerator_config", {}).get("split_batches"):
         size //= run.num_ranks
-    return expected_batches(TaskData(), run.sampling, EPOCHS, size, run.num_ranks, rank)
+    data = TASKS_OF_SETS if run.several_sets else TaskData()
+    return expected_batches(data, run.sampling, EPOCHS, size, run.num_ranks, rank)
 
 
 @pytest.mark.parametrize("name", NAMES)

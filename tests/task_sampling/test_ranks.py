@@ -10,14 +10,15 @@ import torch
 from tests.distributed.conftest import Runs
 from tests.distributed.test_data_parallel import assert_same_balancer, assert_same_logs
 from tests.synthetic import relative_difference
-from tests.task_sampling.training import TaskData, expected_batches
-from tests.task_sampling.worker import BALANCERS, BATCH, EPOCHS, LOADERS, SAMPLINGS
+from tests.task_sampling.training import TASKS_OF_SETS, TaskData, expected_batches
+from tests.task_sampling.worker import BALANCERS, BATCH, EPOCHS, LOADERS, SAMPLINGS, SETS
 
 pytestmark = pytest.mark.distributed
 
 ACCUMULATED = ["uniform-different", "temperature-same", "uniform-mixed"]
 EXACT = [f"{balancer}/{name}" for balancer in BALANCERS for name in SAMPLINGS]
 EXACT += [f"{balancer}/{name}/accumulated" for balancer in BALANCERS for name in ACCUMULATED]
+EXACT += [f"sets/{name}" for name in SETS]
 LOADED = [f"{loader}/{name}" for loader in LOADERS for name in ("proportional-different", "uniform-mixed")]
 
 
@@ -79,3 +80,21 @@ def test_the_tasks_of_the_two_ranks(sampled: Runs, name: str) -> None:
 def test_mixed_batches_hold_several_tasks(sampled: Runs) -> None:
     batches = tasks_of(sampled.ranks[0]["ls/uniform-mixed"]["seen"])
     assert sum(len(set(batch)) > 1 for batch in batches) > 0.9 * len(batches)
+
+
+@pytest.mark.parametrize("name", [*SETS, "default/workers", "default/dispatched"])
+def test_a_data_set_for_each_task(sampled: Runs, name: str) -> None:
+    sampling = SETS[name.split("/")[0]] or {}
+    for rank, results in enumerate(sampled.ranks):
+        expected = expected_batches(TASKS_OF_SETS, sampling, EPOCHS, BATCH, num_ranks=2, rank=rank)
+        assert results[f"sets/{name}"]["seen"] == expected
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_two_ranks_evaluate_each_set_as_one_process_does(sampled: Runs, name: str) -> None:
+    # Each has 5 rows, or 3, which two ranks fill up with repetitions.
+    one, (first, second) = sampled.one[f"sets/{name}"], (results[f"sets/{name}"] for results in sampled.ranks)
+    keys = [key for key in one["evaluation"] if "loss" in key]
+    assert len(keys) == 9
+    for key in keys:
+        assert first["evaluation"][key] == second["evaluation"][key] == pytest.approx(one["evaluation"][key], rel=1e-11)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
+from hf_bilb.trainer.checks import sampling_options
 from hf_bilb.trainer.sampling import TaskSampler, TaskSamplingOptions, build_task_sampler
 from tests.synthetic import TASK_NAMES, SyntheticData, build_data
 
@@ -32,6 +34,20 @@ class TaskData(SyntheticData):
         return {**super().__getitem__(index), "index": torch.tensor(index)}
 
 
+def sets_of_tasks(dtype: torch.dtype = torch.float32) -> dict[str, list[dict[str, Tensor]]]:
+    """The rows of `TaskData` as a data set for each task; `index` is the place among all of them, one set after the
+    other."""
+    data = TaskData(dtype=dtype)
+    rows = [data[int(i)] for i in torch.argsort(data.task_ids, stable=True)]
+    rows = [{**row, "index": torch.tensor(place)} for place, row in enumerate(rows)]
+    ends = list(accumulate(SIZES, initial=0))
+    return {task: rows[a:b] for task, (a, b) in zip(TASK_NAMES, pairwise(ends), strict=True)}
+
+
+#: The task of each row of these sets.
+TASKS_OF_SETS = torch.arange(len(SIZES)).repeat_interleave(torch.tensor(SIZES))
+
+
 class NotingTrainer(BilevelMTLTrainer):
     """Notes the example indices of its micro-batches in `seen`.
 
@@ -46,14 +62,14 @@ class NotingTrainer(BilevelMTLTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         if self.loader_ranks == 1:
             return super()._get_train_sampler(train_dataset)
-        options = self.args.task_sampling_options()
+        options = sampling_options(self)
         size = self._train_batch_size // self.loader_ranks
         return build_task_sampler(
             self.train_dataset, options, self.task_names, size, self.loader_ranks, seed=self.args.seed
         )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.seen.append(inputs["index"].tolist())
+        self.seen.append(inputs["index"].tolist() if "index" in inputs else [])
         return super().training_step(model, inputs, num_items_in_batch)
 
 
@@ -67,8 +83,8 @@ def rank() -> int:
 
 def build_trainer(
     model: nn.Module,
-    data: TaskData,
-    sampling: dict[str, Any],
+    data: TaskData | dict[str, list[dict[str, Tensor]]],
+    sampling: dict[str, Any] | None,
     loader_ranks: int = 1,
     **settings: Any,
 ) -> NotingTrainer:
@@ -89,14 +105,22 @@ def build_trainer(
         "seed": 5,
     }
     args = BilevelMTLTrainingArguments(**{**defaults, **settings}, task_sampling=sampling)
-    return NotingTrainer(model=model, args=args, train_dataset=data, loader_ranks=loader_ranks)
+    held_out = {task: rows[:5] for task, rows in data.items()} if isinstance(data, dict) else None
+    return NotingTrainer(model=model, args=args, train_dataset=data, eval_dataset=held_out, loader_ranks=loader_ranks)
 
 
 def expected_batches(
-    data: TaskData, sampling: dict[str, Any], epochs: int, batch_size: int, num_ranks: int, rank: int, seed: int = 5
+    data: TaskData | Tensor,
+    sampling: dict[str, Any],
+    epochs: int,
+    batch_size: int,
+    num_ranks: int,
+    rank: int,
+    seed: int = 5,
 ) -> list[list[int]]:
-    """What rank `rank` is to see: batch i R + r is its i-th."""
+    """What rank `rank` is to see of `data` (or of rows of these tasks): batch i R + r is its i-th."""
     options = TaskSamplingOptions(**sampling)
-    sampler = TaskSampler(data.task_ids, options, TASK_NAMES, batch_size, num_ranks, seed)
+    tasks = data if isinstance(data, Tensor) else data.task_ids
+    sampler = TaskSampler(tasks, options, TASK_NAMES, batch_size, num_ranks, seed)
     batches = torch.cat([sampler.order(epoch) for epoch in range(epochs)]).view(-1, num_ranks, batch_size)
     return batches[:, rank].tolist()

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.checkpoints.runs import NOT_COMPARED
 from tests.synthetic import build_model, flat_parameters
-from tests.task_sampling.training import TaskData, build_trainer, rank, world_size
+from tests.task_sampling.training import TaskData, build_trainer, rank, sets_of_tasks, world_size
 
 #: Examples of a rank's micro-batch; one process takes those of both ranks at once.
 BATCH = 4
@@ -49,7 +49,15 @@ LOADERS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(sampling: dict[str, Any], **settings: Any) -> dict[str, Any]:
+#: A data set for each task; None = as nobody has said anything.
+SETS: dict[str, dict[str, Any] | None] = {
+    "default": None,
+    "temperature-same": SAMPLINGS["temperature-same"],
+    "uniform-mixed": SAMPLINGS["uniform-mixed"],
+}
+
+
+def train(sampling: dict[str, Any] | None, several_sets: bool = False, **settings: Any) -> dict[str, Any]:
     """In float64 with Adam; one process takes the batches of two ranks as one."""
     apart = 2 // world_size()
     given = {
@@ -61,7 +69,7 @@ def train(sampling: dict[str, Any], **settings: Any) -> dict[str, Any]:
         "per_device_train_batch_size": BATCH * apart,
         **settings,
     }
-    data = TaskData(dtype=torch.float64)
+    data: Any = sets_of_tasks(torch.float64) if several_sets else TaskData(dtype=torch.float64)
     trainer = build_trainer(build_model(torch.float64), data, sampling, loader_ranks=apart, **given)
     assert trainer.args.world_size == world_size()
     trainer.train()
@@ -78,6 +86,7 @@ def train(sampling: dict[str, Any], **settings: Any) -> dict[str, Any]:
         "parameters": flat_parameters(trainer.model),
         "balancer": trainer.balancer.state_dict(),
         "logs": logs,
+        "evaluation": trainer.evaluate() if several_sets else None,
     }
 
 
@@ -90,7 +99,12 @@ def all_scenarios() -> dict[str, Callable[[], dict[str, Any]]]:
             found[f"{balancer}/{name}/accumulated"] = partial(
                 train, SAMPLINGS[name], balancer=options, gradient_accumulation_steps=3
             )
+    for name, given in SETS.items():
+        found[f"sets/{name}"] = partial(train, given, several_sets=True, balancer=BALANCERS["bilb"])
     if world_size() == 2:
+        workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+        found["sets/default/workers"] = partial(train, None, several_sets=True, **workers)
+        found["sets/default/dispatched"] = partial(train, None, several_sets=True, **LOADERS["dispatched"])
         for loader, settings in LOADERS.items():
             for name in ("proportional-different", "uniform-mixed"):
                 found[f"{loader}/{name}"] = partial(train, SAMPLINGS[name], **settings)
