@@ -25,7 +25,6 @@ from transformers.utils import ModelOutput
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import check_choice, check_dropout
-from hf_bilb.models.heads import ROW_TYPES, TypedTasksModel
 from hf_bilb.models.lora import LoraOptions, add_encoder_lora, load_encoder_model
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
@@ -43,6 +42,7 @@ from hf_bilb.models.pretrained import (
 from hf_bilb.models.quantization import Quantization, check_needs_lora, quantization_config
 from hf_bilb.models.spec import ModelSpec
 from hf_bilb.models.tasks import Tasks, TasksConfig
+from hf_bilb.models.typed_tasks import ROW_TYPES, TypedTasksModel
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import check_dropout, check_size
-from hf_bilb.models.heads import ROW_TYPES, TypedTasksModel
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.spec import ModelSpec
 from hf_bilb.models.tasks import Tasks, TasksConfig
+from hf_bilb.models.typed_tasks import ROW_TYPES, TypedTasksModel
 
 _LARGEST_EMBEDDING = 32
 
