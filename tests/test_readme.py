@@ -34,9 +34,17 @@ def test_example_runs_as_printed(tmp_path, number, printed):
 
 
 def test_linked_files_and_recipes_exist():
-    linked = re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"recipes/\S+\.yaml", README)
+    linked = re.findall(r"\]\((?!http)([^)#]+)", README) + re.findall(r"recipes/\S+\.yaml", README)
     assert len(linked) >= 8
     assert [name for name in linked if not (ROOT / name).exists()] == []
+
+
+def test_linked_sections_exist():
+    linked = re.findall(r"\]\(([\w/]+\.md)#([\w-]+)\)", README)
+    assert linked
+    for page, section in linked:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
+        assert section in [heading.lower().replace(" ", "-") for heading in headings], f"{page}#{section}"
 
 
 def test_the_two_commands_are_targets_of_the_makefile():

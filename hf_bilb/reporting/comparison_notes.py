@@ -70,10 +70,13 @@ def _selection(first: RunResults) -> str:
 
 def _seeds(first: RunResults, seeds: Sequence[int], split_by_seed: bool) -> str:
     said = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    data_seed = first.settings.get("data", {}).get("seed")
+    data = first.settings.get("data", {})
+    key, data_seed = "data.seed", data.get("seed")
+    if "split" in data:
+        key, data_seed = "data.split.seed", data["split"].get("seed")
     if split_by_seed:
-        return f"{said} of initial weights, of the order of training (trainer.seed) and of the split (data.seed)"
-    split = "the split is always the same" if data_seed is None else f"the split stays the same (data.seed={data_seed})"
+        return f"{said} of initial weights, of the order of training (trainer.seed) and of the split ({key})"
+    split = "the split is always the same" if data_seed is None else f"the split stays the same ({key}={data_seed})"
     return f"{said} of initial weights and of the order of training (trainer.seed); {split}"
 
 
