@@ -88,10 +88,10 @@ class Grid:
         """A `table` element with the caption, the best values bold; every text is escaped."""
         classes = [' class="left"' if column.left else "" for column in self.columns]
         heads = "".join(
-            f'<th scope="col"{kind}>{html.escape(text)}</th>' for text, kind in zip(self.headings, classes, strict=True)
+            f'<th scope="col"{kind}>{html_text(text)}</th>' for text, kind in zip(self.headings, classes, strict=True)
         )
         rows, end = [_html_row(row, classes) for row in self._rows], len(self.body)
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        caption = f"<caption>{html_text(self.caption)}</caption>" if self.caption else ""
         foot = f"<tfoot>{''.join(rows[end:])}</tfoot>" if self.summary else ""
         return f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows[:end])}</tbody>{foot}</table>\n"
 
@@ -147,6 +147,15 @@ def exact(value: float | None) -> str:
 # ---------------------------------------------------------------------------------------------------- signs
 
 
+#: Characters that turn the direction of what stands behind them, too.
+_TURNS = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\N{REPLACEMENT CHARACTER}")
+
+
+def html_text(text: str) -> str:
+    """`text` as HTML that shows it, in an element or an attribute in double quotes, and is never markup."""
+    return html.escape(text.translate(_TURNS))
+
+
 def _markdown_row(texts: Sequence[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|").replace("~", "\\~") for text in texts) + " |"
 
@@ -159,7 +168,7 @@ def _html_row(row: Sequence[Cell], classes: Sequence[str]) -> str:
 
 
 def _html_cell(cell: Cell) -> str:
-    text = html.escape(cell.text)
+    text = html_text(cell.text)
     return f"<strong>{text}</strong>" if cell.best else text + cell.mark.rstrip()
 
 

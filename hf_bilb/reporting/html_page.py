@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import importlib.resources
 import json
 import os
@@ -24,7 +23,7 @@ from hf_bilb.reporting.comparison import Comparison
 from hf_bilb.reporting.comparison_tables import grids
 from hf_bilb.reporting.gallery import FILE_NAME as GALLERY_FILE
 from hf_bilb.reporting.gradient_plots import CONFLICTS_FILE
-from hf_bilb.reporting.grid import Cell, Column, Grid, number
+from hf_bilb.reporting.grid import Cell, Column, Grid, html_text, number
 from hf_bilb.reporting.page_curves import QUANTITIES, Curve, points_per_curve, read_curves, thinned
 from hf_bilb.reporting.page_summary import Verdict, sentences, verdicts
 from hf_bilb.reporting.results import RunResults
@@ -75,7 +74,7 @@ def write_page(
         The path.
     """
     notes: list[str] = []
-    data = _curves(runs, notes)
+    data = _curves(runs, comparison.reference, notes)
     sections = {
         "Summary": _summary(comparison),
         "Results": "".join(_scrolling(grid.to_html()) for grid in tables) + _MARKS,
@@ -128,12 +127,12 @@ def _page(title: str, sections: dict[str, str], data: dict[str, Any] | None) -> 
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="generator" content="hf-bilb">
-<title>{html.escape(title)}</title>
+<title>{html_text(title)}</title>
 <link rel="icon" href="data:,">
 <style>{style}</style>
 </head>
 <body>
-<header><h1>{html.escape(title)}</h1><nav aria-label="Sections">{links}</nav></header>
+<header><h1>{html_text(title)}</h1><nav aria-label="Sections">{links}</nav></header>
 <main>
 {body}</main>
 <script type="application/json" id="data">{_json(data)}</script>
@@ -167,7 +166,7 @@ def _scrolling(inner: str) -> str:
 
 
 def _items(texts: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{html.escape(text)}.</li>' for text in texts)}</ul>\n" if texts else ""
+    return f"<ul>{''.join(f'<li>{html_text(text)}.</li>' for text in texts)}</ul>\n" if texts else ""
 
 
 # ---------------------------------------------------------------------------------------------------- summary
@@ -179,26 +178,27 @@ from the best one. ↓: lower is better, ↑: higher is better.</p>
 
 
 def _summary(comparison: Comparison) -> str:
-    said = "".join(f"<p>{html.escape(sentence)}</p>\n" for sentence in sentences(comparison))
+    said = "".join(f"<p>{html_text(sentence)}</p>\n" for sentence in sentences(comparison))
     items = "".join(_verdict_item(verdict, comparison.reference) for verdict in verdicts(comparison))
     return f'{said}<ul class="verdicts">{items}</ul>\n' if items else said
 
 
 def _verdict_item(verdict: Verdict, reference: str | None) -> str:
-    said = verdict.verdict or ("what the others are related to" if verdict.method == reference else "")
+    said = verdict.verdict or ("reference" if verdict.method == reference else "")
     kind = verdict.verdict if verdict.verdict in ("better", "worse") else "open"
     against = f" than {reference}" if kind != "open" else ""
     return (
-        f'<li><b>{html.escape(verdict.method)}</b> <span class="verdict {kind}">{html.escape(said + against)}</span>'
-        f"<br>{html.escape(verdict.figures)}</li>\n"
+        f'<li><b>{html_text(verdict.method)}</b> <span class="verdict {kind}">{html_text(said + against)}</span>'
+        f"<br>{html_text(verdict.figures)}</li>\n"
     )
 
 
 # ---------------------------------------------------------------------------------------------------- curves
 
 
-def _curves(runs: Sequence[PageRun], notes: list[str]) -> dict[str, Any] | None:
-    """Tasks, quantities, and of each run the curves; None without any. What cannot be drawn goes into `notes`."""
+def _curves(runs: Sequence[PageRun], reference: str | None, notes: list[str]) -> dict[str, Any] | None:
+    """Tasks, quantities, and of each run the curves; None without any. What cannot be drawn goes into `notes`. The run
+    shown first is not one of the reference, whose weights are seldom of interest."""
     tasks = list(dict.fromkeys(task for run in runs for task in task_names(run.results)))
     found: list[tuple[PageRun, dict[str, list[Curve]]]] = []
     missing = []
@@ -224,6 +224,7 @@ def _curves(runs: Sequence[PageRun], notes: list[str]) -> dict[str, Any] | None:
         "tasks": tasks,
         "quantities": {key: said for key, said in QUANTITIES.items() if any(key in of["curves"] for of in drawn)},
         "runs": drawn,
+        "first": next((i for i, (run, _) in enumerate(found) if run.method != reference), 0),
         "steps": [list(steps) for steps in pool],
         "points": limit,
         "thinned": longest > limit,
@@ -247,8 +248,8 @@ def _run_json(
 def task_names(results: RunResults) -> list[str]:
     """The K tasks of a run, in the order of its losses; where it has none, of its metrics."""
     of_metrics = list(dict.fromkeys(metric.task for metric in results.metrics if metric.task))
-    losses = results.losses.get(results.split, {})
-    return [task for task in losses if task != "mean" or task in of_metrics] or of_metrics
+    losses = [key for key in results.losses.get(results.split, {}) if key != "mean"]
+    return of_metrics if "mean" in of_metrics else losses or of_metrics
 
 
 def _curves_section(data: dict[str, Any] | None) -> str:
@@ -263,7 +264,8 @@ def _curves_section(data: dict[str, Any] | None) -> str:
     return f"""<div id="charts"><noscript>The curves need JavaScript; the tables do not.</noscript></div>
 <p class="hint">Move over a chart for its values, drag to zoom (a flat drag: the steps alone), double click to see all
 again; by the keyboard <kbd>+</kbd> <kbd>-</kbd> <kbd>←</kbd> <kbd>→</kbd> <kbd>0</kbd>. All charts show the same steps.
-A gap: the value was no finite number. {said}</p>
+A gap: the value was no finite number. The coefficient of
+a loss is what it is multiplied with. {said}</p>
 """
 
 
@@ -287,8 +289,7 @@ def _pictures(runs: Sequence[PageRun], figures: Sequence[Path], base: Path, note
     own = "".join(shown.pop("", []))
     state = " open" if len(shown) <= _MOST_OPEN else ""
     return own + "".join(
-        f"<details{state}><summary>{html.escape(run)}</summary>{''.join(made)}</details>\n"
-        for run, made in shown.items()
+        f"<details{state}><summary>{html_text(run)}</summary>{''.join(made)}</details>\n" for run, made in shown.items()
     )
 
 
@@ -303,7 +304,7 @@ def _picture_files(runs: Sequence[PageRun], figures: Sequence[Path]) -> Iterator
 
 
 def _figure(caption: str, content: bytes) -> str:
-    source, said = f"data:image/png;base64,{base64.b64encode(content).decode()}", html.escape(caption)
+    source, said = f"data:image/png;base64,{base64.b64encode(content).decode()}", html_text(caption)
     return (
         f'<figure><figcaption>{said}</figcaption><div class="scroll picture" tabindex="0"><img src="{source}" '
         f'alt="{said}"></div></figure>\n'

@@ -59,7 +59,7 @@ function short(value) {
 
 function linearTicks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5].find(factor => power * factor >= rough) ?? 10);
+  const step = power * ([1, 2, 2.5, 5].find(factor => power * factor >= rough) ?? 10);
   const ticks = [];
   for (let i = Math.ceil(low / step); i * step <= high * (1 + 1e-12) && ticks.length < 50; i++) ticks.push(i * step);
   return ticks;
@@ -88,7 +88,7 @@ function nearest(ordered, value) {
 
 // ---------------------------------------------------------------------------------------------------- lines
 
-const COLOURS = 7, DASHES = ["", "6 3", "2 2", "7 2 2 2"], MANY = 12, IN_TIP = 8, DOTS = 40;
+const COLOURS = 7, DASHES = ["", "6 3", "2 2", "7 2 2 2"], MANY = 12, IN_TIP = 8, DOTS = 25;
 const styleOf = index => ({ colour: `c${index % COLOURS}`, dash: DASHES[Math.floor(index / COLOURS) % DASHES.length] });
 
 function swatch(index) {
@@ -116,7 +116,7 @@ function viewsOf(data) {
 
 // ---------------------------------------------------------------------------------------------------- a chart
 
-const MARGIN = { left: 54, right: 12, top: 8, bottom: 36 };
+const MARGIN = { left: 54, right: 20, top: 8, bottom: 36 };
 
 class Chart {
   constructor(board, key, title) {
@@ -220,10 +220,11 @@ class Chart {
   }
 
   drawLines() {
-    const wide = this.width - MARGIN.left - MARGIN.right, tall = this.height - MARGIN.top - MARGIN.bottom;
-    const frame = { x: MARGIN.left, y: MARGIN.top, width: wide, height: tall };
-    frame.viewBox = `${frame.x} ${frame.y} ${wide} ${tall}`;  // what leaves it is cut off
-    const plot = draw("svg", { ...frame, class: this.lines.length > MANY ? "many" : "" });
+    // What leaves this frame is cut off; dots at its border are not.
+    const frame = { x: MARGIN.left - 3, y: MARGIN.top - 3, width: this.width - MARGIN.left - MARGIN.right + 6 };
+    frame.height = this.height - MARGIN.top - MARGIN.bottom + 6;
+    const viewBox = `${frame.x} ${frame.y} ${frame.width} ${frame.height}`;
+    const plot = draw("svg", { ...frame, viewBox, class: this.lines.length > MANY ? "many" : "" });
     for (const line of this.lines) {
       const { colour, dash } = styleOf(line.group);
       line.node = draw("g", { class: `line ${colour}`, "stroke-dasharray": dash }, ...this.shapes(line));
@@ -260,7 +261,7 @@ class Chart {
     const left = at.x < this.width / 2, scale = this.node.clientWidth / this.width;
     this.tip.style.left = left ? `${x * scale + 12}px` : "";
     this.tip.style.right = left ? "" : `${(this.width - x) * scale + 12}px`;
-    this.tip.style.top = `${this.svg.offsetTop + MARGIN.top}px`;
+    this.tip.style.top = `${this.svg.getBoundingClientRect().top - this.node.getBoundingClientRect().top + MARGIN.top}px`;
     this.board.focus(closest.line.group);
   }
 
@@ -322,7 +323,7 @@ class Board {
     this.legend = make("div", { class: "legend", role: "group", "aria-label": "Lines that are shown" });
     const charts = make("div", { class: "charts" }, ...this.charts.map(chart => chart.node));
     node.replaceChildren(this.controls(ofRuns, ofTasks), this.legend, charts);
-    this.choose(0);
+    this.choose(data.first);
     new ResizeObserver(() => this.render()).observe(charts);
   }
 
@@ -333,6 +334,7 @@ class Board {
       const options = ofTasks.map((view, i) => option(view, ofRuns.length + i));
       select.append(make("optgroup", { label: "All runs at a task" }, ...options));
     }
+    select.value = this.data.first;
     select.addEventListener("change", () => this.choose(Number(select.value)));
     this.filter = make("input", { type: "search", placeholder: "find a line", "aria-label": "Find a line", size: 12 });
     this.filter.addEventListener("input", () => { this.fillLegend(); this.render(); });
@@ -373,7 +375,8 @@ class Board {
   fillLegend() {
     const entries = [...this.view.groups.keys()].filter(group => this.used.has(group) && this.isFound(group));
     this.legend.replaceChildren(...entries.map(group => {
-      const button = make("button", { type: "button" }, swatch(group), this.view.groups[group]);
+      const button = make("button", { type: "button" }, swatch(group), make("span", {}, this.view.groups[group]));
+      button.title = this.view.groups[group];
       const press = () => button.setAttribute("aria-pressed", String(!this.hidden.has(group)));
       button.addEventListener("click", () => {
         if (!this.hidden.delete(group)) this.hidden.add(group);

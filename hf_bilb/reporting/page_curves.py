@@ -23,12 +23,12 @@ QUANTITIES = {
     "loss": "training loss",
     "eval_loss": "validation loss",
     "weight": "weight",
-    "coefficient": "coefficient (what a loss is multiplied with)",
+    "coefficient": "coefficient of the loss",
 }
 VECTORS_FILE = "task_vectors.jsonl"
 #: Points of a curve: at most, and at the least where a page has very many curves; and of all curves of a page.
-MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 300, 30, 400_000
-_DIGITS = 5
+MOST_POINTS, FEWEST_POINTS, ALL_POINTS = 300, 30, 600_000
+_DIGITS = 4
 
 
 def read_curves(run_dir: Path, tasks: Sequence[str]) -> dict[str, list[Curve]]:

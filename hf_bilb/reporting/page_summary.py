@@ -28,7 +28,10 @@ def sentences(comparison: Comparison) -> list[str]:
     runs = [run for by_seed in comparison.runs for run in by_seed.values()]
     said = [_which(comparison, runs), _trained(runs)]
     if len(comparison.names) > 1 and comparison.reference is not None:
-        said.append(f"The others are related to {comparison.reference}.")
+        said.append(
+            f"The others are related to {comparison.reference}. A mean error is the geometric mean over the tasks of "
+            "the ratios of the errors; below 1 is better."
+        )
     return [*said, *_trivial(comparison)]
 
 
@@ -81,12 +84,12 @@ def _figures(comparison: Comparison, i: int, method: Method) -> list[str]:
     if method.name == name or name is None:
         return figures
     if method.error_ratio is not None and method.error_ratio.mean is not None:
-        figures.append(f"error {number(method.error_ratio.mean)} times that of {name} (geometric mean over the tasks)")
+        figures.append(f"mean error {number(method.error_ratio.mean)} × {name}'s")
     ratios = [line.ratios[i] for line in comparison.counted_lines]
     better = sum(ratio is not None and ratio < 1 for ratio in ratios)
     figures.append(f"better in {better} of {_count(len(ratios), 'metric')}")
     if method.worst is not None:
-        figures.append(f"worst task {method.worst[1]}: {number(method.worst[0])} times")
+        figures.append(f"worst task {method.worst[1]}: {number(method.worst[0])} × {name}'s")
     return figures
 
 
