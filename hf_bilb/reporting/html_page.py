@@ -23,7 +23,7 @@ from hf_bilb.reporting.comparison import Comparison
 from hf_bilb.reporting.comparison_tables import grids
 from hf_bilb.reporting.gallery import FILE_NAME as GALLERY_FILE
 from hf_bilb.reporting.gradient_plots import CONFLICTS_FILE
-from hf_bilb.reporting.grid import Cell, Column, Grid, html_text, number
+from hf_bilb.reporting.grid import NEAR, Cell, Column, Grid, html_text, number
 from hf_bilb.reporting.page_curves import QUANTITIES, Curve, points_per_curve, read_curves, thinned
 from hf_bilb.reporting.page_summary import Verdict, sentences, verdicts
 from hf_bilb.reporting.results import RunResults
@@ -77,7 +77,7 @@ def write_page(
     data = _curves(runs, comparison.reference, notes)
     sections = {
         "Summary": _summary(comparison),
-        "Results": "".join(_scrolling(grid.to_html()) for grid in tables) + _MARKS,
+        "Results": "".join(_scrolling(grid.to_html()) for grid in tables) + _marks(tables),
         "Curves": _curves_section(data),
         "Pictures": _pictures(runs, figures, path.parent, notes),
         "Runs": _scrolling(_runs_grid(runs, path.parent).to_html()),
@@ -157,7 +157,9 @@ def _json(data: Any) -> str:
 
 
 def _title(comparison: Comparison) -> str:
-    return f"{comparison.recipe}: {', '.join(comparison.names)}"
+    recipes = {run.recipe for runs in comparison.runs for run in runs.values()}
+    data = next(iter(comparison.runs[0].values())).data
+    return f"{comparison.recipe if len(recipes) == 1 else data}: {', '.join(comparison.names)}"
 
 
 def _scrolling(inner: str) -> str:
@@ -172,9 +174,18 @@ def _items(texts: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------------- summary
 
 
-_MARKS = """<p class="hint">A click on a heading sorts. Bold: the best value. <code>~</code>: the seeds do not tell it
-from the best one. ↓: lower is better, ↑: higher is better.</p>
-"""
+def _marks(tables: Sequence[Grid]) -> str:
+    """What the signs in the tables mean, of those that are there."""
+    cells = [cell for table in tables for row in table.body for cell in row]
+    texts = [*(cell.text for cell in cells), *(heading for table in tables for heading in table.headings)]
+    said = ["A click on a heading sorts."]
+    if any(cell.best for cell in cells):
+        said.append("Bold: the best value.")
+    if any(cell.near for cell in cells):
+        said.append(f"{NEAR}: the seeds do not tell it from the best one.")
+    if any(text.endswith(("↓", "↑")) for text in texts):
+        said.append("↓: lower is better, ↑: higher is better.")
+    return f'<p class="hint">{" ".join(said)}</p>\n'
 
 
 def _summary(comparison: Comparison) -> str:

@@ -63,17 +63,18 @@ def _trained(runs: Sequence[RunResults]) -> str:
 
 
 def _trivial(comparison: Comparison) -> list[str]:
-    lines = [line for line in comparison.lines if line.about.trivial is not None]
+    lines = [line for line in comparison.counted_lines if line.about.trivial is not None]
     if not lines:
         return []
     losers: dict[str, list[str]] = {}
     for line in lines:
         for name, beats in zip(comparison.names, line.beats_trivial, strict=True):
             if not beats:
-                losers.setdefault(name, []).append(line.about.key)
+                losers.setdefault(name, []).append(f"{line.about.task} {line.about.name}")
     if not losers:
         return [f"Better than the {comparison.trivial} in {_all(len(lines), 'metric')}."]
-    said = "; ".join(f"{name} in {_some(keys)}" for name, keys in losers.items())
+    of_all = _count(len(lines), "metric")
+    said = "; ".join(f"{name} in {len(lost)} of {of_all} ({_some(lost)})" for name, lost in losers.items())
     return [f"NOT better than the {comparison.trivial}: {said}."]
 
 
@@ -112,7 +113,7 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 

@@ -86,7 +86,23 @@ def test_worse_and_not_told(tmp_path):
     assert "bilb one seed: cannot be told" in page.text
     runs = [results("ls", TASKS, [1.0, 2.0, 3.0]), results("bilb", TASKS, [600.0, None, 4.0])]
     page = runs_page(tmp_path, runs)
-    assert "NOT better than the mean predictor: bilb in mae_homo, mae_U0." in page.text
+    assert "NOT better than the mean predictor: bilb in 2 of 3 metrics (homo MAE, U0 MAE)." in page.text
+
+
+def test_the_signs_in_the_tables_are_explained_where_there_are_any(tmp_path):
+    page = read(write_methods(tmp_path, ["ls", "bilb"], [0, 1, 2], TASKS))
+    assert "A click on a heading sorts. Bold: the best value. ↓: lower is better, ↑: higher is better." in page.text
+    assert "A click on a heading sorts. Curves" not in page.text
+    page = runs_page(tmp_path, [results("bilb", TASKS, [1.0, 2.0, 3.0])])
+    assert "A click on a heading sorts. Runs" in page.text
+
+
+def test_the_title_names_the_recipe_or_of_several_the_data(tmp_path):
+    runs = [results("ls", TASKS, [1.0, 2.0, 3.0]), results("bilb", TASKS, [1.0, 2.0, 3.0])]
+    assert runs_page(tmp_path, runs).text.startswith("small: ls, bilb ")
+    runs[1] = dataclasses.replace(runs[1], recipe="other")
+    page = runs_page(tmp_path, runs)
+    assert page.text.startswith("made_up: ls, bilb ") and "recipes other, small, model mlp" in page.text
 
 
 def test_one_run_alone_is_related_to_nothing(tmp_path):
