@@ -6,5 +6,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["hf_bilb*"]), "hf_bilb.recipes"],
     package_dir={"hf_bilb.recipes": "recipes"},
-    package_data={"hf_bilb": ["py.typed"], "hf_bilb.recipes": ["**/*.yaml", "**/*.py"]},
+    package_data={
+        "hf_bilb": ["py.typed", "reporting/page.css", "reporting/page.js"],
+        "hf_bilb.recipes": ["**/*.yaml", "**/*.py"],
+    },
 )

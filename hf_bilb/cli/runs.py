@@ -74,7 +74,7 @@ def compare(
 
     Every run is checked before the first one starts. The same command goes on after an interruption: what is finished
     stays, what has a checkpoint goes on from it. A run that fails is named, the others go on, and the exit code is 1.
-    In the folder: comparison.md, .csv, .tex, .json, tasks.png, progress.png, and a run for each cell.
+    In the folder: comparison.html, .md, .csv, .tex, .json, tasks.png, progress.png, and a run for each cell.
     """
     with one_line_errors():
         from hf_bilb.experiments.child_process import Interrupted

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
-from hf_bilb.errors import FolderInUseError, OptionError, one_line
+from hf_bilb.errors import FolderInUseError, OptionError
 from hf_bilb.experiments.child_process import interruptible, run_process, say_failed
 from hf_bilb.experiments.plan import LOG_FILE, SINGLE_TASK, ComparisonPlan, PlannedRun, State, state_of
 from hf_bilb.experiments.recipe import dump_recipe
@@ -25,6 +23,7 @@ from hf_bilb.reporting.comparison_tables import (
     comparison_markdown,
     comparison_text,
 )
+from hf_bilb.reporting.history import History, read_history
 from hf_bilb.reporting.results import RunResults, read_results
 from hf_bilb.storage import folder_lock
 from hf_bilb.storage.folders import make_output_folder
@@ -136,31 +135,45 @@ def _report(plan: ComparisonPlan) -> Comparison | None:
     comparison = compare_methods(methods, single, plan.reference)
     notes = comparison_notes(comparison, methods, plan.seeds, plan.split_by_seed)
     comparison = dataclasses.replace(comparison, notes=(*notes, *comparison.notes))
-    written = write_comparison(comparison, plan.output, _histories(plan, methods))
+    folders = {label: {run.seed: run.folder for run in plan.runs if run.label == label} for label in comparison.names}
+    written = write_comparison(comparison, plan.output, _histories(folders, comparison), folders)
     click.echo(f"\n{comparison_text(comparison)}")
     click.echo(f"wrote {', '.join(map(str, written))}")
     return comparison
 
 
-def _histories(plan: ComparisonPlan, methods: Mapping[str, Runs]) -> dict[str, list[list[dict[str, Any]]]]:
+def _histories(folders: Mapping[str, Mapping[int, Path]], comparison: Comparison) -> dict[str, list[History]]:
     """Label -> the log history of each of its finished runs."""
-    histories: dict[str, list[list[dict[str, Any]]]] = {label: [] for label, runs in methods.items() if runs}
-    for run in plan.runs:
-        path = run.folder / "trainer_state.json"
-        if run.seed in methods.get(run.label, {}) and path.is_file():
+    histories: dict[str, list[History]] = {label: [] for label in comparison.names}
+    for label, runs in zip(comparison.names, comparison.runs, strict=True):
+        for seed in runs:
             try:
-                histories[run.label].append(json.loads(path.read_text(encoding="utf-8"))["log_history"])
-            except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-                click.echo(f"{path}: cannot be read, left out of progress.png: {one_line(error, 200)}", err=True)
+                history = read_history(folders[label][seed])
+            except OptionError as error:
+                click.echo(f"left out of progress.png: {error}", err=True)
+                continue
+            if history:
+                histories[label].append(history)
     return histories
 
 
 def write_comparison(
-    comparison: Comparison, folder: Path, histories: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+    comparison: Comparison,
+    folder: Path,
+    histories: Mapping[str, Sequence[History]],
+    folders: Mapping[str, Mapping[int, Path]],
 ) -> list[Path]:
-    """Write `comparison.md`, `.csv`, `.tex`, `.json` and the plots; returns their paths."""
+    """Write `comparison.html`, `.md`, `.csv`, `.tex`, `.json` and the plots; returns their paths.
+
+    Args:
+        comparison: of methods.
+        folder: to write into.
+        histories: method -> the log history of each of its runs.
+        folders: method -> seed -> the run's folder.
+    """
     from hf_bilb.reporting.comparison_plots import progress_figure, tasks_figure
     from hf_bilb.reporting.files import save_figure
+    from hf_bilb.reporting.html_page import write_methods_page
 
     texts = {
         "md": comparison_markdown,
@@ -172,8 +185,10 @@ def write_comparison(
     for suffix, render in texts.items():
         written.append(folder / f"comparison.{suffix}")
         write_text(written[-1], render(comparison))
+    plots = []
     figures = {"tasks": tasks_figure(comparison), "progress": progress_figure(comparison, histories)}
     for name, figure in figures.items():
         if figure is not None:
-            written.append(save_figure(figure, folder / f"{name}.png"))
-    return written
+            plots.append(save_figure(figure, folder / f"{name}.png"))
+    page = write_methods_page(folder / "comparison.html", comparison, folders, plots)
+    return [page, *written, *plots]

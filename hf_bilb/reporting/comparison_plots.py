@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from hf_bilb.metrics.delta_m import RELATIONS, delta_m
 from hf_bilb.reporting.comparison import Comparison, MetricLine
-from hf_bilb.reporting.plots import COLOURS, GREY, History, plain_numbers, style_axes
+from hf_bilb.reporting.history import History
+from hf_bilb.reporting.plots import COLOURS, GREY, plain_numbers, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

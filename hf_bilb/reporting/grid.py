@@ -1,8 +1,9 @@
-"""A table: headings and rows of texts, with the best ones marked, as text, Markdown, LaTeX (booktabs) or CSV."""
+"""A table: headings and rows of texts, with the best ones marked, as text, Markdown, HTML, LaTeX (booktabs) or CSV."""
 
 from __future__ import annotations
 
 import csv
+import html
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,17 @@ class Grid:
         rows = [[f"**{c.text}**" if c.best else c.text + c.mark.rstrip() for c in row] for row in self._rows]
         return "".join(f"{_markdown_row(row)}\n" for row in (self.headings, rules, *rows))
 
+    def to_html(self) -> str:
+        """A `table` element with the caption, the best values bold; every text is escaped."""
+        classes = [' class="left"' if column.left else "" for column in self.columns]
+        heads = "".join(
+            f'<th scope="col"{kind}>{html_text(text)}</th>' for text, kind in zip(self.headings, classes, strict=True)
+        )
+        rows, end = [_html_row(row, classes) for row in self._rows], len(self.body)
+        caption = f"<caption>{html_text(self.caption)}</caption>" if self.caption else ""
+        foot = f"<tfoot>{''.join(rows[end:])}</tfoot>" if self.summary else ""
+        return f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows[:end])}</tbody>{foot}</table>\n"
+
     def to_latex(self) -> str:
         """A `table` environment for the package booktabs, with the caption; the best values bold."""
         rows = [[_latex_cell(cell) for cell in row] for row in self._rows]
@@ -135,8 +147,29 @@ def exact(value: float | None) -> str:
 # ---------------------------------------------------------------------------------------------------- signs
 
 
+#: Characters that turn the direction of what stands behind them, too.
+_TURNS = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\N{REPLACEMENT CHARACTER}")
+
+
+def html_text(text: str) -> str:
+    """`text` as HTML that shows it, in an element or an attribute in double quotes, and is never markup."""
+    return html.escape(text.translate(_TURNS))
+
+
 def _markdown_row(texts: Sequence[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|").replace("~", "\\~") for text in texts) + " |"
+
+
+def _html_row(row: Sequence[Cell], classes: Sequence[str]) -> str:
+    """The first cell names the row."""
+    first, *others = zip(row, classes, strict=True)
+    name = f'<th scope="row"{first[1]}>{_html_cell(first[0])}</th>'
+    return f"<tr>{name}{''.join(f'<td{kind}>{_html_cell(cell)}</td>' for cell, kind in others)}</tr>"
+
+
+def _html_cell(cell: Cell) -> str:
+    text = html_text(cell.text)
+    return f"<strong>{text}</strong>" if cell.best else text + cell.mark.rstrip()
 
 
 _LATEX = {

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from hf_bilb.reporting.files import save_figure
 from hf_bilb.reporting.gradient_plots import plot_gradients
+from hf_bilb.reporting.history import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +32,6 @@ COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
 LINE_STYLES = ("-", "--", ":", "-.")
 GREY = "#666666"
 MAX_TASKS_DRAWN = 32  # with more tasks, their distribution is drawn
-
-History = Sequence[Mapping[str, Any]]  # trainer.state.log_history
 
 
 @dataclass(frozen=True)

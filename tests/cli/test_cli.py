@@ -273,10 +273,16 @@ def test_report_compares_runs_and_writes_them(folder):
     assert "geometric mean" in result.stdout
     assert sorted(path.name for path in (folder / "both").iterdir()) == [
         "comparison.csv",
+        "comparison.html",
         "comparison.md",
         "comparison.png",
     ]
     assert (folder / "both" / "comparison.png").stat().st_size > 8_000
+    page = (folder / "both" / "comparison.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert data["tasks"] == list(TASKS) and [run["name"] for run in data["runs"]] == ["ls", "bilb"]
+    assert list(data["quantities"]) == ["loss", "eval_loss", "weight", "coefficient"]
+    assert page.count("<img ") == 1 and "comparison.html" in result.stdout
 
 
 def test_report_on_a_folder_without_results_is_one_line(folder):

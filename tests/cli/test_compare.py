@@ -201,7 +201,7 @@ def test_cells_run_through_the_launcher_and_tables_and_plots_are_written(folder,
     recipe, *overrides = calls()[0]
     assert read_recipe(recipe, overrides).to_dict() == read_results("run_compare/ls/seed-0").settings
     written = {path.name for path in (folder / "run_compare").iterdir() if path.is_file()}
-    names = {f"comparison.{suffix}" for suffix in ("md", "csv", "tex", "json")} | {"tasks.png", "progress.png"}
+    names = {f"comparison.{suffix}" for suffix in ("html", "md", "csv", "tex", "json")} | {"tasks.png", "progress.png"}
     assert written == names | {"small.yaml"}
     out = capsys.readouterr().out
     assert re.search(r"\[4/10\] stl steep, seed 0: begins \(\d s so far, about \d+ s to go\)", out)
