@@ -155,9 +155,7 @@ def test_columns_that_no_task_has_are_one_line() -> None:
     for name, values in (("rode", columns["road"]), ("image_labels", torch.zeros(B, 1)), ("scene", columns["road"])):
         with pytest.raises(TaskLossError, match=rf"^{name}: labels are given, but the model's tasks are road, scene, "):
             model(**columns, **{name: values})
-    with pytest.raises(
-        TaskLossError, match=r"^road: labels are given, but the model's tasks are segmentation, "
-    ):
+    with pytest.raises(TaskLossError, match=r"^road: labels are given, but the model's tasks are segmentation, "):
         DenseBackboneModel(DenseBackboneConfig(ENCODER, decoder_size=8))(**batch())
 
 

@@ -85,3 +85,32 @@ def test_another_model_says_that_it_has_no_such_task(recipe: Path) -> None:
     )
     with pytest.raises(OptionError, match=message):
         run_recipe(read_recipe(recipe, [model]))
+
+
+NETWORK = """
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, tasks):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(3, task.size, 1) for task in tasks.values())
+        self.items = [task.items for task in tasks.values()]
+
+    def forward(self, pixel_values):
+        maps = [head(pixel_values) for head in self.heads]
+        return tuple(m if item == "pixels" else m.mean((2, 3)) for m, item in zip(maps, self.items))
+
+def build(tasks):
+    return Network(tasks)
+"""
+
+
+def test_a_network_of_one_s_own(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "network.py").write_text(NETWORK, encoding="utf-8")
+    model = f"model={{name: torch_module, factory: '{tmp_path}/network.py:build'}}"
+    results = run_recipe(read_recipe(recipe, [model, "balancer={name: ls}"]))
+    measured = {metric.key: metric.value for metric in results.metrics}
+    # Height is a tenth of the image's blue, road its red: a pixel's colour says both.
+    assert measured["height_mae"] < 12 and measured["road_miou"] > 0
+    only = "data.tasks={height: {type: dense_regression, column: array, missing: 0}}"
+    run_recipe(read_recipe(recipe, [model, "balancer={name: ls}", only, f"trainer.output_dir={tmp_path}/only"]))

@@ -74,9 +74,9 @@ class OwnImageRows(MappedRows):
         labels: NDArray[np.float32],
         pixels: Mapping[str, PixelColumn],
     ) -> None:
-        for found in (labels, *(column.rows for column in pixels.values())):
-            if len(found) != len(rows):
-                raise ValueError(f"{len(rows)} rows, {len(found)} labels")
+        for found in (len(labels), *(len(column.rows) for column in pixels.values())):
+            if found != len(rows):
+                raise ValueError(f"{len(rows)} rows, {found} labels")
         super().__init__({_PIXELS: file, **{name: column.file for name, column in pixels.items()}}, rows)
         self.labels = labels
         self.pixels = dict(pixels)

@@ -16,6 +16,7 @@ from hf_bilb.losses.task_types import PIXEL_TYPES, RESERVED_COLUMNS, Kind
 from hf_bilb.metrics.by_type import METRICS
 
 _MOST_CLASSES = 32767  # that are kept in 16 bits
+_IGNORED = 255  # what most masks have where there is no label
 
 Patterns = str | tuple[str, ...]
 InputKind = Literal["text", "image", "table"]
@@ -151,7 +152,7 @@ class TaskOptions:
     columns: tuple[str, ...] | None = None
     classes: tuple[str | bool | int | float, ...] | None = None
     num_classes: int | None = None
-    ignore_index: int | None = 255
+    ignore_index: int | None = _IGNORED
     missing: float | None = None
     unit: str = ""
     standardize: bool | None = None
@@ -199,7 +200,7 @@ class TaskOptions:
         assert number is not None
         if not 2 <= number <= _MOST_CLASSES:
             raise OptionError(f"num_classes: {number} is not valid, expected 2 to {_MOST_CLASSES}")
-        if self.ignore_index == TaskOptions.ignore_index and number > TaskOptions.ignore_index:
+        if self.ignore_index == _IGNORED and number > _IGNORED:  # nobody has thought of it
             raise OptionError(f"ignore_index: {self.ignore_index} is one of the {number} classes; set another, or null")
 
     @property

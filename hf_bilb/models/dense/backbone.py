@@ -232,8 +232,9 @@ class DenseBackboneModel(EncoderModel, DenseModel):
 
     def __init__(self, config: DenseBackboneConfig) -> None:
         super().__init__(config)
-        types = config.task_types
-        size, dense, of_rows = config.decoder_size, config.dense_tasks, config.row_tasks
+        types, size = config.task_types, config.decoder_size
+        self._dense, self._of_rows = dense, of_rows = config.dense_tasks, config.row_tasks
+        self._one_tensor = bool(config.tasks) and have_one_output(types)
         self._losses = MixedLosses(types) if config.tasks else None
         groups = math.gcd(size, _MOST_GROUPS)
         self.encoder = AutoBackbone.from_config(config.encoder_config)
@@ -310,20 +311,23 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         maps = self.encoder(pixel_values=normalized(pixel_values, config.image_mean, config.image_std)).feature_maps
         predictions: dict[str, Tensor] = {}
         pooled: dict[str, Tensor] = {}
-        if config.dense_tasks:
+        if self._dense:
             frame = pixel_values.shape[-2:]
             dense = self._dense_features(maps, frame)
-            for name, out in zip(config.dense_tasks, self.heads(dense), strict=True):
+            for name, out in zip(self._dense, self.heads(dense), strict=True):
                 predictions[name] = functional.interpolate(out, size=frame, mode="bilinear")
-            pooled.update(self._by_task(config.dense_tasks, dense.mean(dim=(2, 3))))
-        if config.row_tasks:
+            pooled.update(self._by_task(self._dense, dense.mean(dim=(2, 3))))
+        if self._of_rows:
             images = functional.relu(self.image_norm(self.image_branches(maps[-1].mean(dim=(2, 3)))))
             outputs = self.image_heads(images[..., None, None])
-            predictions.update({name: out.flatten(1) for name, out in zip(config.row_tasks, outputs, strict=True)})
-            pooled.update(self._by_task(config.row_tasks, images))
+            predictions.update({name: out.flatten(1) for name, out in zip(self._of_rows, outputs, strict=True)})
+            pooled.update(self._by_task(self._of_rows, images))
         features = torch.cat([pooled[name] for name in config.task_names], dim=1)
         if self._losses is not None:
-            return self._typed_output(predictions, labels, pixel_labels, features, return_dict)
+            losses = self._typed_losses(self._losses, predictions, labels, pixel_labels)
+            by_task = tuple(predictions[name] for name in config.task_names)
+            logits = torch.cat(by_task, dim=1) if self._one_tensor else by_task
+            return self._output(logits, losses, features, return_dict, shared=False)
         predictions = {name: finished(name, out) for name, out in predictions.items()}
         of_tasks = labels_by_task({**pixel_labels, IMAGE_LABELS: image_labels}, list(config.image_tasks))
         return self._dense_output(predictions, of_tasks, features, return_dict, list(config.image_tasks))
@@ -333,32 +337,28 @@ class DenseBackboneModel(EncoderModel, DenseModel):
     ) -> None:
         """Raise `TaskLossError` for labels that no task has."""
         config = self.config
-        known = {name: name in config.dense_tasks for name in pixel_labels}
-        known |= {LABELS: bool(config.tasks and config.row_tasks), IMAGE_LABELS: bool(config.image_tasks)}
+        known = {name: name in self._dense for name in pixel_labels}
+        known |= {LABELS: bool(config.tasks and self._of_rows), IMAGE_LABELS: bool(config.image_tasks)}
         given = {**pixel_labels, LABELS: labels, IMAGE_LABELS: image_labels}
         for name, values in given.items():
             if values is not None and not known[name]:
                 tasks = ", ".join(config.task_names)
                 raise TaskLossError(f"{name}: labels are given, but the model's tasks are {tasks}")
 
-    def _typed_output(
+    def _typed_losses(
         self,
+        losses: MixedLosses,
         predictions: Mapping[str, Tensor],
         labels: Tensor | None,
         pixel_labels: Mapping[str, Tensor | None],
-        features: Tensor,
-        return_dict: bool | None,
-    ) -> MultiTaskOutput | tuple[Tensor, ...]:
-        """What `forward` returns of a model with `tasks`."""
-        config = self.config
-        rows = torch.cat([predictions[name] for name in config.row_tasks], dim=1) if config.row_tasks else None
-        losses = None
-        if labels is not None or any(values is not None for values in pixel_labels.values()):
-            pixels = [predictions[name] for name in config.dense_tasks]
-            losses = self._losses.of_joined(rows, None, labels, None, pixels, pixel_labels)
-        by_task = tuple(predictions[name] for name in config.task_names)
-        one_each = rows is not None and have_one_output(config.task_types)
-        return self._output(rows if one_each else by_task, losses, features, return_dict, shared=False)
+    ) -> tuple[Tensor, Tensor] | None:
+        """Losses and numbers of items of a model with `tasks`; None without labels of any task."""
+        if labels is None and all(values is None for values in pixel_labels.values()):
+            return None
+        of_rows = [predictions[name] for name in self._of_rows]
+        pixels = [predictions[name] for name in self._dense]
+        rows = torch.cat(of_rows, dim=1) if of_rows else None
+        return losses.of_joined(rows, None, labels, None, pixels, pixel_labels)
 
     def _dense_features(self, maps: Sequence[Tensor], frame: Sequence[int]) -> Tensor:
         """What the dense heads read, the tasks side by side: `[B, K D, H / 4, W / 4]`."""
