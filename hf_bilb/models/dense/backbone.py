@@ -90,17 +90,17 @@ class DenseBackboneConfig(TasksConfig):
 
     Args:
         encoder_config: of the backbone, or a mapping with its `model_type`; None is ResNet's default.
-        tasks: name -> type, or that as a dict, of rows (images) and pixels; None or empty: the tasks are the papers'.
         task_names: the K tasks in order, the names of `tasks`; without `tasks` of `segmentation`, `depth`, `normals`
             and of `image_tasks`. None: as they stand there.
         num_classes: of the papers' segmentation.
         image_tasks: task -> number of classes, of the tasks with one class per image, without `tasks`.
-        image_size: height and width of the images that it is trained on, where they are all the same.
         stages: of the encoder, whose maps the decoder reads; see `DenseBackboneOptions`. Image tasks read the last,
             and without a decoder it is the only one.
         decoder_size: channels D; 2 at least with image tasks.
         image_mean, image_std: of each colour, that the encoder wants taken off and divided by; pixels are in [0, 1].
         encoder_name: where the encoder's weights came from.
+        tasks: name -> type, or that as a dict, of rows (images) and pixels; None or empty: the tasks are the papers'.
+        image_size: height and width of the images that it is trained on, where they are all the same.
         kwargs: what `PretrainedConfig` takes.
 
     Attributes:
@@ -118,16 +118,16 @@ class DenseBackboneConfig(TasksConfig):
     def __init__(
         self,
         encoder_config: PretrainedConfig | Mapping[str, Any] | None = None,
-        tasks: Tasks | None = None,
         task_names: Sequence[str] | None = None,
         num_classes: int = 13,
         image_tasks: Mapping[str, int] | None = None,
-        image_size: int | None = None,
         stages: Sequence[str] | None = None,
         decoder_size: int = DenseBackboneOptions.decoder_size,
         image_mean: Sequence[float] = (0.0, 0.0, 0.0),
         image_std: Sequence[float] = (1.0, 1.0, 1.0),
         encoder_name: str | None = None,
+        tasks: Tasks | None = None,
+        image_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         check_size("num_classes", num_classes)
