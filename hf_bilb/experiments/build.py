@@ -93,6 +93,28 @@ def check_model(recipe: Recipe) -> None:
                 f"data.{key}: {recipe.data[key]!r} asks for a model that takes {argument}, which {model!r} does not, "
                 f"expected {' or '.join(able)}"
             )
+    _check_task_types(recipe.data.get("tasks"), model)
+
+
+def _check_task_types(tasks: Any, model: str) -> None:
+    """Raise `OptionError` for a task, of data that say what type each is, that the model does not have."""
+    known = _supported_types(model)
+    types = {name: task["type"] for name, task in tasks.items()} if isinstance(tasks, Mapping) else {}
+    for name, kind in types.items():
+        if known is None or kind in known:
+            continue
+        able = [other for other in MODELS if kind in (_supported_types(other) or ())]
+        raise OptionError(
+            f"data.tasks.{name}.type: the model {model!r} has no {kind} (it has {', '.join(known)}), expected the "
+            f"model {' or '.join(able)}"
+        )
+
+
+def _supported_types(model: str) -> tuple[str, ...] | None:
+    """The types of tasks that a model has; None: it does not say."""
+    spec = MODELS[model]
+    config_class = spec.config_class if isinstance(spec, ModelSpec) else None
+    return getattr(config_class, "supported_types", None)
 
 
 def _arguments(spec: ModelSpec | PlainModelSpec) -> Collection[str]:

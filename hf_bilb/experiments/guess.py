@@ -27,6 +27,7 @@ _GROUP_NAME = re.compile(
     re.IGNORECASE,
 )
 _DATE = re.compile(r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{4}([T ].*)?")
+_FILE = re.compile(r"\.(png|tiff?|npy|jpe?g|bmp|webp)$", re.IGNORECASE)
 #: Names under which people keep what is to be predicted.
 TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y")
 
@@ -73,6 +74,8 @@ def _guess_numbers(column: Column, text: Column | None) -> Guess:
 
 
 def _guess_words(column: Column, text: Column | None) -> Guess:
+    if all(_FILE.search(word) for word in column.counts):
+        return Guess(None, "paths of files; of masks write a task of type segmentation, of arrays dense_regression")
     if _is_spoilt(column):
         return Guess(None, _stray(column))
     if _is_free(column):

@@ -31,9 +31,17 @@ def balanced_class_weights(labels: Any, num_classes: int, names: Sequence[str] =
     wrong = classes[(classes < 0) | (classes >= num_classes) | (classes != classes.floor())]
     if wrong.numel():
         raise OptionError(f"class_weights: label {wrong[0]:g} is no class, expected 0 to {num_classes - 1}")
-    counts = classes.long().bincount(minlength=num_classes).tolist()
+    return balanced_weights_of_counts(classes.long().bincount(minlength=num_classes).tolist(), names)
+
+
+def balanced_weights_of_counts(counts: Sequence[int], names: Sequence[str] = ()) -> tuple[float, ...]:
+    """The same from the number of labels of each class `[C]`.
+
+    Raises:
+        OptionError: a class without a label.
+    """
     for number, count in enumerate(counts):
         if not count:
             name = repr(names[number]) if names else number
             raise OptionError(f"class_weights: class {name} has no label, so there is no balanced weight for it")
-    return tuple(len(classes) / (num_classes * count) for count in counts)
+    return tuple(sum(counts) / (len(counts) * count) for count in counts)

@@ -4,6 +4,8 @@
     classification         cross-entropy of C classes
     multi_label            binary cross-entropy of each of M labels
     token_classification   cross-entropy of C classes, of each token
+    segmentation           cross-entropy of C classes, of each pixel
+    dense_regression       absolute error of each of D numbers, of each pixel
 
 `hf_bilb.losses.task_types` says where the labels of a task lie in a batch. A task's loss is the mean over its valid
 labels, and `num_items` their number: of a task with several numbers or labels, each of them is an item.
@@ -29,7 +31,8 @@ from torch.nn import functional
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import check_task_names, short_names
 from hf_bilb.losses.masked import MISSING_INTEGER, valid_labels
-from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType
+from hf_bilb.losses.pixels import check_pixel_outputs, pixel_items, pixel_loss
+from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType, pixel_tasks
 
 
 class MixedLosses:
@@ -46,10 +49,12 @@ class MixedLosses:
         row_sizes, token_sizes: outputs of each task of rows, and of each task of tokens, in order.
 
     Raises:
-        OptionError: no task, an empty name, a weight that is not above 0, or weights of a regression task.
+        OptionError: no task, an empty name, a weight that is not above 0, or weights of a regression task; a task of
+            pixels with the name of another column.
 
     Cost: some ten kernels per type, whatever K is. Classes are padded to the most that a task has, `[B, tasks, most
-    classes]`, of tokens `[B T, tasks, most classes]`. No device synchronisation, but that the first batch on a device
+    classes]`, of tokens `[B T, tasks, most classes]`. Tasks of pixels are computed one by one: their tensors are large,
+    and padding them would cost more than it saves. No device synchronisation, but that the first batch on a device
     copies some indices to it.
     """
 
@@ -58,8 +63,10 @@ class MixedLosses:
         for name, task in tasks.items():
             _check_weights(name, task)
         self._tasks = tuple(tasks.items())
-        self.row_sizes = [task.size for task in tasks.values() if task.type != "token_classification"]
-        self.token_sizes = [task.size for task in tasks.values() if task.type == "token_classification"]
+        self.row_sizes = [task.size for task in tasks.values() if task.items == "rows"]
+        self.token_sizes = [task.size for task in tasks.values() if task.items == "tokens"]
+        self._pixels = tuple(pixel_tasks(tasks).items())
+        self._pixel_numbers = [list(tasks).index(name) for name, _ in self._pixels]
         self._width = sum(task.label_width for task in tasks.values())
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -67,7 +74,8 @@ class MixedLosses:
 
         Args:
             outputs: with `logits`: `[B, K]` where every task has one output, else a tuple with one tensor per task.
-            batch: with `labels [B, W]` and `tag_labels [B, T, M]`; labels of a column that is not there are missing.
+            batch: with `labels [B, W]`, `tag_labels [B, T, M]` and a column for each task of pixels; labels of a column
+                that is not there are missing.
 
         Returns:
             `losses [K]`, 0 with zero gradients for a task without labels, and `num_items [K]`.
@@ -78,16 +86,24 @@ class MixedLosses:
         """
         logits = outputs["logits"]
         parts = (logits,) if isinstance(logits, Tensor) else logits
-        rows, tokens = ([part for part in parts if part.ndim == dimensions] for dimensions in (2, 3))
+        rows, tokens, pixels = ([part for part in parts if part.ndim == dimensions] for dimensions in (2, 3, 4))
         return self.of_joined(
             torch.cat(rows, dim=1) if rows else None,
             torch.cat(tokens, dim=2) if tokens else None,
             batch.get(LABELS),
             batch.get(TAG_LABELS),
+            pixels,
+            batch,
         )
 
     def of_joined(
-        self, rows: Tensor | None, tokens: Tensor | None, labels: Tensor | None, tag_labels: Tensor | None
+        self,
+        rows: Tensor | None,
+        tokens: Tensor | None,
+        labels: Tensor | None,
+        tag_labels: Tensor | None,
+        pixels: Sequence[Tensor] = (),
+        pixel_labels: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same of outputs that are not split into tasks.
 
@@ -96,9 +112,12 @@ class MixedLosses:
             tokens: `[B, T, sum of token_sizes]`; None where no task is of tokens.
             labels: `[B, W]`, NaN where missing; None: all are.
             tag_labels: `[B, T, M]`, -100 where missing; None: all are.
+            pixels: for each task of pixels `[B, size, H, W]`.
+            pixel_labels: their names -> labels; those of a name that is not there, or None, are missing.
         """
         _check_outputs(rows, self.row_sizes, 2)
         _check_outputs(tokens, self.token_sizes, 3)
+        check_pixel_outputs(pixels, self._pixels)
         sums, counts, owners = [], [], []
         for outputs, labelled, of_tokens in ((rows, labels, False), (tokens, tag_labels, True)):
             if outputs is None:
@@ -115,6 +134,11 @@ class MixedLosses:
                 sums.append(torch.where(valid, values, 0).sum(dim=0))
                 counts.append(group.counts(columns, valid))
                 owners.append(group.owners)
+        for number, (name, task), part in zip(self._pixel_numbers, self._pixels, pixels, strict=True):
+            total, count = pixel_loss(name, task, part, (pixel_labels or {}).get(name))
+            sums.append(total[None])
+            counts.append(count[None])
+            owners.append(_owner(number, total.device))
         totals = self._by_task(sums, owners)
         num_items = self._by_task(counts, owners).to(totals.dtype)
         return totals / num_items.clamp(min=1), num_items
@@ -135,8 +159,12 @@ class MixedLosses:
                 columns = group.columns(targets)
                 counts.append(group.counts(columns, group.valid(columns)))
                 owners.append(group.owners)
+        for number, (name, task) in zip(self._pixel_numbers, self._pixels, strict=True):
+            if (labelled := batch.get(name)) is not None:
+                counts.append(pixel_items(task, labelled)[None])
+                owners.append(_owner(number, labelled.device))
         if not counts:
-            raise TaskLossError(f"{LABELS}: the batch has neither it nor {TAG_LABELS} (it has {', '.join(batch)})")
+            raise TaskLossError(f"{LABELS}: the batch has no column of labels (it has {', '.join(batch)})")
         return self._by_task(counts, owners)
 
     def _targets(self, labels: Tensor | None, size: Sequence[int], of_tokens: bool, device: torch.device) -> Tensor:
@@ -159,7 +187,7 @@ class MixedLosses:
 
 
 def _check_weights(name: str, task: TaskType) -> None:
-    if task.class_weights and task.type == "regression":
+    if task.class_weights and task.type in ("regression", "dense_regression"):
         raise OptionError(f"tasks.{name}.class_weights: a regression task has no classes")
     for weight in task.class_weights:
         if not 0 < weight < float("inf"):
@@ -329,11 +357,18 @@ def _groups(
     members: dict[str, list[_Member]] = {}
     label = output = 0
     for number, (name, task) in enumerate(tasks):
-        if (task.type == "token_classification") is of_tokens:
+        if task.items == ("tokens" if of_tokens else "rows"):
             members.setdefault(task.type, []).append(_Member(number, name, task, label, output))
             label, output = label + (task.label_width or 1), output + task.size
     with torch.inference_mode(False):  # what is made in inference mode cannot be used in training
         return [_TYPES[kind](of_kind, label, output, device) for kind, of_kind in members.items()]
+
+
+@functools.lru_cache(maxsize=64)
+def _owner(number: int, device: torch.device) -> Tensor:
+    """`[1]`, a task's number on a device. Kept, because a copy from the host waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor([number], device=device)
 
 
 def _outputs_of(members: Sequence[_Member]) -> list[int]:

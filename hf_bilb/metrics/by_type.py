@@ -7,10 +7,13 @@
 | classification, more | `accuracy`, `f1_macro` | `balanced_accuracy`, `matthews` |
 | multi_label | `f1`, `roc_auc`, `accuracy`; of one label `normalized_entropy` too | `normalized_entropy` |
 | token_classification | `accuracy`, `f1_macro`; before them `f1_entity`, of B-, I- and O tags | as of classes |
+| segmentation | `miou`, `pixel_accuracy` | |
+| dense_regression | `mae`, `rmse` | `r2`, `mse`, `nmse`, `pearson` |
 
 `mae` and `rmse` are in the task's unit, `mse` in its square. A task of D numbers or M labels has the mean over those of
 its columns in which the metric is defined. `f1_macro` is the mean over classes or tags, `balanced_accuracy` the mean
-of their recalls.
+of their recalls. `miou` is the mean, over the classes that labels or predictions of the set hold, of intersection over
+union; it and all metrics of pixels are over all labelled pixels of the set, each of which counts once.
 """
 
 from __future__ import annotations
@@ -50,18 +53,18 @@ _CLASSES = {
     "matthews": Metric("Matthews", signed=True),
 }
 _ROC_AUC = {"roc_auc": Metric("AUROC")}
+_NUMBERS = {
+    "mae": Metric("MAE", higher_is_better=False, unit_power=1),
+    "rmse": Metric("RMSE", higher_is_better=False, unit_power=1),
+    "r2": Metric("R2", signed=True),
+    "mse": Metric("MSE", higher_is_better=False, unit_power=2),
+    "nmse": Metric("nMSE", higher_is_better=False),
+    "pearson": Metric("Pearson", signed=True),
+}
 
 #: Type -> metric; a task's default ones stand first.
 METRICS: Mapping[str, Mapping[str, Metric]] = {
-    "regression": {
-        "mae": Metric("MAE", higher_is_better=False, unit_power=1),
-        "rmse": Metric("RMSE", higher_is_better=False, unit_power=1),
-        "r2": Metric("R2", signed=True),
-        "mse": Metric("MSE", higher_is_better=False, unit_power=2),
-        "nmse": Metric("nMSE", higher_is_better=False),
-        "pearson": Metric("Pearson", signed=True),
-        "spearman": Metric("Spearman", signed=True),
-    },
+    "regression": {**_NUMBERS, "spearman": Metric("Spearman", signed=True)},
     "classification": {**_CLASSES, **_ROC_AUC},
     "multi_label": {
         "f1": Metric("F1"),
@@ -70,6 +73,8 @@ METRICS: Mapping[str, Mapping[str, Metric]] = {
         "normalized_entropy": Metric("NE", higher_is_better=False),
     },
     "token_classification": {"f1_entity": Metric("entity F1"), **_CLASSES},
+    "segmentation": {"miou": Metric("mIoU"), "pixel_accuracy": Metric("pixel accuracy")},
+    "dense_regression": _NUMBERS,
 }
 #: Key of the mean over tasks.
 MEAN_SCORE = "mean_score"
@@ -94,6 +99,8 @@ def default_metrics(task: TaskType) -> tuple[str, ...]:
         "classification": 2,
         "multi_label": 4 if task.size == 1 else 3,
         "token_classification": 3 if of_entities else 2,
+        "segmentation": 2,
+        "dense_regression": 2,
     }
     return names[: numbers[task.type]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_bilb.errors import MetricError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.masked import valid_labels
-from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType
+from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType, have_one_output
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.by_type import MEAN_SCORE, chosen_metrics, metric_infos
 from hf_bilb.metrics.classification import CLASS_METRICS, ClassMetrics
@@ -23,8 +23,9 @@ from hf_bilb.metrics.columns import (
     RocAucColumns,
     SpearmanColumns,
 )
+from hf_bilb.metrics.dense_accumulators import Segmentation
 from hf_bilb.metrics.entities import EntityF1
-from hf_bilb.metrics.mixed_batch import BatchReader, have_one_output
+from hf_bilb.metrics.mixed_batch import BatchReader
 from hf_bilb.metrics.roc_auc import RocAuc
 from hf_bilb.metrics.trainer_metrics import StreamingMetrics, of_task
 
@@ -44,9 +45,11 @@ class MixedMetrics(StreamingMetrics):
 
     * predictions: `[B, K]` (or `[B]`) where each of the K tasks has one output; else a tuple with a tensor for each
       task, in their order: `[B, D]` regression, `[B, C]` classification, `[B, M]` multi_label, `[B, T, C]`
-      token_classification (for one task alone, its tensor will do). Further members of the tuple are passed over.
+      token_classification, `[B, C, H, W]` segmentation, `[B, D, H, W]` dense_regression (for one task alone, its tensor
+      will do). Further members of the tuple are passed over.
     * label_ids: the columns in the order of `label_names`: `labels [B, W]`, NaN where missing (-100, too, but for
-      regression), and `tag_labels [B, T, M]`, -100 where missing. T may differ from batch to batch.
+      regression), `tag_labels [B, T, M]`, -100 where missing, and a column for each task of pixels. T may differ from
+      batch to batch.
 
     Args:
         tasks: task -> its type, in the order of the model's outputs. Errors of a regression task are times its `stds`.
@@ -69,7 +72,7 @@ class MixedMetrics(StreamingMetrics):
     the last batch, or an error in here; `reset` drops it.
 
     Cost of a batch: no device synchronisation; columns of numbers and of binary labels are computed together, for all
-    tasks; tasks of classes one after the other.
+    tasks; tasks of classes and of pixels one after the other.
 
     Raises:
         OptionError: no task; a metric that is unknown or does not fit its task; two metrics of one key; `label_names`
@@ -90,6 +93,7 @@ class MixedMetrics(StreamingMetrics):
         self._batches = BatchReader(self.tasks, label_names)
         self._columns = _column_groups(self.tasks, self.metrics)
         self._classes = {name: _class_accumulators(task, self.metrics[name]) for name, task in self.tasks.items()}
+        self._maps = {name: Segmentation(task.size) for name, task in self.tasks.items() if task.type == "segmentation"}
 
     def reset(self) -> None:
         """Forget everything."""
@@ -98,6 +102,8 @@ class MixedMetrics(StreamingMetrics):
         for accumulators in self._classes.values():
             for accumulator in accumulators:
                 accumulator.reset()
+        for maps in self._maps.values():
+            maps.reset()
 
     def _add_batch(self, prediction: EvalPrediction) -> None:
         outputs, labels = self._batches.read(prediction)
@@ -107,6 +113,9 @@ class MixedMetrics(StreamingMetrics):
             for accumulator in accumulators:
                 with of_task(name):
                     accumulator.update(*_as_items(accumulator, outputs[name], labels[name]))
+        for name, maps in self._maps.items():
+            with of_task(name):
+                maps.add(maps.per_image(outputs[name].detach(), labels[name]))
 
     def _compute(self) -> dict[str, float]:
         values: dict[str, dict[str, float]] = {name: {} for name in self.tasks}
@@ -117,6 +126,9 @@ class MixedMetrics(StreamingMetrics):
             for accumulator in accumulators:
                 with of_task(name):
                     values[name] |= accumulator.compute()
+        for name, maps in self._maps.items():
+            with of_task(name):
+                values[name] |= maps.compute()
         found = {
             f"{name}_{metric}": values[name][metric]
             for name, metrics in self.metrics.items()
@@ -141,7 +153,8 @@ class _ColumnGroup:
         self.metrics = metrics  # task -> those that are wanted
 
     def update(self, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> None:
-        self.statistics.update(*(torch.cat([part[name] for name in self.metrics], dim=1) for part in (outputs, labels)))
+        pairs = ([_as_rows(part[name]) for name in self.metrics] for part in (outputs, labels))
+        self.statistics.update(*(torch.cat(columns, dim=1) for columns in pairs))
 
     def compute(self) -> dict[str, dict[str, float]]:
         """Task -> metric -> mean over the task's columns that have it."""
@@ -152,6 +165,11 @@ class _ColumnGroup:
             known = {key: [v for v in (columns[key][place] for place in own) if v is not None] for key in metrics}
             found[name] = {key: sum(values) / len(values) for key, values in known.items() if values}
         return found
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """`[B, D]` of `[B, D]`; `[B H W, D]` of `[B, D, H, W]`."""
+    return values if values.ndim == 2 else values.movedim(1, -1).flatten(0, 2)
 
 
 def _column_groups(tasks: Mapping[str, TaskType], chosen: Mapping[str, Sequence[str]]) -> list[_ColumnGroup]:
@@ -168,6 +186,11 @@ def _column_groups(tasks: Mapping[str, TaskType], chosen: Mapping[str, Sequence[
         wanted = {name: metrics for name, metrics in own.items() if metrics and tasks[name].type == kind}
         if wanted:
             groups.append(_ColumnGroup(_columns_of(statistics, {name: tasks[name] for name in wanted}), wanted))
+    dense = {name: task for name, task in tasks.items() if task.type == "dense_regression"}
+    # One by one: frames may differ, and joined columns would be a copy of all of them.
+    groups += [
+        _ColumnGroup(_columns_of(RegressionColumns, {name: dense[name]}), {name: chosen[name]}) for name in dense
+    ]
     return groups
 
 
@@ -179,7 +202,7 @@ def _columns_of(statistics: type[ColumnStatistics], tasks: Mapping[str, TaskType
 
 
 def _class_accumulators(task: TaskType, chosen: Sequence[str]) -> list[Accumulator]:
-    if not task.has_classes:
+    if not task.has_classes or task.items == "pixels":
         return []
     of_matrix = [metric for metric in chosen if metric in CLASS_METRICS]
     accumulators: list[Accumulator] = [ClassMetrics(task.size, of_matrix)] if of_matrix else []
@@ -220,23 +243,61 @@ def trivial_metrics(
         MetricError: shapes that do not fit; a task without a label in the training part.
         OptionError: as `MixedMetrics`.
     """
-    from transformers import EvalPrediction
-
     train = _present({LABELS: train_labels, TAG_LABELS: train_tag_labels})
     test = _present({LABELS: test_labels, TAG_LABELS: test_tag_labels})
-    measured = MixedMetrics(tasks, metrics, tuple(test))
+    batches = zip(*(column.split(_ROWS) for column in test.values()), strict=True)
+    return constant_metrics(tasks, constant_outputs(tasks, train), tuple(test), batches, metrics)
+
+
+def constant_outputs(tasks: Mapping[str, TaskType], train: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The constant predictor's outputs `[size]` for each task.
+
+    Args:
+        tasks: of rows and tokens.
+        train: columns of labels of the training part.
+
+    Raises:
+        MetricError: as `trivial_metrics`.
+    """
     known = BatchReader(tasks, tuple(train)).labels(tuple(train.values()))
     outputs = {}
     for name, task in tasks.items():
         with of_task(name):
             outputs[name] = _constant_output(task, known[name])
-    for columns in zip(*(column.split(_ROWS) for column in test.values()), strict=True):
-        # One answer for each token of `tag_labels`, which is the last column, else for each row.
-        shapes = [columns[-1].shape[: 1 if task.label_width else 2] for task in tasks.values()]
-        rows = tuple(output.expand(*shape, -1) for output, shape in zip(outputs.values(), shapes, strict=True))
+    return outputs
+
+
+def constant_metrics(
+    tasks: Mapping[str, TaskType],
+    outputs: Mapping[str, Tensor],
+    label_names: Sequence[str],
+    batches: Iterable[Sequence[Tensor]],
+    metrics: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, float]:
+    """What `MixedMetrics` returns for a model with the same outputs `[size]` for every row, token and pixel.
+
+    Args:
+        tasks, metrics, label_names: as in `MixedMetrics`.
+        outputs: of each task.
+        batches: of the labels, each with the columns of `label_names`.
+    """
+    from transformers import EvalPrediction
+
+    measured = MixedMetrics(tasks, metrics, label_names)
+    for columns in batches:
+        labels = dict(zip(label_names, columns, strict=True))
+        rows = tuple(_expanded(name, task, outputs[name], labels) for name, task in tasks.items())
         predictions = torch.cat(rows, dim=1) if have_one_output(tasks) else rows
-        measured(EvalPrediction(predictions, columns), compute_result=False)
+        measured(EvalPrediction(predictions, tuple(columns)), compute_result=False)
     return measured._compute()
+
+
+def _expanded(name: str, task: TaskType, output: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
+    """The output `[size]` for everything in a batch."""
+    if task.items == "pixels":
+        shape = labels[name].shape
+        return output[:, None, None].expand(shape[0], -1, *shape[-2:])
+    return output.expand(*(labels[TAG_LABELS].shape[:2] if task.items == "tokens" else labels[LABELS].shape[:1]), -1)
 
 
 def _present(columns: Mapping[str, Any]) -> dict[str, Tensor]:

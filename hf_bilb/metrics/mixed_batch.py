@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hf_bilb.errors import MetricError, OptionError
-from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType
+from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType, have_one_output, pixel_tasks
 from hf_bilb.metrics.trainer_metrics import as_tensor, of_task
 
 if TYPE_CHECKING:  # takes seconds to import, and only the name is needed
@@ -30,15 +30,16 @@ class BatchReader:
         self.tasks = tasks
         self.label_names = tuple(label_names)
         self.widths = [task.label_width for task in tasks.values()]
-        self.tagged = [name for name, task in tasks.items() if task.type == "token_classification"]
-        needed = ([LABELS] if sum(self.widths) else []) + ([TAG_LABELS] if self.tagged else [])
+        self.tagged = [name for name, task in tasks.items() if task.items == "tokens"]
+        self.of_pixels = tuple(pixel_tasks(tasks))
+        needed = [*([LABELS] if sum(self.widths) else []), *([TAG_LABELS] if self.tagged else []), *self.of_pixels]
         for name in needed:
             if name not in self.label_names:
                 raise OptionError(f"label_names: {', '.join(self.label_names) or 'none'}, expected {name!r} among them")
 
     def read(self, prediction: EvalPrediction) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Task -> outputs and task -> labels: `[B, D]` each of numbers and binary labels, else `[B, C]` and `[B]`, or
-        `[B, T, C]` and `[B, T]`.
+        `[B, T, C]` and `[B, T]`; of pixels `[B, C, H, W]` and `[B, H, W]`, or `[B, D, H, W]` each.
 
         Raises:
             MetricError: a column that is missing, or shapes that do not fit, naming the task.
@@ -52,7 +53,7 @@ class BatchReader:
     def labels(self, label_ids: Any) -> dict[str, Tensor]:
         """Task -> labels, as in `read`."""
         columns = self._label_columns(label_ids)
-        return {**self._row_labels(columns), **self._tags(columns)}
+        return {**self._row_labels(columns), **self._tags(columns), **{name: columns[name] for name in self.of_pixels}}
 
     def _outputs(self, predictions: Any) -> dict[str, Tensor]:
         if isinstance(predictions, tuple) and predictions and isinstance(predictions[0], tuple):
@@ -119,17 +120,24 @@ class BatchReader:
         return ", ".join(self.tasks)
 
 
-def have_one_output(tasks: Mapping[str, TaskType]) -> bool:
-    """Whether each task has one output, so that all are one tensor `[B, K]`."""
-    return all(task.size == 1 for task in tasks.values())
+#: Type -> how outputs and labels lie.
+_LAYOUTS = {
+    "classification": "[B, {}] and [B]",
+    "token_classification": "[B, T, {}] and [B, T]",
+    "segmentation": "[B, {}, H, W] and [B, H, W]",
+    "dense_regression": "both [B, {}, H, W]",
+}
 
 
 def _check_shapes(task: TaskType, outputs: Tensor, labels: Tensor) -> None:
-    expected = (*labels.shape, task.size) if task.has_classes else tuple(labels.shape)
-    if outputs.shape != expected:
-        layout = "[B, T, {}] and [B, T]" if task.type == "token_classification" else "[B, {}] and [B]"
-        layout = layout if task.has_classes else "both [B, {}]"
+    if task.type == "segmentation":
+        fits = labels.ndim == 3 and outputs.shape == (len(labels), task.size, *labels.shape[1:])
+    elif task.type == "dense_regression":
+        fits = labels.ndim == 4 and labels.shape[1] == task.size and outputs.shape == labels.shape
+    else:
+        fits = outputs.shape == ((*labels.shape, task.size) if task.has_classes else labels.shape)
+    if not fits:
+        layout = _LAYOUTS.get(task.type, "both [B, {}]").format(task.size)
         raise MetricError(
-            f"predictions {tuple(outputs.shape)} and labels {tuple(labels.shape)}, "
-            f"expected {layout.format(task.size)} ({task.type})"
+            f"predictions {tuple(outputs.shape)} and labels {tuple(labels.shape)}, expected {layout} ({task.type})"
         )

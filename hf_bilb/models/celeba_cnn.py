@@ -58,6 +58,7 @@ class CelebaCnnConfig(TasksConfig):
 
     model_type = "celeba_cnn"
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(KEYS_TO_IGNORE_AT_INFERENCE)
+    supported_types: ClassVar[tuple[str, ...]] = ("multi_label",)
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class CelebaCnnConfig(TasksConfig):
             raise OptionError(f"image_size: {image_size} is not valid, expected 8 or more (three poolings by 2)")
         if tasks is None:
             tasks = dict.fromkeys(CELEBA_ATTRIBUTES if task_names is None else task_names, TaskType("multi_label"))
-        self.set_tasks(tasks, task_names, ("multi_label",))
+        self.set_tasks(tasks, task_names)
         for name, task in self.task_types.items():
             if task.size != 1:
                 raise OptionError(f"tasks.{name}.size: {task.size} is not valid, expected 1, one label a task")

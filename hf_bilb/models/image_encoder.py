@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.task_types import TaskType
+from hf_bilb.losses.task_types import ROW_TYPES, TaskType
 from hf_bilb.models.base import check_choice, check_dropout
 from hf_bilb.models.lora import LoraOptions, add_encoder_lora, load_encoder_model
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
@@ -42,7 +42,7 @@ from hf_bilb.models.pretrained import (
 from hf_bilb.models.quantization import Quantization, check_needs_lora, quantization_config
 from hf_bilb.models.spec import ModelSpec
 from hf_bilb.models.tasks import Tasks, TasksConfig
-from hf_bilb.models.typed_tasks import ROW_TYPES, TypedTasksModel
+from hf_bilb.models.typed_tasks import TypedTasksModel
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class MultiTaskImageConfig(TasksConfig):
     model_type = "image_encoder"
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(KEYS_TO_IGNORE_AT_INFERENCE)
+    supported_types: ClassVar[tuple[str, ...]] = ROW_TYPES
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class MultiTaskImageConfig(TasksConfig):
         check_normalization(image_mean, image_std)
         self.encoder_config = as_encoder_config(encoder_config, "vit")
         self.num_features = self.num_router_features = num_features
-        self.set_tasks({"task_0": TaskType("multi_label")} if tasks is None else tasks, task_names, ROW_TYPES)
+        self.set_tasks({"task_0": TaskType("multi_label")} if tasks is None else tasks, task_names)
         self.image_size = image_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.pooling = pooling

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb.errors import OptionError, TaskLossError
-from hf_bilb.losses.task_types import TaskType
+from hf_bilb.losses.task_types import ROW_TYPES, TaskType
 from hf_bilb.models.base import check_dropout, check_size
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.spec import ModelSpec
 from hf_bilb.models.tasks import Tasks, TasksConfig
-from hf_bilb.models.typed_tasks import ROW_TYPES, TypedTasksModel
+from hf_bilb.models.typed_tasks import TypedTasksModel
 
 _LARGEST_EMBEDDING = 32
 
@@ -74,6 +74,7 @@ class TabularMlpConfig(TasksConfig):
 
     model_type = "tabular_mlp"
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(KEYS_TO_IGNORE_AT_INFERENCE)
+    supported_types: ClassVar[tuple[str, ...]] = ROW_TYPES
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class TabularMlpConfig(TasksConfig):
         **kwargs: Any,
     ) -> None:
         _check_sizes(hidden_sizes, embedding_size, dropout)
-        self.set_tasks({"task_0": TaskType("regression")} if tasks is None else tasks, task_names, ROW_TYPES)
+        self.set_tasks({"task_0": TaskType("regression")} if tasks is None else tasks, task_names)
         self.numeric_names = list(numeric_names)
         for key, values in (("numeric_means", numeric_means), ("numeric_stds", numeric_stds)):
             if values is not None and len(values) != len(self.numeric_names):

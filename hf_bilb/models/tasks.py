@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -20,18 +20,20 @@ class TasksConfig(PretrainedConfig):
     """A config with tasks of any types.
 
     Attributes:
+        supported_types: the types of tasks that the model has.
         task_names: the K names, in order.
         tasks: name -> the task's type as a dict, which is what a file can hold.
         task_types: name -> `TaskType`, in order.
     """
 
-    def set_tasks(self, tasks: Tasks, task_names: Sequence[str] | None, types: Collection[str] | None = None) -> None:
+    supported_types: ClassVar[tuple[str, ...]]
+
+    def set_tasks(self, tasks: Tasks, task_names: Sequence[str] | None) -> None:
         """Check the tasks and keep them.
 
         Args:
             tasks: name -> type.
             task_names: their order; a saved config has it, because its file sorts the names. None: that of `tasks`.
-            types: those that the model has; None: all.
 
         Raises:
             OptionError: names that are empty, stand twice, hold a dot or are not the same in both, or a type that is
@@ -48,10 +50,10 @@ class TasksConfig(PretrainedConfig):
             if name not in tasks:
                 raise unknown_name("task_names", name, tasks)
             found[name] = _as_task_type(name, tasks[name])
-            if types is not None and found[name].type not in types:
+            if found[name].type not in self.supported_types:
                 raise OptionError(
                     f"tasks.{name}.type: {found[name].type} is no task of {self.model_type}, expected one of "
-                    f"{', '.join(types)}"
+                    f"{', '.join(self.supported_types)}"
                 )
         self.task_names = list(names)
         self.tasks = {name: task.to_dict() for name, task in found.items()}

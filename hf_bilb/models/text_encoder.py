@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.task_types import TaskType
+from hf_bilb.losses.task_types import ROW_TYPES, TaskType
 from hf_bilb.models.base import check_choice, check_dropout
 from hf_bilb.models.lora import LoraOptions, add_encoder_lora, load_encoder_model
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
@@ -85,6 +85,7 @@ class MultiTaskTextConfig(TasksConfig):
     model_type = "multi_task_text"
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(KEYS_TO_IGNORE_AT_INFERENCE)
+    supported_types: ClassVar[tuple[str, ...]] = (*ROW_TYPES, "token_classification")
 
     def __init__(
         self,

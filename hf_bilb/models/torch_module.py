@@ -9,8 +9,9 @@
 
 The function gets the recipe's arguments, and of what the data dictate what its parameters name: `num_features`,
 `tasks`, `task_names`, `num_tasks`, ... What it returns is any `nn.Module`, whose forward takes columns of a batch by
-name (`features`) and returns predictions `[B, K]`, a column for each task, or where some task has several outputs a
-tuple with one tensor per task. It knows nothing of labels: losses are the data set's (`TaskData.task_loss_func`).
+name (`features`) and returns predictions `[B, K]`, a column for each task, or where some task has several outputs or is
+of pixels a tuple with one tensor per task: `[B, size]`, of pixels `[B, size, H, W]`. It knows nothing of labels: losses
+are the data set's (`TaskData.task_loss_func`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from hf_bilb.config.options import nearest
 from hf_bilb.config.user_code import check_reference, load_reference
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.task_types import have_one_output
 from hf_bilb.models.spec import PlainModelSpec
 
 
@@ -67,9 +69,9 @@ def build_torch_module(options: TorchModuleOptions, /, **dictated: Any) -> nn.Mo
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
         raise OptionError(f"model.factory: {options.factory} returned {type(model).__name__}, expected an nn.Module")
-    names = dictated.get("task_names")
-    sizes = [task.size for task in dictated["tasks"].values()] if "tasks" in dictated else [1] * len(names or ())
-    model.register_forward_hook(_NamedLogits(options.factory, sizes or None))
+    tasks = dictated.get("tasks", {})
+    sizes = [task.size for task in tasks.values()] if tasks else [1] * len(dictated.get("task_names") or ())
+    model.register_forward_hook(_NamedLogits(options.factory, sizes or None, not have_one_output(tasks)))
     return model
 
 
@@ -95,9 +97,10 @@ class _NamedLogits:
 
     factory: str
     sizes: list[int] | None
+    split: bool  # whether there is a tensor for each task
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> dict[str, Tensor | tuple[Tensor, ...]]:
-        if self.sizes is not None and max(self.sizes) > 1:
+        if self.sizes is not None and self.split:
             return {"logits": self._of_tasks(output, self.sizes)}
         columns = None if self.sizes is None else len(self.sizes)
         if not isinstance(output, Tensor) or output.ndim != 2 or columns not in (None, output.shape[1]):
@@ -109,13 +112,18 @@ class _NamedLogits:
 
     def _of_tasks(self, output: Any, sizes: list[int]) -> tuple[Tensor, ...]:
         given = tuple(output) if isinstance(output, tuple | list) else (output,)
-        widths = [part.shape[-1] if isinstance(part, Tensor) and part.ndim > 1 else 0 for part in given]
+        widths = [_width(part) if isinstance(part, Tensor) else 0 for part in given]
         if widths != sizes:
             raise OptionError(
                 f"model.factory: the module of {self.factory} returned {', '.join(map(_shape, given))}, expected a "
                 f"tuple of {len(sizes)} tensors, one for each task, with {', '.join(map(str, sizes))} outputs"
             )
         return given
+
+
+def _width(output: Tensor) -> int:
+    """Of `[B, n]` or `[B, T, n]`, and of pixels `[B, n, H, W]`; 0 of anything else."""
+    return 0 if output.ndim < 2 else output.shape[1 if output.ndim == 4 else -1]
 
 
 def _shape(output: Any) -> str:

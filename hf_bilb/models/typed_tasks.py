@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_bilb.losses.mixed import MixedLosses
-from hf_bilb.losses.task_types import KINDS, TaskType
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.heads import head_name, joined_outputs
 from hf_bilb.models.outputs import MultiTaskOutput
-
-#: Types of tasks that have their labels in the column `labels`.
-ROW_TYPES = tuple(kind for kind in KINDS if kind != "token_classification")
 
 
 class TypedTasksModel(MultiTaskModel):
@@ -28,7 +25,7 @@ class TypedTasksModel(MultiTaskModel):
     def _add_heads(self, tasks: Mapping[str, TaskType], num_features: int, dropout: float = 0.0) -> None:
         """Make the heads, in the order of the tasks, with dropout before them, and the losses."""
         self._losses = MixedLosses(tasks)
-        self._of_tokens = {name: task.type == "token_classification" for name, task in tasks.items()}
+        self._of_tokens = {name: task.items == "tokens" for name, task in tasks.items()}
         self.dropout = nn.Dropout(dropout)
         for name, task in tasks.items():
             self.add_module(head_name(name), nn.Linear(num_features, task.size))

@@ -291,7 +291,7 @@ def test_outputs_of_another_shape_and_batches_without_labels() -> None:
         MixedLosses(TASKS)({"logits": (logits[0], *logits[2:])}, batch)
     with pytest.raises(TaskLossError, match=r"logits: got none, expected \[B, T, 7\], of \[5, 2\] outputs a task"):
         MixedLosses(TASKS)({"logits": tuple(part for part in logits if part.ndim == 2)}, batch)
-    with pytest.raises(TaskLossError, match=r"^labels: the batch has neither it nor tag_labels \(it has x\)"):
+    with pytest.raises(TaskLossError, match=r"^labels: the batch has no column of labels \(it has x\)"):
         MixedLosses(TASKS).count({"x": torch.zeros(2)})
 
 

@@ -67,6 +67,16 @@ def test_a_word_among_numbers_is_said_with_its_row(tmp_path: Path) -> None:
     assert guess_task(column).why == guess_input(column).why == "numbers, but row 18 holds 'about 9'"
 
 
+def test_paths_of_files_are_no_classes(tmp_path: Path) -> None:
+    table = table_of(
+        tmp_path, {"mask": cycle("a/1.png", "a/2.PNG"), "array": cycle("x.npy", "y.npy"), "y": cycle("a", "b.png")}
+    )
+    why = "paths of files; of masks write a task of type segmentation, of arrays dense_regression"
+    guesses = [guess_task(column) for column in table.columns]
+    assert [(guess.what, guess.why) for guess in guesses[:2]] == [(None, why)] * 2
+    assert guesses[2].what == "classification"
+
+
 def test_words_that_mean_no_value_among_numbers(tmp_path: Path) -> None:
     table = table_of(
         tmp_path, {"x": [*(1.5 * i for i in range(ROWS - 2)), "NA", "?"], "country": cycle("NA", "DE", "?", "FR")}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("sklearn.metrics", reason="the references are scikit-learn and scipy")
 
 from hf_bilb.errors import MetricError, OptionError
-from hf_bilb.losses.task_types import TaskType
+from hf_bilb.losses.task_types import PIXEL_TYPES, TaskType
 from hf_bilb.metrics.by_type import METRICS, default_metrics, fitting_metrics
 from hf_bilb.metrics.entities import EntityF1
 from hf_bilb.metrics.mixed import MixedMetrics, trivial_metrics
@@ -244,20 +244,24 @@ def test_a_tag_that_is_none() -> None:
         (TaskType("token_classification", 3, names=TAGS), ("f1_entity", "accuracy", "f1_macro")),
         (TaskType("token_classification", 3, names=("NOUN", "VERB", "DET")), ("accuracy", "f1_macro")),
         (TaskType("token_classification", 2), ("accuracy", "f1")),
+        (TaskType("segmentation", 3), ("miou", "pixel_accuracy")),
+        (TaskType("dense_regression"), ("mae", "rmse")),
     ],
 )
 def test_default_metrics(task: TaskType, names: tuple[str, ...]) -> None:
     assert default_metrics(task) == names
-    label_names = ("tag_labels",) if task.type == "token_classification" else ("labels",)
+    label_names = {"tokens": ("tag_labels",), "rows": ("labels",), "pixels": ("t",)}[task.items]
     keys = tuple(f"t_{name}" for name in names)
-    mean = () if task.type == "regression" else ("mean_score",)
+    mean = () if task.type.endswith("regression") else ("mean_score",)
     assert MixedMetrics({"t": task}, label_names=label_names).keys == keys + mean
 
 
 def test_the_test_knows_every_metric() -> None:
     for name, task in TASKS.items():
         assert set(ALL[name]) == set(fitting_metrics(task))
-    assert {m for names in METRICS.values() for m in names} == {m for names in ALL.values() for m in names}
+    # Those of pixels: tests/metrics/test_mixed_pixels.py.
+    of_rows = [names for kind, names in METRICS.items() if kind not in PIXEL_TYPES]
+    assert {m for names in of_rows for m in names} == {m for names in ALL.values() for m in names}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -194,15 +196,26 @@ def decode(data: bytes, image_size: int, where: str) -> NDArray[np.uint8]:
     Raises:
         OptionError: it does not decode; begins with `where`.
     """
+    from PIL import Image
+
+    with decoding(data, where) as image:
+        rgb = image.convert("RGB")
+    if rgb.size != (image_size, image_size):
+        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+@contextlib.contextmanager
+def decoding(data: bytes, where: str) -> Iterator[Image.Image]:
+    """An encoded image, opened; what Pillow raises becomes an `OptionError` that begins with `where`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB")
+            yield image
     except UnidentifiedImageError:  # its text names an object in memory
         raise OptionError(f"{where}: does not decode: {len(data)} bytes that are no image") from None
+    except OptionError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OptionError(f"{where}: does not decode: {' '.join(str(error).split())}") from None
-    if rgb.size != (image_size, image_size):
-        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(rgb).transpose(2, 0, 1)

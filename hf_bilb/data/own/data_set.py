@@ -13,7 +13,8 @@ of its own (`files` or `hub` in it): then they are joined into one set, each row
 `task_ids` says which one that is, for `trainer.task_sampling`.
 
 A batch has the columns `input_ids`, `attention_mask` (and `token_type_ids`) of texts, `pixel_values` of images, or
-`numeric` and `categorical` of tables; and `labels` and `tag_labels`, as `hf_bilb.losses.task_types` has them.
+`numeric` and `categorical` of tables; and `labels`, `tag_labels` and a column for each task of pixels, as
+`hf_bilb.losses.task_types` has them.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hf_bilb.data.images.rows import ImageRows
+from hf_bilb.data.own.image_rows import OwnImageRows, PixelColumn
 from hf_bilb.data.own.images import decoded_images
 from hf_bilb.data.own.joined import Joined, join_sources
 from hf_bilb.data.own.options import OwnDataOptions
+from hf_bilb.data.own.pixels import means_and_stds
 from hf_bilb.data.own.summary import summary
 from hf_bilb.data.own.table import Encoder, read_cells
 from hf_bilb.data.own.text import Texts, check_lengths, read_texts, tokenize_texts
@@ -42,7 +45,7 @@ from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.mixed import MixedLosses
 from hf_bilb.losses.task_types import LABELS, TAG_LABELS
-from hf_bilb.metrics.mixed import MixedMetrics, trivial_metrics
+from hf_bilb.metrics.mixed import MixedMetrics, constant_metrics, constant_outputs, trivial_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +102,18 @@ def _table_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
 
 
 def _image_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
-    file, images = decoded_images(joined.sources, options.image_size, options.cache_dir)
+    images = joined.images
+    assert images is not None
+    file = decoded_images(images, options.image_size, options.cache_dir)
 
-    def part(name: str) -> ImageRows:
-        chosen = [of_source[rows] for of_source, rows in zip(images, joined.rows[name], strict=True)]
-        return ImageRows(file, np.concatenate(chosen), joined.labels(name))
+    def part(name: str) -> OwnImageRows:
+        chosen = [of_source[rows] for of_source, rows in zip(images.rows, joined.rows[name], strict=True)]
+        pixels = {
+            task: PixelColumn(labels.type, labels.pixels.file, joined.pixel_rows(task, name))
+            for task, labels in joined.tasks.items()
+            if labels.pixels is not None
+        }
+        return OwnImageRows(file, np.concatenate(chosen), joined.labels(name), pixels)
 
     return Inputs({name: part(name) for name in PARTS}, collate_images, {"image_size": options.image_size})
 
@@ -160,7 +170,7 @@ def _warn_of_unmeasured(joined: Joined) -> None:
 def _task_data(joined: Joined, inputs: Inputs, options: OwnDataOptions) -> TaskData:
     types = joined.types
     chosen = {name: task.metrics for name, task in options.tasks.items() if task.metrics is not None}
-    names = (*([LABELS] if joined.width else []), *([TAG_LABELS] if joined.tagged else []))
+    names = (*([LABELS] if joined.width else []), *([TAG_LABELS] if joined.tagged else []), *joined.of_pixels)
     metrics = MixedMetrics(types, chosen, names)
     losses = MixedLosses(types)
     return TaskData(
@@ -184,6 +194,35 @@ def _task_data(joined: Joined, inputs: Inputs, options: OwnDataOptions) -> TaskD
 
 
 def _trivial(joined: Joined, inputs: Inputs, chosen: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """The metrics of the constant predictor on the test part."""
+    of_pixels = isinstance(inputs.parts["test"], OwnImageRows) and joined.of_pixels
+    return (_trivial_of_pixels if of_pixels else _trivial_of_rows)(joined, inputs, chosen)
+
+
+def _trivial_of_pixels(joined: Joined, inputs: Inputs, chosen: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    test = inputs.parts["test"]
+    assert isinstance(test, OwnImageRows)
+    rows = {name: task for name, task in joined.types.items() if task.items == "rows"}
+    outputs = constant_outputs(rows, {LABELS: torch.from_numpy(joined.labels("train"))}) if rows else {}
+    for name in joined.of_pixels:
+        outputs[name] = _constant_of_pixels(joined, name)
+    names = (*([LABELS] if rows else []), *joined.of_pixels)
+    return constant_metrics(joined.types, outputs, names, test.label_batches(), chosen)
+
+
+def _constant_of_pixels(joined: Joined, name: str) -> Tensor:
+    """`[C]`, the logarithms of the classes' shares in the training part; or `[D]`, the mean numbers."""
+    labels, number = joined.tasks[name], joined.source_of[name]
+    assert labels.pixels is not None
+    facts = labels.pixels.facts_of(joined.rows["train"][number])
+    if labels.type.type == "segmentation":
+        counts = torch.from_numpy(facts.sum(axis=0))
+        return (counts / counts.sum()).log()
+    means, _ = means_and_stds(facts)
+    return torch.zeros(labels.type.size) if labels.type.means else torch.from_numpy(means)
+
+
+def _trivial_of_rows(joined: Joined, inputs: Inputs, chosen: Mapping[str, Sequence[str]]) -> dict[str, float]:
     of_train, of_test = (joined.labels(part) if joined.width else None for part in ("train", "test"))
     train, test = inputs.parts["train"], inputs.parts["test"]
     tags: tuple[Any, Any] = (None, None)

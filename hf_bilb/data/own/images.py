@@ -1,11 +1,11 @@
-"""Images that a table names by their paths, or holds."""
+"""Images, and other files, that a table names by their paths, or holds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +17,23 @@ from hf_bilb.data.own.files import Table
 from hf_bilb.data.own.source import Source
 from hf_bilb.errors import OptionError
 
-if TYPE_CHECKING:
-    pass
-
 
 class NamedImages:
-    """Image files that tables name; a file whose size or time of change differs is another image.
+    """Image files, or others, that tables name; one whose size or time of change differs is another file.
 
     Args:
-        files: of the M different images.
+        files: the M different ones.
         places: `[M]`, where each is named first, for messages.
+        what: they are, for messages.
 
     Raises:
         OptionError: one that is not there; names it and the row.
     """
 
-    def __init__(self, files: Sequence[str], places: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[str], places: Sequence[str], what: str) -> None:
         self.files = list(files)
         self.places = list(places)
+        self.what = what
         self._facts = [self._look(row) for row in range(len(files))]
         self.key = short_hash("\n".join(self.files))
 
@@ -61,7 +60,7 @@ class NamedImages:
 
     def describe(self, row: int) -> str:
         """The row that names it, and its path."""
-        return f"{self.places[row]}: image {self.files[row]!r}"
+        return f"{self.places[row]}: {self.what} {self.files[row]!r}"
 
 
 class HeldImages:
@@ -89,6 +88,18 @@ class HeldImages:
         """The key says it already."""
         return self.key
 
+    def empty(self) -> NDArray[np.bool_]:
+        """`[N]`, whether a row has no image."""
+        import pyarrow.compute as pc
+
+        found = []
+        for images in self._images:
+            column = images.data.column(0)
+            fields = [pc.is_null(pc.struct_field(column, field)).to_numpy() for field in ("bytes", "path")]
+            nulls = fields[0] & fields[1]
+            found.append(nulls if images._indices is None else nulls[images._indices.column(0).to_numpy()])
+        return np.concatenate(found)
+
     def _find(self, row: int) -> tuple[int, int]:
         """The table's number, and its row."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -115,15 +126,51 @@ class HeldImages:
         return f"{table.place(place)}: column {column!r}"
 
 
-def decoded_images(
-    sources: Sequence[Source], image_size: int, cache_dir: str | None
-) -> tuple[Path, list[NDArray[np.int64]]]:
-    """The file with the decoded images (see `prepare_images`), and of each source which of them each row has `[N]`.
+@dataclass(frozen=True)
+class FoundFiles:
+    """The different files of several sources.
+
+    Attributes:
+        files: the M files.
+        rows: of each source `[N]`, which of them each row has; -1: none.
+    """
+
+    files: ImageSource
+    rows: list[NDArray[np.int64]]
+
+
+def find_images(sources: Sequence[Source]) -> FoundFiles:
+    """The images of the rows of all sources.
 
     Raises:
-        OptionError: an image that is missing, or does not decode; names file and row.
+        OptionError: a row without an image, or a file that is not there; names file and row.
     """
-    tables = [(table, str(source.options.inputs.image)) for source in sources for table in source.tables]
+    return _find([(source, str(source.options.inputs.image)) for source in sources], "image", required=True)
+
+
+def find_labels(source: Source, column: str, what: str) -> FoundFiles:
+    """The files that a column of labels names; an empty cell is none.
+
+    Raises:
+        OptionError: a file that is not there; names file, row and column.
+    """
+    return _find([(source, column)], f"column {column!r}: {what}", required=False)
+
+
+def decoded_images(found: FoundFiles, image_size: int, cache_dir: str | None) -> Path:
+    """The file with the decoded images; see `prepare_images`.
+
+    Raises:
+        OptionError: an image that does not decode; names file and row.
+    """
+    try:
+        return prepare_images(found.files, image_size, cache_dir)
+    except OptionError as error:
+        raise error if str(error).startswith("data") else OptionError(f"data: {error}") from None
+
+
+def _find(columns_of: Sequence[tuple[Source, str]], what: str, required: bool) -> FoundFiles:
+    tables = [(table, column) for source, column in columns_of for table in source.tables]
     held = [columns.holds_images(table, column) for table, column in tables]
     if len(set(held)) > 1:
         paths, images = (tables[held.index(kind)] for kind in (False, True))
@@ -131,27 +178,29 @@ def decoded_images(
             f"data: {paths[0].name} has paths in column {paths[1]!r}, {images[0].name} has images in {images[1]!r}, "
             "expected the same in all"
         )
-    source_of_images: ImageSource
-    if held[0]:
-        source_of_images, rows = HeldImages(tables), np.arange(sum(map(len, sources)))
-    else:
-        source_of_images, rows = _named(tables)
-    try:
-        file = prepare_images(source_of_images, image_size, cache_dir)
-    except OptionError as error:
-        raise error if str(error).startswith("data") else OptionError(f"data: {error}") from None
-    return file, np.split(rows, np.cumsum(list(map(len, sources)))[:-1])
+    files: ImageSource
+    files, rows = _held(tables, required) if held[0] else _named(tables, what, required)
+    return FoundFiles(files, np.split(rows, np.cumsum([len(source) for source, _ in columns_of])[:-1]))
 
 
-def _named(tables: Sequence[tuple[Table, str]]) -> tuple[NamedImages, NDArray[np.int64]]:
-    """The different images, and which of them each row has: one that many rows name is decoded once."""
+def _held(tables: Sequence[tuple[Table, str]], required: bool) -> tuple[HeldImages, NDArray[np.int64]]:
+    held = HeldImages(tables)
+    rows = np.arange(len(held))
+    return held, rows if required else np.where(held.empty(), -1, rows)
+
+
+def _named(tables: Sequence[tuple[Table, str]], what: str, required: bool) -> tuple[NamedImages, NDArray[np.int64]]:
+    """The different files, and which of them each row has: one that many rows name is read once."""
     paths: list[str] = []
     places: list[str] = []
     for table, column in tables:
         for row, name in enumerate(columns.texts(table, column)):
             places.append(table.place(row))
-            if name.strip() in table.missing:
+            empty = name.strip() in table.missing
+            if empty and required:
                 raise OptionError(f"data: {places[-1]}: column {column!r} is empty, expected the path of an image")
-            paths.append(os.path.abspath(table.folder / Path(name.strip()).expanduser()))
+            paths.append("" if empty else os.path.abspath(table.folder / Path(name.strip()).expanduser()))
     files, first, rows = np.unique(paths, return_index=True, return_inverse=True)
-    return NamedImages(files.tolist(), [places[row] for row in first]), rows.astype(np.int64)
+    named = files != ""  # the empty one sorts first
+    numbers = np.where(named, np.cumsum(named) - 1, -1)
+    return NamedImages(files[named].tolist(), [places[row] for row in first[named]], what), numbers[rows]

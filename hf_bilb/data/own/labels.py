@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,23 @@ from numpy.typing import NDArray
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Lists, Words
+from hf_bilb.data.own.images import FoundFiles, find_labels
 from hf_bilb.data.own.options import TaskOptions
+from hf_bilb.data.own.pixels import (
+    Frames,
+    LabelKind,
+    Masks,
+    Numbers,
+    PixelLabels,
+    decode_label,
+    means_and_stds,
+    prepare_labels,
+)
 from hf_bilb.data.own.source import Source
 from hf_bilb.data.own.words import in_order, word_of
 from hf_bilb.data.task_data import Standardizer
 from hf_bilb.errors import OptionError
-from hf_bilb.losses.class_weights import balanced_class_weights
+from hf_bilb.losses.class_weights import balanced_class_weights, balanced_weights_of_counts
 from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.by_type import fitting_metrics
@@ -50,25 +62,32 @@ class TaskLabels:
 
     Attributes:
         type: what the task is.
-        values: `[N, W]`, as in a batch, NaN where missing; of a token task `[N, 0]`.
+        values: `[N, W]`, as in a batch, NaN where missing; of a task of tokens or pixels `[N, 0]`.
         tags: of a token task.
         has_label: `[N]`, whether a row has any.
+        pixels: of a task of pixels, before they are standardised.
     """
 
     type: TaskType
     values: Floats
     tags: Tags | None
     has_label: NDArray[np.bool_]
+    pixels: PixelLabels | None = None
 
 
-def read_labels(source: Source, name: str, options: TaskOptions) -> TaskLabels:
+def read_labels(source: Source, name: str, options: TaskOptions, frames: Frames | None = None) -> TaskLabels:
     """The labels of the task `name`.
+
+    Args:
+        source: with the columns.
+        name, options: of the task.
+        frames: the rows' images; None: the inputs are none, and no task is of pixels.
 
     Raises:
         OptionError: a value that is no label of its type, no label at all in the training part, one class alone, a
             class that the training part lacks, or a metric that does not fit the classes; names file, row and column.
     """
-    labels: TaskLabels = getattr(_Reader(source, name, options), options.type)()
+    labels: TaskLabels = getattr(_Reader(source, name, options, frames), options.type)()
     fitting = fitting_metrics(labels.type)
     for metric in options.metrics or ():
         if metric not in fitting:
@@ -82,8 +101,9 @@ def read_labels(source: Source, name: str, options: TaskOptions) -> TaskLabels:
 class _Reader:
     """A method for each type of task."""
 
-    def __init__(self, source: Source, name: str, options: TaskOptions) -> None:
+    def __init__(self, source: Source, name: str, options: TaskOptions, frames: Frames | None) -> None:
         self.source = source
+        self.frames = frames
         self.name = name
         self.options = options
         self.columns = options.label_columns(name)
@@ -139,6 +159,49 @@ class _Reader:
         task = self._type(len(classes), classes, class_weights=weights)
         return TaskLabels(task, np.empty((len(lengths), 0)), tags, labelled)
 
+    # --- pixels ---------------------------------------------------------------------------------------------------
+
+    def segmentation(self) -> TaskLabels:
+        classes = self._given_classes() or ()
+        number = len(classes) or self.options.num_classes
+        assert number is not None  # TaskOptions asks for one of the two
+        found = find_labels(self.source, self.columns[0], "mask")
+        labels = self._pixels(found, Masks(number, self.options.ignore_index))
+        weights = self.options.class_weights or ()
+        if weights == "balanced":
+            counts = labels.facts_of(self.train).sum(axis=0).astype(np.int64).tolist()
+            with self._named():
+                weights = balanced_weights_of_counts(counts, classes)
+        return self._of_pixels(self._type(number, classes, class_weights=weights), labels)
+
+    def dense_regression(self) -> TaskLabels:
+        found = find_labels(self.source, self.columns[0], "array")
+        first = found.rows[0][self.train]
+        self._check_some(first >= 0, self.columns[0])
+        place = int(first[first >= 0][0])
+        values = decode_label(found.files.read(place), f"data: {found.files.describe(place)}")
+        channels = len(values) if values.ndim == 3 else 1
+        labels = self._pixels(found, Numbers(channels, self.options.missing))
+        facts = labels.facts_of(self.train)
+        for channel, count in enumerate(facts[:, :, 0].sum(axis=0).tolist()):
+            self._check_some(np.array([count]), self.columns[0], f", channel {channel}" if channels > 1 else "")
+        scale: dict[str, Any] = {"unit": self.options.unit}
+        if self.options.standardize is not False:
+            means, stds = means_and_stds(facts)
+            scale |= {"means": means.tolist(), "stds": stds.tolist()}
+        return self._of_pixels(self._type(channels, (), **scale), labels)
+
+    def _pixels(self, found: FoundFiles, kind: LabelKind) -> PixelLabels:
+        assert self.frames is not None  # OwnDataOptions asks for images
+        self._check_some(found.rows[0][self.train] >= 0, self.columns[0])
+        labels = prepare_labels(found.files, found.rows[0], self.frames, kind, self.name)
+        self._check_some(labels.number()[self.train] > 0, self.columns[0])
+        return labels
+
+    def _of_pixels(self, task: TaskType, labels: PixelLabels) -> TaskLabels:
+        number = labels.number()
+        return TaskLabels(task, np.empty((len(number), 0)), None, number > 0, labels)
+
     # --- multi-label by lists -------------------------------------------------------------------------------------
 
     def _has_lists(self) -> bool:
@@ -187,19 +250,17 @@ class _Reader:
             raise OptionError(f"data: {place(int(wrong[0]))}: column {column!r} is {shown(word)}, which {why}{hint}")
         return classes, codes
 
-    def _check_some(self, labelled: NDArray[np.bool_], column: str) -> None:
+    def _check_some(self, labelled: NDArray[Any], column: str, which: str = "") -> None:
         if not labelled.any():
-            raise OptionError(f"{self.path}: column {column!r} has no label in the training part")
+            raise OptionError(f"{self.path}: column {column!r}{which} has no label in the training part")
 
     # --- weights --------------------------------------------------------------------------------------------------
 
     def _weights(self, codes: NDArray[np.int64], classes: Sequence[str]) -> tuple[float, ...]:
         if self.options.class_weights != "balanced":
             return self.options.class_weights or ()
-        try:
+        with self._named():
             return balanced_class_weights(np.where(codes < 0, MISSING_INTEGER, codes), len(classes), classes)
-        except OptionError as error:
-            raise OptionError(f"{self.path}.{error}") from None
 
     def _positive_weights(self, values: Floats, names: Sequence[str]) -> tuple[float, ...]:
         if self.options.class_weights != "balanced":
@@ -215,7 +276,13 @@ class _Reader:
         return tuple((negative / positive).tolist())
 
     def _type(self, size: int, names: Sequence[str], **more: Any) -> TaskType:
-        try:
+        with self._named():
             return TaskType(self.options.type, size, tuple(names), **more)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Put the task in front of an error."""
+        try:
+            yield
         except OptionError as error:
             raise OptionError(f"{self.path}.{error}") from None

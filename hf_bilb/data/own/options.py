@@ -12,8 +12,11 @@ from hf_bilb.data.own.words import word_of
 from hf_bilb.data.splits import PARTS
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
-from hf_bilb.losses.task_types import Kind
+from hf_bilb.losses.task_types import PIXEL_TYPES, RESERVED_COLUMNS, Kind
 from hf_bilb.metrics.by_type import METRICS
+
+_MOST_CLASSES = 32767  # that are kept in 16 bits
+_IGNORED = 255  # what most masks have where there is no label
 
 Patterns = str | tuple[str, ...]
 InputKind = Literal["text", "image", "table"]
@@ -121,16 +124,24 @@ class TaskOptions:
     """A task: what its labels are, and in which column they stand.
 
     Attributes:
-        type: `regression`, `classification`, `multi_label` or `token_classification`.
+        type: `regression`, `classification`, `multi_label`, `token_classification`; of images also `segmentation` and
+            `dense_regression`, for the model `dense_backbone`.
         column: of the labels; null = the one of the task's name. Of `multi_label`: of lists of words, or of 0 and 1; of
-            `token_classification`: of lists of tags, one for each word of the text.
+            `token_classification`: of lists of tags, one for each word of the text; of `segmentation`: paths of masks
+            (or images of `datasets`), images with a class number at every pixel; of `dense_regression`: paths of `.npy`
+            arrays, [height, width] or [channels, height, width], or of images of 8 or 16 bits. Both of the height and
+            width of the row's image; an empty cell is an image without labels.
         columns: several columns of numbers (`regression`), or of 0 and 1 (`multi_label`).
-        classes: the classes in order; null = the sorted values of the training part.
-        unit: of a regression task's labels, for tables.
-        standardize: of a regression task: labels get mean 0 and standard deviation 1 by the training part, and metrics
-            are in the unit all the same; null = yes.
+        classes: the classes in order; null = the sorted values of the training part. Of `segmentation`: the names of
+            the class numbers 0, 1, ..., or null with `num_classes`.
+        num_classes: of `segmentation`, where its classes have no names.
+        ignore_index: of `segmentation`: the number of a pixel without a label; null = there is none.
+        missing: of `dense_regression`: the number of a pixel without a label, such as 0; NaN always is one.
+        unit: of a (dense) regression task's labels, for tables.
+        standardize: of a (dense) regression task: labels get mean 0 and standard deviation 1 by the training part, and
+            metrics are in the unit all the same; null = yes.
         class_weights: factors of the classes' losses, or of the positive labels' (`multi_label`). `balanced`: rows /
-            (classes x rows of the class), for `multi_label` negative / positive rows.
+            (classes x rows of the class), of `segmentation` pixels; for `multi_label` negative / positive rows.
         metrics: what measures the task; null = what is usual for the type.
         files, hub, csv, inputs, split: of a task with rows of its own; see `OwnDataOptions`. `csv`, `inputs` and
             `split` are those of all tasks where they are null.
@@ -140,6 +151,9 @@ class TaskOptions:
     column: str | None = None
     columns: tuple[str, ...] | None = None
     classes: tuple[str | bool | int | float, ...] | None = None
+    num_classes: int | None = None
+    ignore_index: int | None = _IGNORED
+    missing: float | None = None
     unit: str = ""
     standardize: bool | None = None
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
@@ -154,10 +168,13 @@ class TaskOptions:
         if self.column is not None and self.columns is not None:
             raise OptionError(f"column: {self.column!r} and columns {list(self.columns)} are both set, expected one")
         self._check_type("columns", "regression", "multi_label")
-        self._check_type("unit", "regression")
-        self._check_type("standardize", "regression")
-        self._check_type("classes", "classification", "multi_label", "token_classification")
-        self._check_type("class_weights", "classification", "multi_label", "token_classification")
+        self._check_type("unit", "regression", "dense_regression")
+        self._check_type("standardize", "regression", "dense_regression")
+        self._check_type("classes", "classification", "multi_label", "token_classification", "segmentation")
+        self._check_type("class_weights", "classification", "multi_label", "token_classification", "segmentation")
+        self._check_type("num_classes", "segmentation")
+        self._check_type("ignore_index", "segmentation")
+        self._check_type("missing", "dense_regression")
         check_repeats("columns", self.columns)
         check_repeats("classes", None if self.classes is None else tuple(map(word_of, self.classes)))
         if self.type == "multi_label" and self.columns and self.classes:
@@ -167,11 +184,24 @@ class TaskOptions:
         ):
             raise OptionError(f"class_weights: {list(self.class_weights)} is not valid, expected numbers > 0")
         check_files(self.files, self.hub)
+        if self.type == "segmentation":
+            self._check_class_numbers()
 
     def _check_type(self, key: str, *types: str) -> None:
-        value = getattr(self, key)
-        if value not in (None, "") and self.type not in types:
+        value, default = getattr(self, key), getattr(type(self), key)
+        if value is not None and value != default and self.type not in types:
             raise OptionError(f"{key}: says nothing for {self.type}, only for {', '.join(types)}")
+
+    def _check_class_numbers(self) -> None:
+        if (self.classes is None) is (self.num_classes is None):
+            got = "none is set" if self.classes is None else "both are set"
+            raise OptionError(f"num_classes: segmentation needs it, or the names of the classes, {got}")
+        number = self.num_classes if self.classes is None else len(self.classes)
+        assert number is not None
+        if not 2 <= number <= _MOST_CLASSES:
+            raise OptionError(f"num_classes: {number} is not valid, expected 2 to {_MOST_CLASSES}")
+        if self.ignore_index == _IGNORED and number > _IGNORED:  # nobody has thought of it
+            raise OptionError(f"ignore_index: {self.ignore_index} is one of the {number} classes; set another, or null")
 
     @property
     def has_rows(self) -> bool:
@@ -198,8 +228,10 @@ class OwnDataOptions:
         split: what of the training rows becomes a part that is not given.
         tokenizer: of texts: a name on the hub, a folder or `package:<module>`; null = that of the model's `encoder`.
         max_length: of texts: tokens after which a row is cut.
-        image_size: of images: height and width that the whole frame is resized to.
-        cache_dir: of images: where they are kept decoded; null = `hf_bilb` in the folder of Hugging Face's caches.
+        image_size: of images: height and width that the whole frame is resized to (bilinear with antialiasing); labels
+            of pixels with it, each pixel that in which its centre lies.
+        cache_dir: of images: where they, and labels of pixels, are kept decoded; null = `hf_bilb` in the folder of
+            Hugging Face's caches.
 
     Raises:
         OptionError: settings that do not go together; names the option.
@@ -229,6 +261,8 @@ class OwnDataOptions:
         for name, task in self.tasks.items():
             if "." in name:
                 raise OptionError(f"tasks: {name!r} is not valid, expected a name without a full stop")
+            if task.type in PIXEL_TYPES and name in RESERVED_COLUMNS:
+                raise OptionError(f"tasks: {name!r} is the name of another column of a batch, expected another one")
             for metric in task.metrics or ():
                 if metric not in METRICS[task.type]:
                     raise unknown_name(f"tasks.{name}.metrics", metric, METRICS[task.type])
@@ -262,6 +296,8 @@ class OwnDataOptions:
                     raise OptionError(
                         f"{where}.{inputs.columns[column]}: the column {column!r} is the label of the task {name!r}"
                     )
+            if task.type in PIXEL_TYPES and inputs.kind != "image":
+                raise OptionError(f"{where}.image: the task {name!r} ({task.type}) needs a column of images")
             if task.type == "token_classification" and (inputs.kind != "text" or len(inputs.texts) != 1):
                 raise OptionError(f"{where}.text: the task {name!r} needs one column of lists of words")
         if len(kinds) > 1:

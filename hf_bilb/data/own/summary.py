@@ -30,7 +30,8 @@ def describe(task: TaskType) -> str:
         return f"{task.type}, {task.size} classes"
     if task.type == "multi_label":
         return f"{task.type}, {task.size} label{'s' if task.size > 1 else ''}"
-    numbers = f", {task.size} numbers" if task.size > 1 else ""
+    what = "channels" if task.items == "pixels" else "numbers"
+    numbers = f", {task.size} {what}" if task.size > 1 else ""
     return f"{task.type}{numbers}{f', in {task.unit}' if task.unit else ''}"
 
 

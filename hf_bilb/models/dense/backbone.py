@@ -15,6 +15,10 @@ them together. Upsampling is bilinear, norm is group normalisation: the decoder 
 encoder, in ResNets, see the images of their own process (`torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)` changes
 that on GPUs). The branches of all tasks run as one convolution, each group of the normalisation within one task.
 
+The tasks are given in one of two ways: as `tasks` of any types of rows and pixels (`hf_bilb.losses.task_types`), what
+data of one's own dictate, or as the papers' tasks `segmentation`, `depth` and `normals`, and `image_tasks` with one
+class per image, with their losses (`hf_bilb.losses.dense`).
+
 Pixels come in [0, 1]; the mean and standard deviation of the encoder's image processor are in the config, and applied
 in here. One model may have tasks of both kinds, and every image labels of some of them only; without a dense task there
 is no decoder.
@@ -34,11 +38,13 @@ from torch.nn import functional
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 
 from hf_bilb.config.options import unknown_name
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.dense import DENSE_TASKS, IMAGE_LABELS, check_dense_task, labels_by_task
+from hf_bilb.losses.mixed import MixedLosses
+from hf_bilb.losses.task_types import LABELS, PIXEL_TYPES, ROW_TYPES, TaskType, have_one_output, pixel_tasks
 from hf_bilb.models.base import check_size
-from hf_bilb.models.dense.layers import DenseModel, TaskConv2d, TaskOutputs, finished, output_sizes
+from hf_bilb.models.dense.layers import DenseModel, TaskConv2d, TaskOutputs, finished
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
@@ -51,6 +57,7 @@ from hf_bilb.models.pretrained import (
     read_image_processor,
 )
 from hf_bilb.models.spec import ModelSpec
+from hf_bilb.models.tasks import Tasks, TasksConfig
 
 _STRIDE = 4  # of the maps that the decoder works on
 _MOST_GROUPS = 32  # of a group normalisation
@@ -78,19 +85,22 @@ class DenseBackboneOptions:
         check_size("decoder_size", self.decoder_size)
 
 
-class DenseBackboneConfig(PretrainedConfig):
+class DenseBackboneConfig(TasksConfig):
     """What `DenseBackboneModel` is made of; it holds the encoder's whole config, so a saved model needs nothing else.
 
     Args:
         encoder_config: of the backbone, or a mapping with its `model_type`; None is ResNet's default.
-        task_names: the K tasks in order: of `segmentation`, `depth`, `normals` and of `image_tasks`.
-        num_classes: of the segmentation.
-        image_tasks: task -> number of classes, of the tasks with one class per image.
+        task_names: the K tasks in order, the names of `tasks`; without `tasks` of `segmentation`, `depth`, `normals`
+            and of `image_tasks`. None: as they stand there.
+        num_classes: of the papers' segmentation.
+        image_tasks: task -> number of classes, of the tasks with one class per image, without `tasks`.
         stages: of the encoder, whose maps the decoder reads; see `DenseBackboneOptions`. Image tasks read the last,
             and without a decoder it is the only one.
         decoder_size: channels D; 2 at least with image tasks.
         image_mean, image_std: of each colour, that the encoder wants taken off and divided by; pixels are in [0, 1].
         encoder_name: where the encoder's weights came from.
+        tasks: name -> type, or that as a dict, of rows (images) and pixels; None or empty: the tasks are the papers'.
+        image_size: height and width of the images that it is trained on, where they are all the same.
         kwargs: what `PretrainedConfig` takes.
 
     Attributes:
@@ -103,11 +113,12 @@ class DenseBackboneConfig(PretrainedConfig):
     model_type = "dense_backbone"
     sub_configs: ClassVar[dict[str, Any]] = {"encoder_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = list(KEYS_TO_IGNORE_AT_INFERENCE)
+    supported_types: ClassVar[tuple[str, ...]] = (*ROW_TYPES, *PIXEL_TYPES)
 
     def __init__(
         self,
         encoder_config: PretrainedConfig | Mapping[str, Any] | None = None,
-        task_names: Sequence[str] = DENSE_TASKS,
+        task_names: Sequence[str] | None = None,
         num_classes: int = 13,
         image_tasks: Mapping[str, int] | None = None,
         stages: Sequence[str] | None = None,
@@ -115,23 +126,33 @@ class DenseBackboneConfig(PretrainedConfig):
         image_mean: Sequence[float] = (0.0, 0.0, 0.0),
         image_std: Sequence[float] = (1.0, 1.0, 1.0),
         encoder_name: str | None = None,
+        tasks: Tasks | None = None,
+        image_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         check_size("num_classes", num_classes)
         check_size("decoder_size", decoder_size)
         check_normalization(image_mean, image_std)
-        self.task_names = list(check_task_names(task_names))
         given = dict(image_tasks or {})
-        _check_tasks(self.task_names, given)
-        if given and decoder_size < 2:
-            raise OptionError(f"decoder_size: {decoder_size} is not valid with image tasks, expected 2 or more")
+        if tasks:
+            if given:
+                raise OptionError(f"image_tasks: {', '.join(given)} do not go with tasks, which has all of them")
+            self.set_tasks(tasks, task_names)
+        else:
+            self.tasks = {}
+            self.task_names = list(check_task_names(DENSE_TASKS if task_names is None else task_names))
+            _check_tasks(self.task_names, given)
         # A config's file sorts its keys: the order is that of the task names.
         self.image_tasks = {name: given[name] for name in self.task_names if name in given}
+        self.num_classes = num_classes
+        pixel_tasks(self.task_types)  # whether their labels can have columns
+        if self.row_tasks and decoder_size < 2:
+            raise OptionError(f"decoder_size: {decoder_size} is not valid with image tasks, expected 2 or more")
         self.encoder_config = copy.deepcopy(as_encoder_config(encoder_config, "resnet"))
         self.stages = _set_stages(self.encoder_config, stages)
         if not self.dense_tasks:  # maps that nobody reads may have layers of their own, which would not be trained
             self.stages = _set_stages(self.encoder_config, self.stages[-1:])
-        self.num_classes = num_classes
+        self.image_size = image_size
         self.decoder_size = decoder_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.encoder_name = encoder_name
@@ -139,9 +160,27 @@ class DenseBackboneConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def task_types(self) -> dict[str, TaskType]:
+        """Name -> type, in order; of the papers' tasks the one with as many outputs, though their losses are others."""
+        if self.tasks:
+            return super().task_types
+        known = {
+            "segmentation": TaskType("segmentation", self.num_classes),
+            "depth": TaskType("dense_regression"),
+            "normals": TaskType("dense_regression", 3),
+            **{name: TaskType("classification", classes) for name, classes in self.image_tasks.items()},
+        }
+        return {name: known[name] for name in self.task_names}
+
+    @property
     def dense_tasks(self) -> list[str]:
         """Those of `task_names` that have a label at every pixel, in order."""
-        return [name for name in self.task_names if name not in self.image_tasks]
+        return [name for name, task in self.task_types.items() if task.items == "pixels"]
+
+    @property
+    def row_tasks(self) -> list[str]:
+        """Those that have labels of whole images, in order."""
+        return [name for name, task in self.task_types.items() if task.items == "rows"]
 
 
 def _check_tasks(task_names: Sequence[str], image_tasks: Mapping[str, int]) -> None:
@@ -193,7 +232,10 @@ class DenseBackboneModel(EncoderModel, DenseModel):
 
     def __init__(self, config: DenseBackboneConfig) -> None:
         super().__init__(config)
-        size, dense = config.decoder_size, config.dense_tasks
+        types, size = config.task_types, config.decoder_size
+        self._dense, self._of_rows = dense, of_rows = config.dense_tasks, config.row_tasks
+        self._one_tensor = bool(config.tasks) and have_one_output(types)
+        self._losses = MixedLosses(types) if config.tasks else None
         groups = math.gcd(size, _MOST_GROUPS)
         self.encoder = AutoBackbone.from_config(config.encoder_config)
         channels = self.encoder.channels
@@ -202,11 +244,11 @@ class DenseBackboneModel(EncoderModel, DenseModel):
             self.common_norm = nn.GroupNorm(groups, size)
             self.branches = TaskConv2d(size, size, 3, len(dense), shared_input=True)
             self.branch_norm = nn.GroupNorm(len(dense) * groups, len(dense) * size)
-            self.heads = TaskOutputs(size, output_sizes(dense, config.num_classes))
-        if config.image_tasks:
-            self.image_branches = nn.Linear(channels[-1], len(config.image_tasks) * size)
-            self.image_norm = nn.GroupNorm(len(config.image_tasks), len(config.image_tasks) * size)
-            self.image_heads = TaskOutputs(size, list(config.image_tasks.values()))
+            self.heads = TaskOutputs(size, [types[name].size for name in dense])
+        if of_rows:
+            self.image_branches = nn.Linear(channels[-1], len(of_rows) * size)
+            self.image_norm = nn.GroupNorm(len(of_rows), len(of_rows) * size)
+            self.image_heads = TaskOutputs(size, [types[name].size for name in of_rows])
         self.post_init()
 
     @classmethod
@@ -218,7 +260,7 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         Args:
             encoder: a name on the hub, a folder, or `package:<module>`.
             path: the option it stands in, for messages.
-            arguments: `task_names`, `num_classes`, `image_tasks`, `stages`, `decoder_size` of `DenseBackboneConfig`.
+            arguments: of `DenseBackboneConfig`, but for the encoder's.
 
         Raises:
             OptionError: one line, when it cannot be loaded or is no backbone of `AutoBackbone`.
@@ -237,48 +279,86 @@ class DenseBackboneModel(EncoderModel, DenseModel):
     def forward(
         self,
         pixel_values: Tensor,
-        segmentation: Tensor | None = None,
-        depth: Tensor | None = None,
-        normals: Tensor | None = None,
+        labels: Tensor | None = None,
         image_labels: Tensor | None = None,
         return_dict: bool | None = None,
+        **pixel_labels: Tensor | None,
     ) -> MultiTaskOutput | tuple[Tensor, ...]:
-        """Predictions, and with labels of any task the losses (`hf_bilb.losses.dense`).
+        """Predictions, and with labels of any task the losses.
 
         Args:
             pixel_values: `[B, 3, H, W]` in [0, 1], RGB.
-            segmentation: int64 `[B, H, W]`, -1 where not labelled.
-            depth: `[B, H, W]`, 0 where not measured.
-            normals: `[B, 3, H, W]`, unit vectors, (0, 0, 0) where not known.
-            image_labels: int64 `[B, M]`, classes of the M `image_tasks` in the order of `task_names`, -1 where missing.
+            labels: of a model with `tasks`: `[B, W]`, those of the tasks of rows, NaN where missing.
+            image_labels: of one with the papers' tasks: int64 `[B, M]`, classes of the M `image_tasks` in the order of
+                `task_names`, -1 where missing.
             return_dict: False for a plain tuple of what is there; None follows the config.
+            pixel_labels: the labels of the other tasks by their names. With `tasks`: `segmentation` int64 `[B, H, W]`,
+                below 0 where missing, `dense_regression` `[B, D, H, W]`, NaN where missing. The papers': `segmentation`
+                int64 `[B, H, W]`, -1 where not labelled; `depth` `[B, H, W]`, 0 where not measured; `normals`
+                `[B, 3, H, W]`, unit vectors, (0, 0, 0) where not known.
 
         Returns:
-            `MultiTaskOutput`: `logits`, a tuple in the order of the tasks (`[B, C, H, W]` logits of the classes, depth
-            `[B, H, W]`, normals `[B, 3, H, W]` of length 1, `[B, C]` for an image task), and with labels `losses [K]`,
-            `num_items [K]` (pixels, or images) and `router_features [B, K D]`, each task's pooled features.
+            `MultiTaskOutput`: `logits`, a tuple in the order of the tasks: `[B, C, H, W]` logits of classes,
+            `[B, D, H, W]` numbers, the papers' depth `[B, H, W]` and normals `[B, 3, H, W]` of length 1, `[B, size]`
+            for a task of rows; one tensor `[B, K]` where all tasks are of rows with one output each. With labels also
+            `losses [K]`, `num_items [K]` and `router_features [B, K D]`, each task's pooled features.
 
         Raises:
             TaskLossError: labels of a task that the model does not have, or of the wrong shape.
         """
-        config, columns = self.config, (segmentation, depth, normals, image_labels)
+        config = self.config
+        self._check_columns(labels, image_labels, pixel_labels)
         maps = self.encoder(pixel_values=normalized(pixel_values, config.image_mean, config.image_std)).feature_maps
         predictions: dict[str, Tensor] = {}
         pooled: dict[str, Tensor] = {}
-        if config.dense_tasks:
+        if self._dense:
             frame = pixel_values.shape[-2:]
             dense = self._dense_features(maps, frame)
-            for name, out in zip(config.dense_tasks, self.heads(dense), strict=True):
-                predictions[name] = finished(name, functional.interpolate(out, size=frame, mode="bilinear"))
-            pooled.update(self._by_task(config.dense_tasks, dense.mean(dim=(2, 3))))
-        if config.image_tasks:
+            for name, out in zip(self._dense, self.heads(dense), strict=True):
+                predictions[name] = functional.interpolate(out, size=frame, mode="bilinear")
+            pooled.update(self._by_task(self._dense, dense.mean(dim=(2, 3))))
+        if self._of_rows:
             images = functional.relu(self.image_norm(self.image_branches(maps[-1].mean(dim=(2, 3)))))
             outputs = self.image_heads(images[..., None, None])
-            predictions.update({name: out.flatten(1) for name, out in zip(config.image_tasks, outputs, strict=True)})
-            pooled.update(self._by_task(list(config.image_tasks), images))
-        labels = labels_by_task(dict(zip((*DENSE_TASKS, IMAGE_LABELS), columns, strict=True)), list(config.image_tasks))
+            predictions.update({name: out.flatten(1) for name, out in zip(self._of_rows, outputs, strict=True)})
+            pooled.update(self._by_task(self._of_rows, images))
         features = torch.cat([pooled[name] for name in config.task_names], dim=1)
-        return self._dense_output(predictions, labels, features, return_dict, list(config.image_tasks))
+        if self._losses is not None:
+            losses = self._typed_losses(self._losses, predictions, labels, pixel_labels)
+            by_task = tuple(predictions[name] for name in config.task_names)
+            logits = torch.cat(by_task, dim=1) if self._one_tensor else by_task
+            return self._output(logits, losses, features, return_dict, shared=False)
+        predictions = {name: finished(name, out) for name, out in predictions.items()}
+        of_tasks = labels_by_task({**pixel_labels, IMAGE_LABELS: image_labels}, list(config.image_tasks))
+        return self._dense_output(predictions, of_tasks, features, return_dict, list(config.image_tasks))
+
+    def _check_columns(
+        self, labels: Tensor | None, image_labels: Tensor | None, pixel_labels: Mapping[str, Tensor | None]
+    ) -> None:
+        """Raise `TaskLossError` for labels that no task has."""
+        config = self.config
+        known = {name: name in self._dense for name in pixel_labels}
+        known |= {LABELS: bool(config.tasks and self._of_rows), IMAGE_LABELS: bool(config.image_tasks)}
+        given = {**pixel_labels, LABELS: labels, IMAGE_LABELS: image_labels}
+        for name, values in given.items():
+            if values is not None and not known[name]:
+                tasks = ", ".join(config.task_names)
+                raise TaskLossError(f"{name}: labels are given, but the model's tasks are {tasks}")
+
+    def _typed_losses(
+        self,
+        losses: MixedLosses,
+        predictions: Mapping[str, Tensor],
+        labels: Tensor | None,
+        pixel_labels: Mapping[str, Tensor | None],
+    ) -> tuple[Tensor, Tensor] | None:
+        """Losses and numbers of items of a model with `tasks`; None without labels of any task."""
+        if labels is None and all(values is None for values in pixel_labels.values()):
+            return None
+        of_rows = [predictions[name] for name in self._of_rows]
+        pixels = [predictions[name] for name in self._dense]
+        rows = torch.cat(of_rows, dim=1) if of_rows else None
+        return losses.of_joined(rows, None, labels, None, pixels, pixel_labels)
 
     def _dense_features(self, maps: Sequence[Tensor], frame: Sequence[int]) -> Tensor:
         """What the dense heads read, the tasks side by side: `[B, K D, H / 4, W / 4]`."""
@@ -298,23 +378,25 @@ class DenseBackboneModel(EncoderModel, DenseModel):
 def build_dense_backbone(
     options: DenseBackboneOptions,
     *,
-    task_names: Sequence[str],
-    num_classes: int,
+    tasks: Tasks | None = None,
+    image_size: int | None = None,
+    task_names: Sequence[str] | None = None,
+    num_classes: int = 13,
     image_tasks: Mapping[str, int] | None = None,
 ) -> DenseBackboneModel:
     """The model of a recipe.
 
     Args:
         options: the recipe's.
-        task_names: the K tasks, from the data.
-        num_classes: of the segmentation, from the data.
-        image_tasks: task -> number of classes, of those with one class per image.
+        tasks, image_size, task_names, num_classes, image_tasks: of `DenseBackboneConfig`, from the data.
 
     Raises:
         OptionError: an encoder that cannot be loaded or is no backbone, stages that it does not have.
         MissingPackageError: its package is not installed.
     """
     arguments: dict[str, Any] = {
+        "tasks": tasks,
+        "image_size": image_size,
         "task_names": task_names,
         "num_classes": num_classes,
         "image_tasks": image_tasks,

@@ -57,12 +57,13 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "unknown type": (
         {}, {"tasks": {"stars": {"type": "regresion"}}},
         "data.tasks.stars.type: 'regresion' is not valid, expected one of \"regression\", \"classification\", "
-        "\"multi_label\", \"token_classification\" (did you mean \"regression\"?)",
+        "\"multi_label\", \"token_classification\", \"segmentation\", \"dense_regression\" (did you mean "
+        "\"regression\"?)",
     ),
     "no type": (
         {}, {"tasks": {"stars": {"column": "stars"}}},
         "data.tasks.stars.type: is required, expected one of \"regression\", \"classification\", \"multi_label\", "
-        "\"token_classification\"",
+        "\"token_classification\", \"segmentation\", \"dense_regression\"",
     ),
     "name with a dot": (
         {}, {"tasks": {"my.stars": {"type": "regression", "column": "stars"}}},
@@ -88,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "classes of a number": (
         {}, {"tasks": {"stars": {"type": "regression", "classes": [1, 2]}}},
         "data.tasks.stars.classes: says nothing for regression, only for classification, multi_label, "
-        "token_classification",
+        "token_classification, segmentation",
     ),
     "class list with a repeat": (
         {}, {"tasks": {"topic": {"type": "classification", "classes": ["cats", "dogs", "cats"]}}},
