@@ -18,9 +18,8 @@ from hf_bilb.data import DATA_SETS, TaskData
 from hf_bilb.data.tables import adult as adult_module
 from hf_bilb.data.tables import census as census_module
 from hf_bilb.data.tables.adult import AdultOptions, load_adult
-from hf_bilb.data.tables.binary import OneHotRows, binary_metrics
+from hf_bilb.data.tables.binary import Layout, OneHotRows, binary_metrics
 from hf_bilb.data.tables.census import CensusOptions, load_census
-from hf_bilb.data.tables.files import Layout
 from hf_bilb.data.tables.sarcos import SarcosOptions, load_sarcos
 from hf_bilb.errors import OptionError
 
@@ -72,8 +71,8 @@ def census_lines(count: int, layout: Layout = census_module.LAYOUT) -> list[list
         row = {name: ("a ", "b", "Not in universe")[generator.integers(3)] for name in layout.columns}
         row |= {name: str(generator.integers(0, 90)) for name in layout.numbers}
         row["instance_weight"] = "1700.09"
-        for task in layout.tasks:
-            row[task.column] = generator.choice(sorted(task.positive | task.negative))
+        for task in layout.tasks.values():
+            row[task.column] = generator.choice(sorted(task.positive + task.negative))
         rows.append([row[name] for name in layout.columns])
     return rows
 
@@ -315,12 +314,32 @@ def damaged(path: Path, row: int, column: int, value: str | None) -> None:
             4,
             14,
             "50K",
-            "adult.data, row 5: task 'income': classification '50K' is no label, expected one",
+            "adult.data, row 5: column 'classification' is '50K', which is no class of the task 'income' (did you mean",
         ),
-        ("adult.test", 3, 5, "Single", "adult.test, row 3: task 'never_married': marital-status 'Single' is no label"),
+        (
+            "adult.test",
+            3,
+            5,
+            "Single",
+            "row 3: column 'marital-status' is 'Single', which is no class of the task 'nev",
+        ),
+        (
+            "adult.test",
+            3,
+            5,
+            "",
+            "row 3: column 'marital-status' is empty, expected a label of the task 'never_married'",
+        ),
         ("adult.data", 9, 0, "old", "adult.data, row 10: column 'age' is 'old', expected a number"),
-        ("adult.data", 9, 0, "inf", "adult.data, row 10: column 'age' is 'inf', expected a number"),
-        ("adult.data", 7, 13, None, "adult.data, row 8: is cut short, its last column is empty"),
+        ("adult.data", 9, 0, "inf", "adult.data, row 10: column 'age' is infinite, expected a finite number"),
+        ("adult.data", 9, 0, "", "adult.data, row 10: column 'age' is empty, expected a number"),
+        (
+            "adult.data",
+            7,
+            13,
+            None,
+            "adult.data, row 8: column 'classification' is empty, expected a value (is the row cut short?)",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(
@@ -358,9 +377,9 @@ def test_folders_and_files_that_are_not_there(adult: Path, tmp_path: Path) -> No
             lambda: load_adult(AdultOptions(str(adult))),
             "has no file adult.test or adult_test.csv (as it is, .xz or .gz)",
         ),
-        (lambda: load_census(CensusOptions("no.csv")), "data: there is no file 'no.csv'"),
+        (lambda: load_census(CensusOptions("no.csv")), "data.file: there is no file 'no.csv'"),
         (lambda: load_census(CensusOptions(str(tmp_path / "broken.csv.xz"))), "broken.csv.xz cannot be read"),
-        (lambda: load_census(CensusOptions(str(tmp_path / "empty.csv"))), "empty.csv cannot be read"),
+        (lambda: load_census(CensusOptions(str(tmp_path / "empty.csv"))), "empty.csv has no rows"),
         (lambda: load_sarcos(SarcosOptions("no.npz")), "data.file: there is no file 'no.npz'"),
         (lambda: load_sarcos(SarcosOptions(str(tmp_path / "empty.csv"))), "empty.csv cannot be read"),
     ):

@@ -16,6 +16,7 @@ from hf_bilb.losses.task_types import Kind
 from hf_bilb.metrics.by_type import METRICS
 
 Patterns = str | tuple[str, ...]
+Value = str | bool | int | float
 InputKind = Literal["text", "image", "table"]
 
 
@@ -26,7 +27,9 @@ class CsvOptions:
     Attributes:
         delimiter: between two cells; null = a comma, of `.tsv` and `.tab` files a tab.
         quotes: whether a cell may stand in double quotes; null = yes, of `.tsv` and `.tab` files no.
-        columns: the columns' names, for files that do not have them in their first line.
+        columns: the columns' names, for files that do not have them in their first line. A first line with most of
+            these names in it is one of names all the same.
+        comment: a character; lines at the top of a file that begin with it are passed over.
         missing: further words that mean an empty cell, such as `NA` or `?`. An empty cell, `null`, `NaN`, `nan` and
             `None` always do, but not in a text, and not where they are among a task's `classes`.
     """
@@ -34,11 +37,14 @@ class CsvOptions:
     delimiter: str | None = None
     quotes: bool | None = None
     columns: tuple[str, ...] | None = None
+    comment: str | None = None
     missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.delimiter is not None and len(self.delimiter) != 1:
-            raise OptionError(f"delimiter: {self.delimiter!r} is not valid, expected one character")
+        for key in ("delimiter", "comment"):
+            value = getattr(self, key)
+            if value is not None and len(value) != 1:
+                raise OptionError(f"{key}: {value!r} is not valid, expected one character")
         if self.columns is not None:
             check_repeats("columns", self.columns)
 
@@ -125,7 +131,8 @@ class TaskOptions:
         column: of the labels; null = the one of the task's name. Of `multi_label`: of lists of words, or of 0 and 1; of
             `token_classification`: of lists of tags, one for each word of the text.
         columns: several columns of numbers (`regression`), or of 0 and 1 (`multi_label`).
-        classes: the classes in order; null = the sorted values of the training part.
+        classes: the classes in order, or class -> the values that mean it (`{poor: [1, 2], good: [3, 4]}`); null = the
+            sorted values of the training part.
         unit: of a regression task's labels, for tables.
         standardize: of a regression task: labels get mean 0 and standard deviation 1 by the training part, and metrics
             are in the unit all the same; null = yes.
@@ -139,7 +146,7 @@ class TaskOptions:
     type: Kind
     column: str | None = None
     columns: tuple[str, ...] | None = None
-    classes: tuple[str | bool | int | float, ...] | None = None
+    classes: tuple[Value, ...] | dict[str, tuple[Value, ...]] | None = None
     unit: str = ""
     standardize: bool | None = None
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
@@ -159,7 +166,8 @@ class TaskOptions:
         self._check_type("classes", "classification", "multi_label", "token_classification")
         self._check_type("class_weights", "classification", "multi_label", "token_classification")
         check_repeats("columns", self.columns)
-        check_repeats("classes", None if self.classes is None else tuple(map(word_of, self.classes)))
+        listed = self.classes.values() if isinstance(self.classes, dict) else [self.classes or ()]
+        check_repeats("classes", tuple(word_of(value) for values in listed for value in values))
         if self.type == "multi_label" and self.columns and self.classes:
             raise OptionError("classes: are for one column with lists of words; columns have their own names")
         if isinstance(self.class_weights, tuple) and not all(
@@ -172,6 +180,13 @@ class TaskOptions:
         value = getattr(self, key)
         if value not in (None, "") and self.type not in types:
             raise OptionError(f"{key}: says nothing for {self.type}, only for {', '.join(types)}")
+
+    @property
+    def class_words(self) -> dict[str, tuple[str, ...]] | None:
+        """Class -> the words that mean it, where `classes` are given."""
+        if isinstance(self.classes, dict):
+            return {name: tuple(map(word_of, values)) for name, values in self.classes.items()}
+        return None if self.classes is None else {name: (name,) for name in map(word_of, self.classes)}
 
     @property
     def has_rows(self) -> bool:
