@@ -80,7 +80,7 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
     else:
         found = {"train": _find(options.files, where)}
     _check_different(found, where)
-    return {part: [_read(file, part, options.csv, missing) for file in files] for part, files in found.items()}
+    return {part: [read_file(file, part, options.csv, missing) for file in files] for part, files in found.items()}
 
 
 # --- which files --------------------------------------------------------------------------------------------------
@@ -120,7 +120,12 @@ def _check_different(found: Mapping[str, list[Path]], where: str) -> None:
 # --- one file -----------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path, part: str, csv_options: CsvOptions, missing: frozenset[str]) -> Table:
+def read_file(file: Path, part: str, csv_options: CsvOptions, missing: frozenset[str] = MISSING) -> Table:
+    """The rows of one file, or of a folder that `datasets` saved; `part` is taken where that has several.
+
+    Raises:
+        OptionError: the file is damaged, has no rows or is of a kind that is not known.
+    """
     if file.is_dir():
         return _read_saved(file, part, missing)
     kind = _FORMATS.get(_ending(file))

@@ -16,6 +16,7 @@ from hf_bilb.data.own.columns import Words
 from hf_bilb.data.own.files import Table, read_tables
 from hf_bilb.data.own.options import SourceOptions
 from hf_bilb.data.own.parts import draw_groups, draw_parts, draw_strata
+from hf_bilb.data.own.words import MISSING
 from hf_bilb.data.splits import PARTS, Split
 from hf_bilb.errors import OptionError
 
@@ -60,6 +61,11 @@ class Source:
     def place(self, row: int) -> str:
         """File and row for messages."""
         return _place(self.tables, row)
+
+    def check_whole(self) -> None:
+        """Raise `OptionError` for the first row that is cut short: its last cell is empty."""
+        column = self.tables[0].rows.column_names[-1]
+        self.check_filled(column, self.words(column, MISSING - {""}).codes < 0, "a value (is the row cut short?)")
 
     def check_filled(self, column: str, missing: NDArray[np.bool_], expected: str) -> None:
         """Raise `OptionError` for the first row without a value in a column, `missing [N]`: says what is expected."""

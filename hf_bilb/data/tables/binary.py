@@ -165,8 +165,7 @@ def load_binary(options: OwnDataOptions) -> TaskData:
 
 def _check_complete(joined: Joined, source: Source) -> None:
     """Raise `OptionError` for the first row that is cut short, or lacks a number or a label."""
-    last = source.tables[0].rows.column_names[-1]
-    source.check_filled(last, source.words(last).codes < 0, "a value (is the row cut short?)")
+    source.check_whole()
     for name in source.options.inputs.numeric or ():
         source.check_filled(name, np.isnan(source.numbers(name)), "a number")
     for name, task in source.options.tasks.items():
