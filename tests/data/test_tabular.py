@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS, TaskData
+from hf_bilb.data.splits import split_rows
 from hf_bilb.data.tables import adult as adult_module
 from hf_bilb.data.tables import census as census_module
 from hf_bilb.data.tables.adult import AdultOptions, load_adult
@@ -186,6 +187,21 @@ def test_a_header_a_packed_file_and_neither_are_the_same(adult: Path, census: Pa
     without = write(tmp_path / "plain.csv", census_lines(100), separator=", ")
     for name, column in everything(load_census(CensusOptions(str(without))), "test").items():
         assert torch.equal(column, everything(load_census(CensusOptions(str(census))), "test")[name])
+
+
+def test_an_empty_cell_is_a_category_and_codes_are_sorted_as_text(tmp_path: Path) -> None:
+    lines = census_lines(100)
+    race, industry = (census_module.LAYOUT.columns.index(name) for name in ("race", "det_ind_code"))
+    for number, line in enumerate(lines):
+        line[race], line[industry] = ("", "White")[number % 2], ("2", "10", "1")[number % 3]
+    data = load_census(CensusOptions(str(write(tmp_path / "census.csv", lines, separator=","))))
+    names = data.model_arguments["feature_names"]
+    assert [name for name in names if name.split("=")[0] == "race"] == ["race=", "race=White"]
+    of_industry = [name.split("=")[1] for name in names if name.split("=")[0] == "det_ind_code"]
+    assert of_industry == ["1", "10", "2"]
+    column = everything(data, "train")["features"][:, names.index("race=")]
+    split = split_rows(100, 0, None, 10, 20)
+    assert column.tolist() == [float(row % 2 == 0) for row in split.train]
 
 
 def test_the_split_follows_the_seed_alone(census: Path) -> None:

@@ -53,7 +53,7 @@ from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.data.text.rows import TokenRows
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.mixed import MixedLosses
-from hf_bilb.losses.task_types import LABELS, TaskType
+from hf_bilb.losses.task_types import LABELS
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
@@ -111,13 +111,6 @@ class GlueTask:
         inputs = InputOptions(text=self.hub_texts if on_hub else self.texts)
         path = f"data, task {self.name}"
         return SourceOptions(path, None, None, CsvOptions(), inputs, SplitOptions(), {self.name: labels})
-
-    @property
-    def task_type(self) -> TaskType:
-        """What the model predicts."""
-        if self.classes:
-            return TaskType("classification", len(self.classes), self.classes)
-        return TaskType("regression", unit="points")
 
     def new_metrics(self) -> Accumulator:
         """A fresh accumulator of the task's metrics."""
@@ -220,7 +213,7 @@ def load_glue(options: GlueOptions) -> TaskData:
     """
     joined = join_glue(options)
     inputs = text_inputs(joined, options.tokenizer, options.max_length)
-    return task_data(inputs, [TASKS[name] for name in options.tasks])
+    return _task_data(joined, inputs, [TASKS[name] for name in options.tasks])
 
 
 def join_glue(options: GlueOptions) -> Joined:
@@ -262,9 +255,8 @@ def split_training_rows(
     return train, validation
 
 
-def task_data(inputs: Inputs, tasks: Sequence[GlueTask]) -> TaskData:
-    """Everything the Trainer needs."""
-    types = {task.name: task.task_type for task in tasks}
+def _task_data(joined: Joined, inputs: Inputs, tasks: Sequence[GlueTask]) -> TaskData:
+    types = joined.types
     train, test = inputs.parts["train"], inputs.parts["test"]
     assert isinstance(train, TokenRows) and isinstance(test, TokenRows)
     return TaskData(
