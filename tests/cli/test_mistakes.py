@@ -22,7 +22,6 @@ from hf_bilb.data import DATA_SETS, DataSetSpec
 from hf_bilb.data.molecules.molecule_net import GraphRows, task_data
 from hf_bilb.data.rows import VectorRows
 from hf_bilb.data.splits import split_rows
-from hf_bilb.data.tables.files import read_rows
 from hf_bilb.data.tables.sarcos import squared_errors
 from hf_bilb.data.text.glue import GlueOptions
 from hf_bilb.errors import HfBilbError, OptionError, StorageError, one_line
@@ -450,11 +449,12 @@ def test_a_part_without_rows_is_one_line_before_training(folder, monkeypatch, pa
 
 
 def test_a_table_without_rows_is_named(tmp_path):
-    from hf_bilb.data.tables.adult import LAYOUT
+    from hf_bilb.data.tables.adult import LAYOUT, AdultOptions, load_adult
 
-    (tmp_path / "adult.data").write_text(",".join(LAYOUT.columns) + "\n")
+    for name in ("adult.data", "adult.test"):
+        (tmp_path / name).write_text(",".join(LAYOUT.columns) + "\n")
     with pytest.raises(OptionError, match=r"^data: .*adult\.data has no rows$"):
-        read_rows(tmp_path / "adult.data", LAYOUT, LAYOUT.tasks)
+        load_adult(AdultOptions(str(tmp_path)))
 
 
 def test_a_task_without_a_training_label_is_one_line():

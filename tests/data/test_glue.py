@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,19 +16,21 @@ from torch.utils.data import DataLoader
 from hf_bilb.config.options import parse_options
 from hf_bilb.config.pretrained import pretrained_path
 from hf_bilb.data import DATA_SETS
+from hf_bilb.data.own.text import read_texts
 from hf_bilb.data.text.glue import (
     DEFAULT_TASKS,
     TASKS,
     GlueOptions,
+    GlueTask,
     constant_predictor,
     load_glue,
-    read_hub,
-    read_task,
+    open_task,
+    read_task_labels,
     read_tsv,
     split_training_rows,
 )
 from hf_bilb.data.text.rows import PadTokens, TokenRows
-from hf_bilb.data.text.tokenization import tokenize
+from hf_bilb.data.text.tokenization import encode
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.trainer.sampling import example_tasks
 from tests.data.glue_files import FOLDERS, HEADERS, rows, write_encoder, write_glue, write_tsv
@@ -60,6 +63,33 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
     return message
 
 
+@dataclass(frozen=True)
+class Read:
+    """Rows of a part as they are read: one or two columns of texts, and labels."""
+
+    texts: tuple[list[str], ...]
+    labels: np.ndarray
+
+
+def read_task(task: GlueTask, options: GlueOptions) -> tuple[Read, Read]:
+    """The training rows and the dev rows of a task."""
+    source = open_task(task, options)
+    texts, labels = read_texts(source, need_words=False), read_task_labels(task, source).values[:, 0]
+    train, test = (Read(texts.take(rows).columns, labels[rows]) for rows in (source.split.train, source.split.test))
+    return train, test
+
+
+def read_rows(file: Path, task: GlueTask) -> Read:
+    """The rows of a file of a GLUE folder, as the task's dev rows."""
+    root = file.parent / "glue"
+    write_glue(root, (task.name,))
+    part = "train.tsv.xz" if file.name.startswith("train") else "dev.tsv"
+    (root / task.folder / part).unlink()
+    copied = root / task.folder / file.name
+    copied.write_bytes(file.read_bytes())
+    return read_task(task, GlueOptions(folder=str(root), tasks=(task.name,)))[int(file.name.startswith("dev"))]
+
+
 # --- TSV files ----------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +115,7 @@ def test_texts_and_labels_are_those_of_the_file(folder: str, task: str) -> None:
 def test_quotes_carriage_returns_and_odd_separators_are_text(tmp_path: Path) -> None:
     texts = ['a "quote that never ends', "it 's", "one\rtwo", "line\u2028separator and\x0bmore", " spaces around "]
     write_tsv(tmp_path / "dev.tsv", "SST-2", [[text, "1"] for text in texts])
-    assert read_tsv(tmp_path / "dev.tsv", TASKS["sst2"]).texts == (texts,)
+    assert read_rows(tmp_path / "dev.tsv", TASKS["sst2"]).texts == (texts,)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -94,7 +124,7 @@ def test_marks_in_front_and_windows_lines_are_no_text(tmp_path: Path, mark: byte
     lines = [b"sentence\tlabel", "naïve film".encode(), b"bad film\t0", b""]
     lines[1] += b"\t1"
     (tmp_path / "dev.tsv").write_bytes(mark + end.join(lines))
-    read = read_tsv(tmp_path / "dev.tsv", TASKS["sst2"])
+    read = read_rows(tmp_path / "dev.tsv", TASKS["sst2"])
     assert read.texts == (["naïve film", "bad film"],) and read.labels.tolist() == [1, 0]
 
 
@@ -103,7 +133,7 @@ def test_rows_of_qqp_that_are_cut_short_are_left_out_and_counted(
 ) -> None:
     cells = rows("QQP", 5)
     write_tsv(tmp_path / "train.tsv", "QQP", [*cells[:2], cells[2][:3], *cells[3:]])
-    assert read_tsv(tmp_path / "train.tsv", TASKS["qqp"]).texts[0] == [row[3] for k, row in enumerate(cells) if k != 2]
+    assert read_rows(tmp_path / "train.tsv", TASKS["qqp"]).texts[0] == [row[3] for k, row in enumerate(cells) if k != 2]
     assert "1 rows of qqp are cut short and left out" in caplog.text
 
 
@@ -126,18 +156,37 @@ def _broken(tmp_path: Path, task: str, change: str) -> Path:
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("sst2", "label", "{file}, row 5: '2' is no label of sst2, expected one of 0, 1"),
-        ("cola", "label", "{file}, row 4: '2' is no label of cola, expected one of 0, 1"),
-        ("rte", "word", "{file}, row 5: 'good' is no label of rte, expected one of entailment, not_entailment"),
-        ("stsb", "score", "{file}, row 5: '5.1' is no score of stsb, expected 0 to 5"),
-        ("stsb", "nan", "{file}, row 5: 'nan' is no score of stsb, expected 0 to 5"),
-        ("stsb", "word", "{file}, row 5: 'good' is no score of stsb, expected 0 to 5"),
-        ("sst2", "short", "{file}, row 5: 1 columns, expected 2 (task sst2)"),
-        ("qqp", "long", "{file}, row 5: 7 columns, expected 6 (task qqp)"),
-        ("wnli", "empty", "{file}: has no rows (task wnli)"),
+        ("sst2", "label", "row 4: column 'label' is '2', which is no class of the task 'sst2' (classes: 0, 1)"),
+        ("cola", "label", "row 4: column 'label' is '2', which is no class of the task 'cola' (classes: 0, 1)"),
+        (
+            "rte",
+            "word",
+            "row 4: column 'label' is 'good', which is no class of the task 'rte' "
+            "(classes: entailment, not_entailment)",
+        ),
+        ("stsb", "score", "row 4: column 'score' is 5.1, expected a score from 0 to 5"),
+        ("stsb", "nan", "row 4: column 'score' is empty, expected a label of stsb"),
+        ("stsb", "word", "row 4: column 'score' is 'good', expected a number"),
+        ("sst2", "short", "row 4: column 'label' is empty, expected a value (is the row cut short?)"),
     ],
 )
-def test_a_broken_row_is_one_line_with_file_task_and_row(tmp_path: Path, task: str, change: str, message: str) -> None:
+def test_a_broken_row_is_one_line_with_file_row_and_column(
+    tmp_path: Path, task: str, change: str, message: str
+) -> None:
+    file = _broken(tmp_path, task, change)
+    with pytest.raises(OptionError) as caught:
+        read_rows(file, TASKS[task])
+    assert one_line(caught) == f"data: {tmp_path / 'glue' / FOLDERS[task] / file.name}, {message}"
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("qqp", "long", "data: {file} cannot be read: Expected 6 fields in line 5, saw 7"),
+        ("wnli", "empty", "data: {file} has no rows"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, task: str, change: str, message: str) -> None:
     file = _broken(tmp_path, task, change)
     with pytest.raises(OptionError) as caught:
         read_tsv(file, TASKS[task])
@@ -147,7 +196,7 @@ def test_a_broken_row_is_one_line_with_file_task_and_row(tmp_path: Path, task: s
 def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("sentence\tlabels\nx\t1\n")
     with pytest.raises(OptionError) as caught:
-        read_tsv(tmp_path / "dev.tsv", TASKS["sst2"])
+        read_rows(tmp_path / "dev.tsv", TASKS["sst2"])
     assert one_line(caught).endswith("dev.tsv: has no column 'label' for task sst2 (it has sentence, labels)")
 
 
@@ -156,7 +205,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes) 
     (tmp_path / "dev.tsv.xz").write_bytes(content)
     with pytest.raises(OptionError) as caught:
         read_tsv(tmp_path / "dev.tsv.xz", TASKS["sst2"])
-    assert "dev.tsv.xz: cannot be read: " in one_line(caught) and "(task sst2)" in one_line(caught)
+    assert "dev.tsv.xz cannot be read: " in one_line(caught)
 
 
 def test_what_is_missing_in_the_folder_is_named(tmp_path: Path) -> None:
@@ -301,7 +350,7 @@ def test_a_name_on_the_hub_is_loaded_by_name_and_configuration(monkeypatch: pyte
 
     def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
         asked.append((args, kwargs))
-        return datasets.Dataset.from_dict({"premise": ["a"], "hypothesis": ["b"], "label": [2]})
+        return datasets.Dataset.from_dict({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [2, 0]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     train, dev = read_task(TASKS["mnli"], GlueOptions(hub="nyu-mll/glue", tasks=("mnli",)))
@@ -309,25 +358,42 @@ def test_a_name_on_the_hub_is_loaded_by_name_and_configuration(monkeypatch: pyte
         (("nyu-mll/glue", "mnli"), {"split": "train"}),
         (("nyu-mll/glue", "mnli"), {"split": "validation_matched"}),
     ]
-    assert train.labels.tolist() == dev.labels.tolist() == [2.0]
+    assert train.labels.tolist() == dev.labels.tolist() == [2.0, 0.0]
 
 
 def test_what_is_wrong_on_the_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(task: str, split: str = "train") -> str:
+    def refused(task: str) -> str:
         with pytest.raises(OptionError) as caught:
-            read_hub(str(tmp_path), split, TASKS[task])
+            read_task(TASKS[task], GlueOptions(hub=str(tmp_path), tasks=(task,)))
         return one_line(caught)
 
     write_hub(tmp_path, "rte", {"train": [0, 1, 0, 1, 0, -1, 0, 1, 0, 1, 0, 1]})
-    assert refused("rte").endswith("train (task rte), row 5: the label is -1, expected 0 to 1")
+    assert refused("rte").endswith(
+        "train (task rte), row 6: column 'label' is '-1', which is no class of the task 'rte' (did you mean \"1\"?)"
+    )
     write_hub(tmp_path, "stsb", {"train": [0.5] * 10 + [5.5, 1.0]})
-    assert refused("stsb").endswith("train (task stsb), row 10: the label is 5.5, expected a score from 0 to 5")
+    assert refused("stsb").endswith("(task stsb), row 11: column 'label' is 5.5, expected a score from 0 to 5")
     write_hub(tmp_path, "sst2", {"train": ["yes"] * 12})
-    assert refused("sst2").endswith("train (task sst2): the column 'label' holds no numbers")
+    assert refused("sst2").endswith(
+        "row 1: column 'label' is 'yes', which is no class of the task 'sst2' (classes: 0, 1)"
+    )
     assert refused("cola") == f"data.hub: {str(tmp_path)!r} has no cola/train-*.parquet"
     (tmp_path / "qqp").mkdir()
-    (tmp_path / "rte" / "train-00000-of-00001.parquet").rename(tmp_path / "qqp" / "train-0.parquet")
-    assert "has no column 'question1' (it has sentence1, sentence2, label, idx)" in refused("qqp")
+    for split, seed in (("train", 0), ("validation", 1)):
+        (tmp_path / "rte" / f"{split}-00000-of-00001.parquet").rename(tmp_path / "qqp" / f"{split}-{seed}.parquet")
+    assert "has no column 'question1' for task qqp (it has sentence1, sentence2, label, idx)" in refused("qqp")
+
+
+def test_classes_of_the_hub_are_numbered_whatever_it_calls_them(tmp_path: Path) -> None:
+    import datasets
+
+    names = datasets.ClassLabel(names=["unacceptable", "acceptable"])
+    table = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [1, 0, 1]}).cast_column("label", names)
+    (tmp_path / "cola").mkdir()
+    for split in ("train", "validation"):
+        table.to_parquet(str(tmp_path / "cola" / f"{split}-00000-of-00001.parquet"))
+    train, _ = read_task(TASKS["cola"], GlueOptions(hub=str(tmp_path), tasks=("cola",)))
+    assert train.labels.tolist() == [1.0, 0.0, 1.0]
 
 
 # --- the mixture --------------------------------------------------------------------------------------------------
@@ -356,9 +422,10 @@ def test_held_out_rows_are_training_rows_and_each_row_is_in_one_part(folder: str
     data = load_glue(options)
     as_bytes = lambda part: sorted(part[i]["input_ids"].tobytes() for i in range(len(part)))  # noqa: E731
     everything, _ = read_task(TASKS["rte"], options)
-    tokens = tokenize(data.processing_class, everything.texts, everything.labels, 0, 1, options.max_length)
+    tokens = encode(data.processing_class, everything.texts, options.max_length)
+    rows_of_file = np.split(tokens.input_ids, np.cumsum(tokens.lengths)[:-1])
     assert len(data.validation) == 12
-    assert sorted(as_bytes(data.train) + as_bytes(data.validation)) == as_bytes(tokens)
+    assert sorted(as_bytes(data.train) + as_bytes(data.validation)) == sorted(row.tobytes() for row in rows_of_file)
 
 
 def test_a_smaller_training_part_is_the_beginning_of_a_larger_one() -> None:
@@ -519,7 +586,7 @@ class TestRealFiles:
     def test_rows_and_balances_are_the_published_ones(self, task: str) -> None:
         train, dev = read_task(TASKS[task], GlueOptions(folder=str(REAL)))
         count, ones = PUBLISHED[task]
-        assert len(train) == count and len(dev) > 30
+        assert len(train.labels) == count and len(dev.labels) > 30
         if ones is not None:
             assert int(train.labels.sum()) == ones
         if task == "mrpc":

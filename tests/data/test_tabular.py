@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from hf_bilb.config.options import parse_options
 from hf_bilb.data import DATA_SETS, TaskData
+from hf_bilb.data.splits import split_rows
 from hf_bilb.data.tables import adult as adult_module
 from hf_bilb.data.tables import census as census_module
 from hf_bilb.data.tables.adult import AdultOptions, load_adult
-from hf_bilb.data.tables.binary import OneHotRows, binary_metrics
+from hf_bilb.data.tables.binary import Layout, OneHotRows, binary_metrics
 from hf_bilb.data.tables.census import CensusOptions, load_census
-from hf_bilb.data.tables.files import Layout
 from hf_bilb.data.tables.sarcos import SarcosOptions, load_sarcos
 from hf_bilb.errors import OptionError
 
@@ -72,8 +72,8 @@ def census_lines(count: int, layout: Layout = census_module.LAYOUT) -> list[list
         row = {name: ("a ", "b", "Not in universe")[generator.integers(3)] for name in layout.columns}
         row |= {name: str(generator.integers(0, 90)) for name in layout.numbers}
         row["instance_weight"] = "1700.09"
-        for task in layout.tasks:
-            row[task.column] = generator.choice(sorted(task.positive | task.negative))
+        for task in layout.tasks.values():
+            row[task.column] = generator.choice(sorted(task.positive + task.negative))
         rows.append([row[name] for name in layout.columns])
     return rows
 
@@ -187,6 +187,21 @@ def test_a_header_a_packed_file_and_neither_are_the_same(adult: Path, census: Pa
     without = write(tmp_path / "plain.csv", census_lines(100), separator=", ")
     for name, column in everything(load_census(CensusOptions(str(without))), "test").items():
         assert torch.equal(column, everything(load_census(CensusOptions(str(census))), "test")[name])
+
+
+def test_an_empty_cell_is_a_category_and_codes_are_sorted_as_text(tmp_path: Path) -> None:
+    lines = census_lines(100)
+    race, industry = (census_module.LAYOUT.columns.index(name) for name in ("race", "det_ind_code"))
+    for number, line in enumerate(lines):
+        line[race], line[industry] = ("", "White")[number % 2], ("2", "10", "1")[number % 3]
+    data = load_census(CensusOptions(str(write(tmp_path / "census.csv", lines, separator=","))))
+    names = data.model_arguments["feature_names"]
+    assert [name for name in names if name.split("=")[0] == "race"] == ["race=", "race=White"]
+    of_industry = [name.split("=")[1] for name in names if name.split("=")[0] == "det_ind_code"]
+    assert of_industry == ["1", "10", "2"]
+    column = everything(data, "train")["features"][:, names.index("race=")]
+    split = split_rows(100, 0, None, 10, 20)
+    assert column.tolist() == [float(row % 2 == 0) for row in split.train]
 
 
 def test_the_split_follows_the_seed_alone(census: Path) -> None:
@@ -315,12 +330,32 @@ def damaged(path: Path, row: int, column: int, value: str | None) -> None:
             4,
             14,
             "50K",
-            "adult.data, row 5: task 'income': classification '50K' is no label, expected one",
+            "adult.data, row 5: column 'classification' is '50K', which is no class of the task 'income' (did you mean",
         ),
-        ("adult.test", 3, 5, "Single", "adult.test, row 3: task 'never_married': marital-status 'Single' is no label"),
+        (
+            "adult.test",
+            3,
+            5,
+            "Single",
+            "row 3: column 'marital-status' is 'Single', which is no class of the task 'nev",
+        ),
+        (
+            "adult.test",
+            3,
+            5,
+            "",
+            "row 3: column 'marital-status' is empty, expected a label of the task 'never_married'",
+        ),
         ("adult.data", 9, 0, "old", "adult.data, row 10: column 'age' is 'old', expected a number"),
-        ("adult.data", 9, 0, "inf", "adult.data, row 10: column 'age' is 'inf', expected a number"),
-        ("adult.data", 7, 13, None, "adult.data, row 8: is cut short, its last column is empty"),
+        ("adult.data", 9, 0, "inf", "adult.data, row 10: column 'age' is infinite, expected a finite number"),
+        ("adult.data", 9, 0, "", "adult.data, row 10: column 'age' is empty, expected a number"),
+        (
+            "adult.data",
+            7,
+            13,
+            None,
+            "adult.data, row 8: column 'classification' is empty, expected a value (is the row cut short?)",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(
@@ -358,9 +393,9 @@ def test_folders_and_files_that_are_not_there(adult: Path, tmp_path: Path) -> No
             lambda: load_adult(AdultOptions(str(adult))),
             "has no file adult.test or adult_test.csv (as it is, .xz or .gz)",
         ),
-        (lambda: load_census(CensusOptions("no.csv")), "data: there is no file 'no.csv'"),
+        (lambda: load_census(CensusOptions("no.csv")), "data.file: there is no file 'no.csv'"),
         (lambda: load_census(CensusOptions(str(tmp_path / "broken.csv.xz"))), "broken.csv.xz cannot be read"),
-        (lambda: load_census(CensusOptions(str(tmp_path / "empty.csv"))), "empty.csv cannot be read"),
+        (lambda: load_census(CensusOptions(str(tmp_path / "empty.csv"))), "empty.csv has no rows"),
         (lambda: load_sarcos(SarcosOptions("no.npz")), "data.file: there is no file 'no.npz'"),
         (lambda: load_sarcos(SarcosOptions(str(tmp_path / "empty.csv"))), "empty.csv cannot be read"),
     ):

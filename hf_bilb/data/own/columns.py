@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +45,12 @@ class Words:
         codes = [part.positions_in(known) for part in parts]
         return cls(np.concatenate(codes), known, all(part.declared and part.known == known for part in parts))
 
-    def positions_in(self, words: Sequence[str], unknown: int = -1) -> NDArray[np.int64]:
-        """`[N]`, positions in other words; -1 where missing, `unknown` where it is none of them."""
-        places = {word: place for place, word in enumerate(words)}
+    def positions_in(self, words: Sequence[str]) -> NDArray[np.int64]:
+        """`[N]`, positions in other words; -1 where missing or none of them."""
+        return self.numbered({word: place for place, word in enumerate(words)}, unknown=-1)
+
+    def numbered(self, places: Mapping[str, int], unknown: int) -> NDArray[np.int64]:
+        """`[N]`, the number of each word; -1 where missing, `unknown` where it has none."""
         table = np.array([*(places.get(word, unknown) for word in self.known), -1], np.int64)
         return table[self.codes]
 
@@ -97,7 +100,7 @@ def _parsed(table: Table, column: str, array: pa.Array) -> NDArray[np.float64]:
     return values
 
 
-def words(table: Table, column: str, kept: Sequence[str] = ()) -> Words:
+def words(table: Table, column: str, kept: Collection[str] = ()) -> Words:
     """`[N]` words; `kept` are none that mean an empty cell, whatever else is said."""
     import pyarrow as pa
 

@@ -21,28 +21,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.data.own.image_rows import OwnImageRows, PixelColumn
-from hf_bilb.data.own.images import decoded_images
+from hf_bilb.data.own.image_rows import OwnImageRows
+from hf_bilb.data.own.inputs import Inputs, image_inputs, table_inputs, text_inputs
 from hf_bilb.data.own.joined import Joined, join_sources
 from hf_bilb.data.own.options import OwnDataOptions
 from hf_bilb.data.own.pixels import means_and_stds
 from hf_bilb.data.own.summary import summary
-from hf_bilb.data.own.table import Encoder, read_cells
-from hf_bilb.data.own.text import Texts, check_lengths, read_texts, tokenize_texts
-from hf_bilb.data.rows import Rows, VectorRows, collate_images, collate_vectors
-from hf_bilb.data.splits import PARTS
 from hf_bilb.data.task_data import DataSetSpec, TaskData
-from hf_bilb.data.text.rows import PadTokens, TokenRows
-from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer
-from hf_bilb.errors import OptionError
+from hf_bilb.data.text.rows import TokenRows
 from hf_bilb.losses.mixed import MixedLosses
 from hf_bilb.losses.task_types import LABELS, TAG_LABELS
 from hf_bilb.metrics.mixed import MixedMetrics, constant_metrics, constant_outputs, trivial_metrics
@@ -62,100 +54,15 @@ def load_own_data(options: OwnDataOptions) -> TaskData:
     """
     joined = join_sources(options)
     _warn_of_unmeasured(joined)
-    build = {"text": _text_inputs, "image": _image_inputs, "table": _table_inputs}[options.kind]
-    inputs = build(joined, options)
-    for part, rows in inputs.parts.items():
-        rows.task_ids = joined.task_ids(part)
-    return _task_data(joined, inputs, options)
+    return _task_data(joined, _inputs(joined, options), options)
 
 
-# --- inputs -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The parts with inputs and labels.
-
-    Attributes:
-        parts: part -> rows.
-        collator: makes a batch of them.
-        model_arguments: what the inputs dictate to the model.
-        processing_class: the tokenizer; None: there is none.
-    """
-
-    parts: Mapping[str, Rows]
-    collator: Callable[[list[Any]], dict[str, Any]]
-    model_arguments: dict[str, Any]
-    processing_class: Any = None
-
-
-def _table_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
-    cells = list(map(read_cells, joined.sources))
-    encoder = Encoder.fit(joined.sources[0].options.inputs, cells, joined.rows["train"])
-
-    def part(name: str) -> VectorRows:
-        encoded = [encoder.encode(of_source, rows) for of_source, rows in zip(cells, joined.rows[name], strict=True)]
-        columns = {column: torch.cat([one[column] for one in encoded]) for column in encoded[0]}
-        return VectorRows({**columns, LABELS: torch.from_numpy(joined.labels(name))})
-
-    return Inputs({name: part(name) for name in PARTS}, collate_vectors, encoder.model_arguments)
-
-
-def _image_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
-    images = joined.images
-    assert images is not None
-    file = decoded_images(images, options.image_size, options.cache_dir)
-
-    def part(name: str) -> OwnImageRows:
-        chosen = [of_source[rows] for of_source, rows in zip(images.rows, joined.rows[name], strict=True)]
-        pixels = {
-            task: PixelColumn(labels.type, labels.pixels.file, joined.pixel_rows(task, name))
-            for task, labels in joined.tasks.items()
-            if labels.pixels is not None
-        }
-        return OwnImageRows(file, np.concatenate(chosen), joined.labels(name), pixels)
-
-    return Inputs({name: part(name) for name in PARTS}, collate_images, {"image_size": options.image_size})
-
-
-def _text_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
-    if options.tokenizer is None:
-        raise OptionError("data.tokenizer: is required where no model says it, expected a name, such as "
-                          "google-bert/bert-base-uncased")  # fmt: skip
-    texts = [_checked_texts(joined, number) for number in range(len(joined.sources))]
-    tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer", any(one.are_words for one in texts))
-    check_max_length(tokenizer, options.max_length, options.tokenizer)
-
-    def part(name: str) -> TokenRows:
-        of_sources = joined.labels_by_source(name)
-        return TokenRows.concatenate(
-            [
-                tokenize_texts(tokenizer, texts[number], rows, labels, joined.tags(number), options.max_length)
-                for number, (rows, labels) in enumerate(zip(joined.rows[name], of_sources, strict=True))
-            ]
-        )
-
-    pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the attention mask hides it
-    return Inputs(
-        {name: part(name) for name in PARTS},
-        PadTokens(pad_token_id),
-        {"vocab_size": len(tokenizer), "max_length": options.max_length},
-        tokenizer,
-    )
-
-
-def _checked_texts(joined: Joined, number: int) -> Texts:
-    """The texts of a source, whose words fit its tags."""
-    source = joined.sources[number]
-    tagged = [name for name in joined.tagged if joined.source_of[name] == number]
-    texts = read_texts(source, need_words=bool(tagged))
-    for name in tagged:
-        tags = joined.tasks[name].tags
-        assert tags is not None
-        check_lengths(source, texts, tags, source.options.tasks[name].label_columns(name)[0])
-    if texts.num_empty:
-        logger.warning("%s: %d rows have no text at all", source.options.path, texts.num_empty)
-    return texts
+def _inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
+    if options.kind == "text":
+        return text_inputs(joined, options.tokenizer, options.max_length)
+    if options.kind == "image":
+        return image_inputs(joined, options.image_size, options.cache_dir)
+    return table_inputs(joined)
 
 
 def _warn_of_unmeasured(joined: Joined) -> None:

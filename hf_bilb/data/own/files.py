@@ -7,6 +7,7 @@ import contextlib
 import csv
 import glob
 import gzip
+import itertools
 import json
 import lzma
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _TABS = (".tsv", ".tab")
 _FORMATS = {
-    **dict.fromkeys((".csv", ".data", ".txt", *_TABS), "csv"),
+    **dict.fromkeys((".csv", ".data", ".test", ".txt", *_TABS), "csv"),
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), "json"),
     ".parquet": "parquet",
 }
@@ -79,7 +80,7 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
     else:
         found = {"train": _find(options.files, where)}
     _check_different(found, where)
-    return {part: [_read(file, part, options.csv, missing) for file in files] for part, files in found.items()}
+    return {part: [read_file(file, part, options.csv, missing) for file in files] for part, files in found.items()}
 
 
 # --- which files --------------------------------------------------------------------------------------------------
@@ -119,7 +120,12 @@ def _check_different(found: Mapping[str, list[Path]], where: str) -> None:
 # --- one file -----------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path, part: str, csv_options: CsvOptions, missing: frozenset[str]) -> Table:
+def read_file(file: Path, part: str, csv_options: CsvOptions, missing: frozenset[str] = MISSING) -> Table:
+    """The rows of one file, or of a folder that `datasets` saved; `part` is taken where that has several.
+
+    Raises:
+        OptionError: the file is damaged, has no rows or is of a kind that is not known.
+    """
     if file.is_dir():
         return _read_saved(file, part, missing)
     kind = _FORMATS.get(_ending(file))
@@ -146,9 +152,9 @@ def _ending(file: Path) -> str:
     return name.suffix.lower()
 
 
-def _open(file: Path) -> IO[str]:
+def _open(file: Path, newline: str = "") -> IO[str]:
     opener: Callable[..., IO[str]] = _OPENERS.get(file.suffix, open)
-    return opener(file, "rt", encoding="utf-8-sig", newline="")
+    return opener(file, "rt", encoding="utf-8-sig", newline=newline)
 
 
 @contextlib.contextmanager
@@ -174,44 +180,58 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     import datasets
 
     tabs = _ending(file) in _TABS
+    quotes = not tabs if options.quotes is None else options.quotes
     layout: dict[str, Any] = {
         "sep": options.delimiter or ("\t" if tabs else ","),
-        "quoting": csv.QUOTE_NONE
-        if options.quotes is False or (options.quotes is None and tabs)
-        else csv.QUOTE_MINIMAL,
-        "skipinitialspace": True,
+        "quoting": csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+        "skipinitialspace": quotes,  # so that a quote after a space is one
     }
-    header, has_rows = _header(file, options.columns, layout)
+    with _open(file) as stream:
+        comments = sum(1 for _ in itertools.takewhile(lambda line: line[:1] == options.comment, stream))
+    header, is_first_row, has_rows = _header(file, options.columns, layout, comments)
     if not has_rows:
         return None
     return datasets.Dataset.from_csv(
         str(file),
         features=datasets.Features({name: datasets.Value("string") for name in header}),
         names=header,
-        header=None if options.columns else 0,
+        header=None if is_first_row else 0,
+        skiprows=comments,
         na_filter=False,
         encoding="utf-8-sig",
+        # A carriage return alone ends no row, where rows end with a line feed.
+        lineterminator=None if _has_windows_lines(file) else "\n",
         **layout,
     )
 
 
-def _header(file: Path, columns: tuple[str, ...] | None, layout: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """The columns' names, and whether there is a row."""
+def _has_windows_lines(file: Path) -> bool:
+    with _open(file, newline="\n") as stream:
+        line = stream.readline()
+    return line.endswith("\r\n") or not line.endswith("\n")
+
+
+def _header(
+    file: Path, columns: tuple[str, ...] | None, layout: Mapping[str, Any], comments: int
+) -> tuple[list[str], bool, bool]:
+    """The columns' names, whether the first line is a row, and whether there is one."""
     with _open(file) as stream:
         lines = csv.reader(
-            stream,
+            itertools.islice(stream, comments, None),
             delimiter=layout["sep"],
             quoting=layout["quoting"],
             skipinitialspace=layout["skipinitialspace"],
         )
-        header = [name.strip() for name in (next(lines, []) if columns is None else columns)]
-        first = next((cells for cells in lines if cells), None)
+        top = [name.strip() for name in next(lines, [])]
+        is_row = columns is not None and 2 * len(set(columns) & set(top)) <= len(columns)
+        header = list(columns) if columns is not None and is_row else top
+        first = top if is_row and top else next((cells for cells in lines if cells), None)
     if repeated := {name for name in header if header.count(name) > 1}:
         raise OptionError(f"data: {file}: the column {min(repeated)!r} stands twice in the first line")
     # pandas would take the first cells for the rows' names, and give every column the values of its neighbour.
     if first is not None and len(first) > len(header):
         raise OptionError(f"data: {file}, row 1: has {len(first)} cells, expected {len(header)}, one for each column")
-    return header, first is not None
+    return header, is_row, first is not None
 
 
 def _read_json(file: Path) -> datasets.Dataset | None:

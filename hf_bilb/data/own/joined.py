@@ -87,7 +87,7 @@ class Joined:
 
     def task_ids(self, part: str) -> Ints | None:
         """`[N]`, the task of each row; None where all tasks share their rows."""
-        if len(self.sources) < len(self.tasks) or len(self.tasks) == 1:
+        if len(self.sources) < len(self.tasks):
             return None
         return np.repeat(np.arange(len(self.sources)), list(map(len, self.rows[part])))
 

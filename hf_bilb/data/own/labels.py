@@ -26,7 +26,7 @@ from hf_bilb.data.own.pixels import (
     prepare_labels,
 )
 from hf_bilb.data.own.source import Source
-from hf_bilb.data.own.words import in_order, word_of
+from hf_bilb.data.own.words import in_order
 from hf_bilb.data.task_data import Standardizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.class_weights import balanced_class_weights, balanced_weights_of_counts
@@ -127,9 +127,8 @@ class _Reader:
         return TaskLabels(task, values, None, np.any(~np.isnan(values), axis=1))
 
     def classification(self) -> TaskLabels:
-        given = self._given_classes()
-        found = self.source.words(self.columns[0], given or ())
-        classes, codes = self._coded(found, self.train, given, self.source.place)
+        found = self.source.words(self.columns[0], self._kept)
+        classes, codes = self._coded(found, self.train, self.source.place)
         values = np.where(codes < 0, np.nan, codes)[:, None]
         weights = self._weights(codes[self.train], classes)
         return TaskLabels(self._type(len(classes), classes, class_weights=weights), values, None, codes >= 0)
@@ -147,12 +146,11 @@ class _Reader:
 
     def token_classification(self) -> TaskLabels:
         lists = self.source.each(columns.lists, self.columns[0])
-        given = self._given_classes()
-        lengths, found = self._joined(lists, given or ())
+        lengths, found = self._joined(lists)
         # Of each word, its row.
         rows = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
         of_train = np.flatnonzero(np.isin(rows, self.train))
-        classes, codes = self._coded(found, of_train, given, lambda word: self.source.place(int(rows[word])))
+        classes, codes = self._coded(found, of_train, lambda word: self.source.place(int(rows[word])))
         weights = self._weights(codes[of_train], classes)
         labelled = np.isin(np.arange(len(lengths)), rows[codes >= 0])
         tags = Tags(lengths, np.where(codes < 0, MISSING_INTEGER, codes))
@@ -209,44 +207,51 @@ class _Reader:
 
     def _of_lists(self) -> tuple[tuple[str, ...], Floats]:
         """The labels' names, and `[N, M]`: 1 for those in a row's list, NaN where there is no list."""
-        given = self._given_classes()
-        lengths, found = self._joined(self.source.each(columns.lists, self.columns[0]), given or ())
+        lengths, found = self._joined(self.source.each(columns.lists, self.columns[0]))
         rows = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
         of_train = np.flatnonzero(np.isin(rows, self.train))
-        classes, codes = self._coded(found, of_train, given, lambda value: self.source.place(int(rows[value])), 1)
+        classes, codes = self._coded(found, of_train, lambda value: self.source.place(int(rows[value])), 1)
         values = np.zeros((len(lengths), len(classes)))
         values[rows[codes >= 0], codes[codes >= 0]] = 1.0
         values[lengths < 0] = np.nan
         return classes, values
 
-    def _joined(self, lists: Sequence[Lists], kept: Sequence[str]) -> tuple[NDArray[np.int64], Words]:
+    def _joined(self, lists: Sequence[Lists]) -> tuple[NDArray[np.int64], Words]:
         """Lengths of the lists, and their values as words."""
-        missing = [table.missing - set(kept) for table in self.source.tables]
+        missing = [table.missing - self._kept for table in self.source.tables]
         found = [columns.words_of(of_table.values, of_table.feature, none)
                  for of_table, none in zip(lists, missing, strict=True)]  # fmt: skip
         return np.concatenate([of_table.lengths for of_table in lists]), Words.joined(found)
 
     # --- classes --------------------------------------------------------------------------------------------------
 
-    def _given_classes(self) -> tuple[str, ...] | None:
-        return None if self.options.classes is None else tuple(map(word_of, self.options.classes))
+    @property
+    def _kept(self) -> set[str]:
+        """Words of the classes that are given: such a word is never a missing one."""
+        return {word for words in (self.options.class_words or {}).values() for word in words}
 
     def _coded(
-        self, found: Words, train: NDArray[np.int64], given: tuple[str, ...] | None, place: Any, least: int = 2
+        self, found: Words, train: NDArray[np.int64], place: Any, least: int = 2
     ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         """The classes, and each value's number among them, -1 where missing."""
         column = self.columns[0]
         self._check_some(found.codes[train] >= 0, column)
-        used = found.used(train)
-        if len(used) < least:
-            raise OptionError(f"{self.path}: column {column!r} has only one class in the training part: {used[0]!r}")
-        classes = given or (found.known if found.declared else tuple(in_order(used)))
-        codes = found.positions_in(classes, unknown=-2)
+        given = self.options.class_words
+        groups = given or {word: (word,) for word in (found.known if found.declared else in_order(found.used(train)))}
+        classes = tuple(groups)
+        places = {word: number for number, words in enumerate(groups.values()) for word in words}
+        codes = found.numbered(places, unknown=-2)
+        used = np.unique(codes[train])
+        used = used[used != -1]
+        if len(used) < least and used[0] >= 0:
+            raise OptionError(
+                f"{self.path}: column {column!r} has only one class in the training part: {classes[used[0]]!r}"
+            )
         wrong = np.flatnonzero(codes == -2)
         if wrong.size:
             word = found.known[found.codes[wrong[0]]]
-            why = f"is none of {self.path}.classes" if given else "is in no row of the training part"
-            hint = nearest(word, classes) or f" (classes: {', '.join(classes[:_LISTED])})"
+            why = f"is no class of the task {self.name!r}" if given else "is in no row of the training part"
+            hint = nearest(word, places) or f" (classes: {', '.join(list(places)[:_LISTED])})"
             raise OptionError(f"data: {place(int(wrong[0]))}: column {column!r} is {shown(word)}, which {why}{hint}")
         return classes, codes
 

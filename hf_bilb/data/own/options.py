@@ -19,6 +19,7 @@ _MOST_CLASSES = 32767  # that are kept in 16 bits
 _IGNORED = 255  # what most masks have where there is no label
 
 Patterns = str | tuple[str, ...]
+Value = str | bool | int | float
 InputKind = Literal["text", "image", "table"]
 
 
@@ -29,7 +30,9 @@ class CsvOptions:
     Attributes:
         delimiter: between two cells; null = a comma, of `.tsv` and `.tab` files a tab.
         quotes: whether a cell may stand in double quotes; null = yes, of `.tsv` and `.tab` files no.
-        columns: the columns' names, for files that do not have them in their first line.
+        columns: the columns' names, for files that do not have them in their first line. A first line with most of
+            these names in it is one of names all the same.
+        comment: a character; lines at the top of a file that begin with it are passed over.
         missing: further words that mean an empty cell, such as `NA` or `?`. An empty cell, `null`, `NaN`, `nan` and
             `None` always do, but not in a text, and not where they are among a task's `classes`.
     """
@@ -37,11 +40,14 @@ class CsvOptions:
     delimiter: str | None = None
     quotes: bool | None = None
     columns: tuple[str, ...] | None = None
+    comment: str | None = None
     missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.delimiter is not None and len(self.delimiter) != 1:
-            raise OptionError(f"delimiter: {self.delimiter!r} is not valid, expected one character")
+        for key in ("delimiter", "comment"):
+            value = getattr(self, key)
+            if value is not None and len(value) != 1:
+                raise OptionError(f"{key}: {value!r} is not valid, expected one character")
         if self.columns is not None:
             check_repeats("columns", self.columns)
 
@@ -132,8 +138,9 @@ class TaskOptions:
             arrays, [height, width] or [channels, height, width], or of images of 8 or 16 bits. Both of the height and
             width of the row's image; an empty cell is an image without labels.
         columns: several columns of numbers (`regression`), or of 0 and 1 (`multi_label`).
-        classes: the classes in order; null = the sorted values of the training part. Of `segmentation`: the names of
-            the class numbers 0, 1, ..., or null with `num_classes`.
+        classes: the classes in order, or class -> the values that mean it (`{poor: [1, 2], good: [3, 4]}`); null = the
+            sorted values of the training part. Of `segmentation`: the names of the class numbers 0, 1, ..., or null with
+            `num_classes`.
         num_classes: of `segmentation`, where its classes have no names.
         ignore_index: of `segmentation`: the number of a pixel without a label; null = there is none.
         missing: of `dense_regression`: the number of a pixel without a label, such as 0; NaN always is one.
@@ -150,7 +157,7 @@ class TaskOptions:
     type: Kind
     column: str | None = None
     columns: tuple[str, ...] | None = None
-    classes: tuple[str | bool | int | float, ...] | None = None
+    classes: tuple[Value, ...] | dict[str, tuple[Value, ...]] | None = None
     num_classes: int | None = None
     ignore_index: int | None = _IGNORED
     missing: float | None = None
@@ -176,7 +183,8 @@ class TaskOptions:
         self._check_type("ignore_index", "segmentation")
         self._check_type("missing", "dense_regression")
         check_repeats("columns", self.columns)
-        check_repeats("classes", None if self.classes is None else tuple(map(word_of, self.classes)))
+        listed = self.classes.values() if isinstance(self.classes, dict) else [self.classes or ()]
+        check_repeats("classes", tuple(word_of(value) for values in listed for value in values))
         if self.type == "multi_label" and self.columns and self.classes:
             raise OptionError("classes: are for one column with lists of words; columns have their own names")
         if isinstance(self.class_weights, tuple) and not all(
@@ -193,6 +201,8 @@ class TaskOptions:
             raise OptionError(f"{key}: says nothing for {self.type}, only for {', '.join(types)}")
 
     def _check_class_numbers(self) -> None:
+        if isinstance(self.classes, dict):
+            raise OptionError("classes: segmentation takes a list, the names of the class numbers 0, 1, ...")
         if (self.classes is None) is (self.num_classes is None):
             got = "none is set" if self.classes is None else "both are set"
             raise OptionError(f"num_classes: segmentation needs it, or the names of the classes, {got}")
@@ -202,6 +212,13 @@ class TaskOptions:
             raise OptionError(f"num_classes: {number} is not valid, expected 2 to {_MOST_CLASSES}")
         if self.ignore_index == _IGNORED and number > _IGNORED:  # nobody has thought of it
             raise OptionError(f"ignore_index: {self.ignore_index} is one of the {number} classes; set another, or null")
+
+    @property
+    def class_words(self) -> dict[str, tuple[str, ...]] | None:
+        """Class -> the words that mean it, where `classes` are given."""
+        if isinstance(self.classes, dict):
+            return {name: tuple(map(word_of, values)) for name, values in self.classes.items()}
+        return None if self.classes is None else {name: (name,) for name in map(word_of, self.classes)}
 
     @property
     def has_rows(self) -> bool:

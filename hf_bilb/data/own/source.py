@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from hf_bilb.data.own.columns import Words
 from hf_bilb.data.own.files import Table, read_tables
 from hf_bilb.data.own.options import SourceOptions
 from hf_bilb.data.own.parts import draw_groups, draw_parts, draw_strata
+from hf_bilb.data.own.words import MISSING
 from hf_bilb.data.splits import PARTS, Split
 from hf_bilb.errors import OptionError
 
@@ -49,7 +50,7 @@ class Source:
         """`[N]` of 0, 1, NaN."""
         return np.concatenate(self.each(columns.bits, column))
 
-    def words(self, column: str, kept: Sequence[str] = ()) -> Words:
+    def words(self, column: str, kept: Collection[str] = ()) -> Words:
         """See `columns.words`."""
         return Words.joined([columns.words(table, column, kept) for table in self.tables])
 
@@ -59,11 +60,16 @@ class Source:
 
     def place(self, row: int) -> str:
         """File and row for messages."""
-        for table in self.tables:
-            if row < len(table.rows):
-                return table.place(row)
-            row -= len(table.rows)
-        raise IndexError(row)
+        return _place(self.tables, row)
+
+    def check_whole(self) -> None:
+        """Raise `OptionError` for the first row that is cut short: its last cell is empty."""
+        column = self.tables[0].rows.column_names[-1]
+        self.check_filled(column, self.words(column, MISSING - {""}).codes < 0, "a value (is the row cut short?)")
+
+    def check_filled(self, column: str, missing: NDArray[np.bool_], expected: str) -> None:
+        """Raise `OptionError` for the first row without a value in a column, `missing [N]`: says what is expected."""
+        _check_filled(self.tables, column, missing, expected)
 
 
 def open_source(options: SourceOptions) -> Source:
@@ -148,7 +154,7 @@ def _drawn(options: SourceOptions, tables: Sequence[Table], shares: Sequence[flo
         if split.stratify_by is not None:
             path = f"{path}.stratify_by, column {column!r}"
             return draw_strata(_numbered(found.codes), shares, split.seed)
-        _check_groups(found, tables, column)
+        _check_filled(tables, column, found.codes < 0, "the row's group")
         path = f"{path}.group_by"
         return draw_groups(_numbered(found.codes), shares, split.seed)
     except OptionError as error:
@@ -160,14 +166,18 @@ def _numbered(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.unique(codes, return_inverse=True)[1].astype(np.int64)
 
 
-def _check_groups(found: Words, tables: Sequence[Table], column: str) -> None:
-    empty = np.flatnonzero(found.codes < 0)
-    if empty.size:
-        row = int(empty[0])
-        for table in tables:
-            if row < len(table.rows):
-                raise OptionError(f"data: {table.place(row)}: column {column!r} is empty, expected the row's group")
-            row -= len(table.rows)
+def _check_filled(tables: Sequence[Table], column: str, missing: NDArray[np.bool_], expected: str) -> None:
+    rows = np.flatnonzero(missing)
+    if rows.size:
+        raise OptionError(f"data: {_place(tables, int(rows[0]))}: column {column!r} is empty, expected {expected}")
+
+
+def _place(tables: Sequence[Table], row: int) -> str:
+    for table in tables:
+        if row < len(table.rows):
+            return table.place(row)
+        row -= len(table.rows)
+    raise IndexError(row)
 
 
 def _warn_of_groups(options: SourceOptions, given: Mapping[str, Sequence[Table]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,16 @@ class Cells:
     categorical: tuple[Words, ...]
 
 
-def read_cells(source: Source) -> Cells:
-    """The inputs of all rows of a source; raises `OptionError` where a number is none: names file, row and column."""
+def read_cells(source: Source, kept: Collection[str] = ()) -> Cells:
+    """The inputs of all rows of a source; of words that mean a missing one, `kept` are categories.
+
+    Raises:
+        OptionError: a number that is none: names file, row and column.
+    """
     names = source.options.inputs.numeric or ()
     numbers = [source.numbers(name) for name in names]
     numeric = np.stack(numbers, axis=1) if numbers else np.empty((len(source), 0))
-    return Cells(numeric, tuple(map(source.words, source.options.inputs.categorical or ())))
+    return Cells(numeric, tuple(source.words(name, kept) for name in source.options.inputs.categorical or ()))
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,21 @@ class Encoder:
     categories: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def fit(cls, inputs: InputOptions, sources: Sequence[Cells], train: Sequence[Rows]) -> Encoder:
-        """From the training rows of every source."""
+    def fit(
+        cls,
+        inputs: InputOptions,
+        sources: Sequence[Cells],
+        train: Sequence[Rows],
+        order: Callable[[Iterable[str]], list[str]] = in_order,
+    ) -> Encoder:
+        """From the training rows of every source; `order` is that of a column's categories."""
         categorical = inputs.categorical or ()
         numbers = np.concatenate([cells.numeric[rows] for cells, rows in zip(sources, train, strict=True)])
         used = [
             {word for cells, rows in zip(sources, train, strict=True) for word in cells.categorical[place].used(rows)}
             for place in range(len(categorical))
         ]
-        known = tuple(tuple(in_order(of_column)) for of_column in used)
+        known = tuple(tuple(order(of_column)) for of_column in used)
         return cls(inputs.numeric or (), categorical, Standardizer.fit(numbers), known)
 
     def encode(self, cells: Cells, rows: Rows) -> dict[str, Tensor]:

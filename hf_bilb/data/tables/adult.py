@@ -17,15 +17,15 @@ The official `adult.test` is the test part; validation rows are held out of `adu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from pathlib import Path
 
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
-from hf_bilb.data.splits import Split, hold_out
-from hf_bilb.data.tables.binary import binary_task_data
-from hf_bilb.data.tables.files import BinaryTask, Layout, find_file, read_rows
+from hf_bilb.data.own.options import Patterns, SplitOptions
+from hf_bilb.data.tables.binary import BinaryTask, Layout, load_binary
 from hf_bilb.data.task_data import DataSetSpec, TaskData
+from hf_bilb.errors import OptionError
 
 LAYOUT = Layout(
     columns=(
@@ -34,20 +34,19 @@ LAYOUT = Layout(
     ),
     numbers=("age", "education-num", "capital-gain", "capital-loss", "hours-per-week"),
     left_out=("fnlwgt",),
-    tasks=(
+    tasks={
         # adult.test has a full stop after the class.
-        BinaryTask("income", "classification", frozenset({">50K", ">50K."}), frozenset({"<=50K", "<=50K."})),
-        BinaryTask(
-            "never_married",
+        "income": BinaryTask("classification", (">50K", ">50K."), ("<=50K", "<=50K.")),
+        "never_married": BinaryTask(
             "marital-status",
-            frozenset({"Never-married"}),
-            frozenset(
-                {"Married-civ-spouse", "Divorced", "Separated", "Widowed", "Married-spouse-absent", "Married-AF-spouse"}
-            ),
+            ("Never-married",),
+            ("Married-civ-spouse", "Divorced", "Separated", "Widowed", "Married-spouse-absent", "Married-AF-spouse"),
         ),
-    ),
+    },
 )  # fmt: skip
-TASKS = tuple(task.name for task in LAYOUT.tasks)
+TASKS = tuple(LAYOUT.tasks)
+#: Part -> the names that its file may have.
+FILES = {"train": ("adult.data", "adult_train.csv"), "test": ("adult.test", "adult_test.csv")}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class AdultOptions:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, TASKS)
-        check_fraction("validation_fraction", self.validation_fraction)
+        check_fraction("validation_fraction", self.validation_fraction, below=0.9)
         check_at_least("seed", self.seed, 0)
 
 
@@ -80,15 +79,22 @@ def load_adult(options: AdultOptions) -> TaskData:
     """Adult with `features` and `labels [K]`; a second.
 
     Raises:
-        OptionError: see `find_file` and `read_rows`; too few rows to hold any out.
+        OptionError: the folder or a file is missing; see `load_binary`.
     """
-    tasks = LAYOUT.chosen(options.tasks)
-    train = read_rows(find_file(options.folder, ("adult.data", "adult_train.csv")), LAYOUT, tasks)
-    test = read_rows(find_file(options.folder, ("adult.test", "adult_test.csv")), LAYOUT, tasks)
-    num_rows = len(train.labels)
-    trained, held_out = hold_out(num_rows, options.seed, options.validation_fraction)
-    split = Split(trained, held_out, np.arange(num_rows, num_rows + len(test.labels)))
-    return binary_task_data(train.followed_by(test), split, LAYOUT, tasks)
+    files: dict[str, Patterns] = {part: str(_find_file(options.folder, names)) for part, names in FILES.items()}
+    split = SplitOptions(validation=options.validation_fraction, seed=options.seed)
+    return load_binary(LAYOUT.options(files, options.tasks, split))
+
+
+def _find_file(folder: str, names: Sequence[str]) -> Path:
+    """The first of the files that is there, as it is or packed."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise OptionError(f"data.folder: there is no folder {folder!r}")
+    for name in (name + packed for name in names for packed in ("", ".xz", ".gz")):
+        if (path / name).is_file():
+            return path / name
+    raise OptionError(f"data.folder: {folder!r} has no file {' or '.join(names)} (as it is, .xz or .gz)")
 
 
 SPEC = DataSetSpec(options=AdultOptions, load=load_adult)

@@ -1,13 +1,15 @@
-"""Tables with binary tasks: columns become numbers, one-hot codes and labels.
+"""Tables with binary tasks: what their columns are; numbers and one-hot categories in a row, and labels of 0 and 1.
 
-Numbers are standardised, and categories known, by the training rows alone; a category that is only in other rows is all
-zeros there. A row's codes become its one-hot columns when it is asked for: hundreds of columns would take hundreds of
-megabytes, and their codes take a few.
+They are read as the data set `table` reads them (`hf_bilb.data.own`), and become rows for any network: `features [F]`
+and `labels [K]`, with one output for each task. Numbers are standardised, and categories known, by the training rows
+alone; a category that is only in other rows is all zeros there. A row's codes become its one-hot columns when it is
+asked for: hundreds of columns would take hundreds of megabytes, and their codes take a few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_bilb.data.own.joined import Joined, join_sources
+from hf_bilb.data.own.options import CsvOptions, InputOptions, OwnDataOptions, Patterns, SplitOptions, TaskOptions
+from hf_bilb.data.own.source import Source
+from hf_bilb.data.own.table import Encoder, read_cells
+from hf_bilb.data.own.words import MISSING
 from hf_bilb.data.rows import BatchedRows, collate_vectors
-from hf_bilb.data.splits import Split
-from hf_bilb.data.tables.files import BinaryTask, Floats, Layout, TableRows
-from hf_bilb.data.task_data import MetricInfo, Standardizer, TaskData, binary_losses
+from hf_bilb.data.task_data import MetricInfo, TaskData, binary_losses
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.normalized_entropy import NormalizedEntropy
 from hf_bilb.metrics.roc_auc import BinaryClassification
@@ -28,6 +33,55 @@ if TYPE_CHECKING:
 
 #: The mean over the tasks of their areas under the ROC curve.
 MEAN_ROC_AUC = "mean_roc_auc"
+
+
+@dataclass(frozen=True)
+class BinaryTask:
+    """A task: the column that it is read from, and which values are class 1 and class 0."""
+
+    column: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a table.
+
+    Attributes:
+        columns: of the file, in order.
+        numbers: those that are quantities.
+        left_out: those that are no features; the tasks' own are none either, whichever tasks are chosen, so that a
+            model of one task sees what a model of all sees.
+        tasks: every task there is.
+    """
+
+    columns: tuple[str, ...]
+    numbers: tuple[str, ...]
+    left_out: tuple[str, ...]
+    tasks: Mapping[str, BinaryTask]
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The columns whose values are words, or numbers that stand for words."""
+        no_features = {*self.numbers, *self.left_out, *(task.column for task in self.tasks.values())}
+        return tuple(name for name in self.columns if name not in no_features)
+
+    def options(
+        self, files: Patterns | dict[str, Patterns], tasks: Sequence[str] | None, split: SplitOptions
+    ) -> OwnDataOptions:
+        """The files as a table: with the columns' names in the first line, or without; None: all tasks."""
+        chosen = {name: self.tasks[name] for name in (self.tasks if tasks is None else tasks)}
+        return OwnDataOptions(
+            files=files,
+            csv=CsvOptions(columns=self.columns, comment="|"),  # UCI's adult.test begins with a remark
+            inputs=InputOptions(numeric=self.numbers, categorical=self.categories),
+            tasks={
+                name: TaskOptions("classification", task.column, classes={"0": task.negative, "1": task.positive})
+                for name, task in chosen.items()
+            },
+            split=split,
+        )
 
 
 class OneHotRows(BatchedRows):
@@ -59,57 +113,64 @@ class OneHotRows(BatchedRows):
         return {"features": torch.cat([numbers, one_hot[..., :-1]], dim=-1), "labels": self.labels[rows]}
 
 
-def _codes(words: NDArray[np.object_], train: NDArray[np.int64]) -> tuple[NDArray[np.int16], list[list[str]]]:
-    """`[N, C]`, positions among the categories of the training rows (-1: none of them), and those of each column."""
-    import pandas as pd
+def load_binary(options: OwnDataOptions) -> TaskData:
+    """What `Layout.options` says, as everything that the Trainer needs: rows, metrics and losses of the binary tasks.
 
-    codes, known = [], []
-    for column in words.T:
-        values = pd.Series(column).str.strip()
-        categories = sorted(set(values.iloc[train]))
-        codes.append(pd.Index(categories).get_indexer(values).astype(np.int16))
-        known.append(categories)
-    return np.stack(codes, axis=1), known
+    Raises:
+        OptionError: see `hf_bilb.data.own.data_set.load_own_data`; an empty cell where a number or a label should be.
+    """
+    joined = join_sources(options)
+    (source,) = joined.sources
+    _check_complete(joined, source)
+    cells = read_cells(source, MISSING)  # an empty cell is a category, too
+    encoder = Encoder.fit(source.options.inputs, [cells], [source.split.train], sorted)
+    sizes = [len(categories) for categories in encoder.categories]
 
-
-def binary_task_data(rows: TableRows, split: Split, layout: Layout, tasks: Sequence[BinaryTask]) -> TaskData:
-    """Everything the Trainer needs: features encoded by the training rows, metrics and losses of the binary tasks."""
-    of_numbers = Standardizer.fit(rows.numbers[split.train])
-    codes, known = _codes(rows.words, split.train)
-
-    def part(chosen: NDArray[np.int64]) -> OneHotRows:
-        numbers = of_numbers.tensor(rows.numbers[chosen])
-        labels = torch.from_numpy(rows.labels[chosen]).float()
-        return OneHotRows(numbers, torch.from_numpy(codes[chosen]), sizes, labels)
+    def part(name: str) -> OneHotRows:
+        (rows,) = joined.rows[name]
+        encoded = encoder.encode(cells, rows)
+        codes = (encoded["categorical"] - 1).to(torch.int16)
+        return OneHotRows(encoded["numeric"], codes, sizes, torch.from_numpy(joined.labels(name)))
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return binary_metrics(prediction.predictions, prediction.label_ids, names)
 
-    names = tuple(task.name for task in tasks)
-    sizes = [len(categories) for categories in known]
+    names = tuple(options.tasks)
     of_categories = [
-        f"{column}={value}" for column, values in zip(layout.categories, known, strict=True) for value in values
+        f"{column}={value}"
+        for column, values in zip(encoder.categorical, encoder.categories, strict=True)
+        for value in values
     ]
     return TaskData(
-        train=part(split.train),
-        validation=part(split.validation),
-        test=part(split.test),
+        train=part("train"),
+        validation=part("validation"),
+        test=part("test"),
         task_names=names,
         label_names=("labels",),
         data_collator=collate_vectors,
         compute_metrics=compute_metrics,
         metrics=binary_metric_infos(names),
-        trivial_metrics=_share_predictor(rows.labels[split.train], rows.labels[split.test], names),
+        trivial_metrics=_share_predictor(joined.labels("train"), joined.labels("test"), names),
         model_arguments={
-            "num_features": rows.numbers.shape[1] + sum(sizes),
+            "num_features": len(encoder.numeric) + sum(sizes),
             "task_names": list(names),
-            "feature_names": [*layout.numbers, *of_categories],
-            "feature_means": of_numbers.means.tolist(),
-            "feature_stds": of_numbers.stds.tolist(),
+            "feature_names": [*encoder.numeric, *of_categories],
+            "feature_means": encoder.scale.means.tolist(),
+            "feature_stds": encoder.scale.stds.tolist(),
         },
         trivial_predictor="training share",
         task_loss_func=binary_losses,
     )
+
+
+def _check_complete(joined: Joined, source: Source) -> None:
+    """Raise `OptionError` for the first row that is cut short, or lacks a number or a label."""
+    source.check_whole()
+    for name in source.options.inputs.numeric or ():
+        source.check_filled(name, np.isnan(source.numbers(name)), "a number")
+    for name, task in source.options.tasks.items():
+        column = task.label_columns(name)[0]
+        source.check_filled(column, ~joined.tasks[name].has_label, f"a label of the task {name!r}")
 
 
 # --- losses and metrics -------------------------------------------------------------------------------------------
@@ -147,9 +208,9 @@ def binary_metrics(logits: NDArray[Any], labels: NDArray[Any], names: Sequence[s
     return {**found, **({MEAN_ROC_AUC: sum(areas) / len(areas)} if areas else {})}
 
 
-def _share_predictor(train: Floats, test: Floats, names: Sequence[str]) -> dict[str, float]:
+def _share_predictor(train: NDArray[np.float32], test: NDArray[np.float32], names: Sequence[str]) -> dict[str, float]:
     """The metrics on `test [N, K]` of always predicting the share of positive labels in `train [M, K]`."""
-    shares = train.mean(axis=0)
+    shares = train.mean(axis=0, dtype=np.float64)
     with np.errstate(divide="ignore"):  # a task with one class in the training rows: an infinite logit
         logits = np.log(shares) - np.log1p(-shares)
     return binary_metrics(np.broadcast_to(logits, test.shape).copy(), test, names)

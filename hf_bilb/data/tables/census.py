@@ -18,10 +18,9 @@ as in the paper. Columns that tell much of a task are left in, as there (`tax_fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from hf_bilb.data.tables.binary import binary_task_data
-from hf_bilb.data.tables.files import BinaryTask, Layout, read_rows
+from hf_bilb.data.own.options import SplitOptions
+from hf_bilb.data.tables.binary import BinaryTask, Layout, load_binary
 from hf_bilb.data.tables.options import TableOptions
 from hf_bilb.data.task_data import DataSetSpec, TaskData
 
@@ -39,35 +38,26 @@ LAYOUT = Layout(
         "age", "wage_per_hour", "capital_gains", "capital_losses", "stock_dividends", "num_emp", "weeks_worked",
     ),
     left_out=("instance_weight",),
-    tasks=(
-        BinaryTask("income", "income_50k", frozenset({"50000+."}), frozenset({"- 50000."})),
-        BinaryTask(
-            "never_married",
+    tasks={
+        "income": BinaryTask("income_50k", ("50000+.",), ("- 50000.",)),
+        "never_married": BinaryTask(
             "marital_stat",
-            frozenset({"Never married"}),
-            frozenset(
-                {"Divorced", "Married-A F spouse present", "Married-civilian spouse present", "Married-spouse absent",
-                 "Separated", "Widowed"}
-            ),
+            ("Never married",),
+            ("Divorced", "Married-A F spouse present", "Married-civilian spouse present", "Married-spouse absent",
+             "Separated", "Widowed"),
         ),
-        BinaryTask(
-            "college",
+        "college": BinaryTask(
             "education",
-            frozenset(
-                {"Some college but no degree", "Associates degree-academic program",
-                 "Associates degree-occup /vocational", "Bachelors degree(BA AB BS)",
-                 "Masters degree(MA MS MEng MEd MSW MBA)", "Prof school degree (MD DDS DVM LLB JD)",
-                 "Doctorate degree(PhD EdD)"}
-            ),
-            frozenset(
-                {"Children", "Less than 1st grade", "1st 2nd 3rd or 4th grade", "5th or 6th grade",
-                 "7th and 8th grade", "9th grade", "10th grade", "11th grade", "12th grade no diploma",
-                 "High school graduate"}
-            ),
+            ("Some college but no degree", "Associates degree-academic program",
+             "Associates degree-occup /vocational", "Bachelors degree(BA AB BS)",
+             "Masters degree(MA MS MEng MEd MSW MBA)", "Prof school degree (MD DDS DVM LLB JD)",
+             "Doctorate degree(PhD EdD)"),
+            ("Children", "Less than 1st grade", "1st 2nd 3rd or 4th grade", "5th or 6th grade", "7th and 8th grade",
+             "9th grade", "10th grade", "11th grade", "12th grade no diploma", "High school graduate"),
         ),
-    ),
+    },
 )  # fmt: skip
-TASKS = tuple(task.name for task in LAYOUT.tasks)
+TASKS = tuple(LAYOUT.tasks)
 
 
 @dataclass(frozen=True)
@@ -85,11 +75,10 @@ def load_census(options: CensusOptions) -> TaskData:
     """Census income with `features` and `labels [K]`; some seconds for 80,000 rows.
 
     Raises:
-        OptionError: see `read_rows`; too few rows to split.
+        OptionError: there is no such file; see `load_binary`.
     """
-    tasks = LAYOUT.chosen(options.tasks)
-    rows = read_rows(Path(options.file), LAYOUT, tasks)
-    return binary_task_data(rows, options.split(len(rows.labels)), LAYOUT, tasks)
+    split = SplitOptions(options.validation_fraction, options.test_fraction, seed=options.seed)
+    return load_binary(LAYOUT.options(str(options.path), options.tasks, split))
 
 
 SPEC = DataSetSpec(options=CensusOptions, load=load_census)

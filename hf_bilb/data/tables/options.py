@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
@@ -48,6 +49,13 @@ class TableOptions:
         check_tasks(self.tasks, self.known_tasks)
         check_fractions(self.validation_fraction, self.test_fraction)
         check_at_least("seed", self.seed, 0)
+
+    @property
+    def path(self) -> Path:
+        """The file; raises `OptionError` where there is none."""
+        if not Path(self.file).is_file():
+            raise OptionError(f"data.file: there is no file {self.file!r}")
+        return Path(self.file)
 
     def split(self, num_rows: int) -> Split:
         """The rows of each part, one at least; raises `OptionError` where they are too few."""

@@ -52,8 +52,7 @@ def load_sarcos(options: SarcosOptions) -> TaskData:
         OptionError: the file is missing, damaged or laid out in another way, or a value in it is not finite: one line
             with file, row (the first one is 1) and task; too few rows to split.
     """
-    path = Path(options.file)
-    table = read_sarcos(path)
+    table = read_sarcos(options.path)
     names = TASKS if options.tasks is None else options.tasks
     targets = table[:, [NUM_FEATURES + TASKS.index(name) for name in names]]
     split = options.split(len(table))
@@ -101,8 +100,6 @@ def read_sarcos(path: Path) -> NDArray[np.float64]:
     try:
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in arrays.files if name == "data"}
-    except FileNotFoundError:
-        raise OptionError(f"data.file: there is no file {str(path)!r}") from None
     except (OSError, ValueError, EOFError, BadZipFile, AttributeError) as error:
         raise OptionError(f"data.file: {path} cannot be read: {' '.join(str(error).split())}") from None
     columns = NUM_FEATURES + len(TASKS)

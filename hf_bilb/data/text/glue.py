@@ -24,9 +24,8 @@ opposite labels: held-out rows of sst2 look easier, of wnli harder than new ones
 from __future__ import annotations
 
 import logging
-import lzma
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,13 +41,19 @@ from hf_bilb.data.checks import (
     loading_from_hub,
     missing_column,
 )
-from hf_bilb.data.splits import PARTS, hold_out
+from hf_bilb.data.own.columns import words
+from hf_bilb.data.own.files import Table, read_file
+from hf_bilb.data.own.inputs import Inputs, text_inputs
+from hf_bilb.data.own.joined import Joined
+from hf_bilb.data.own.labels import TaskLabels, read_labels
+from hf_bilb.data.own.options import CsvOptions, InputOptions, SourceOptions, SplitOptions, TaskOptions, Value
+from hf_bilb.data.own.source import Source
+from hf_bilb.data.splits import PARTS, Split, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
-from hf_bilb.data.text.rows import PadTokens, TokenRows
-from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer, tokenize
+from hf_bilb.data.text.rows import TokenRows
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.mixed import MixedLosses
-from hf_bilb.losses.task_types import LABELS, TaskType
+from hf_bilb.losses.task_types import LABELS
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.classification import Accuracy, AccuracyAndF1, ConfusionMatrix, MatthewsCorrelation
 from hf_bilb.metrics.correlation import PearsonSpearman
@@ -56,7 +61,6 @@ from hf_bilb.metrics.trainer_metrics import TaskMetrics
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +97,20 @@ class GlueTask:
     hub_dev: str = "validation"
     has_short_rows: bool = False
 
-    @property
-    def task_type(self) -> TaskType:
-        """What the model predicts."""
-        if self.classes:
-            return TaskType("classification", len(self.classes), self.classes)
-        return TaskType("regression", unit="points")
+    def table_options(self, on_hub: bool) -> SourceOptions:
+        """The columns, and what the values of the labels mean: on the hub the classes' numbers."""
+        values: dict[str, tuple[Value, ...]] = {
+            name: (number if on_hub else name,) for number, name in enumerate(self.classes)
+        }
+        column = "label" if on_hub else self.label
+        labels = (
+            TaskOptions("classification", column, classes=values)
+            if self.classes
+            else TaskOptions("regression", column, unit="points", standardize=False)
+        )
+        inputs = InputOptions(text=self.hub_texts if on_hub else self.texts)
+        path = f"data, task {self.name}"
+        return SourceOptions(path, None, None, CsvOptions(), inputs, SplitOptions(), {self.name: labels})
 
     def new_metrics(self) -> Accumulator:
         """A fresh accumulator of the task's metrics."""
@@ -194,34 +206,33 @@ def load_glue(options: GlueOptions) -> TaskData:
     """The mixture, tokenized, in memory (about 5 bytes a token).
 
     Raises:
-        OptionError: a folder, file or column that is missing, or a label that is none: names file, task and row.
+        OptionError: a folder, file or column that is missing, or a label that is none: names file, row and column.
         MissingPackageError: the tokenizer's package is not installed.
 
     Cost: about 20,000 rows a second on one core, at every start; the six default tasks hold 88,000.
     """
-    if options.tokenizer is None:
-        raise OptionError("data.tokenizer: is required where no model says it, expected a name, such as "
-                          "google-bert/bert-base-uncased")  # fmt: skip
-    rows = {name: read_task(TASKS[name], options) for name in options.tasks}
-    tokenizer = load_tokenizer(options.tokenizer, "data.tokenizer")
-    check_max_length(tokenizer, options.max_length, options.tokenizer)
-    parts: dict[str, list[TokenRows]] = {part: [] for part in PARTS}
-    for task_id, name in enumerate(options.tasks):
-        for part, labelled in parts_of(TASKS[name], *rows[name], options).items():
-            tokens = tokenize(
-                tokenizer, labelled.texts, labelled.labels, task_id, len(options.tasks), options.max_length
-            )
-            parts[part].append(tokens)
-    joined = {part: TokenRows.concatenate(tokens) for part, tokens in parts.items()}
-    return task_data(joined, [TASKS[name] for name in options.tasks], tokenizer, options.max_length)
+    joined = join_glue(options)
+    inputs = text_inputs(joined, options.tokenizer, options.max_length)
+    return _task_data(joined, inputs, [TASKS[name] for name in options.tasks])
 
 
-def parts_of(
-    task: GlueTask, train: LabelledTexts, test: LabelledTexts, options: GlueOptions
-) -> dict[str, LabelledTexts]:
-    """The three parts of a task from what `read_task` gives; raises as `split_training_rows`."""
-    trained, held_out = split_training_rows(task, len(train), options)
-    return {"train": train.take(trained), "validation": train.take(held_out), "test": test}
+def join_glue(options: GlueOptions) -> Joined:
+    """The rows of the tasks, each of which is a source of its own, with their labels and parts.
+
+    Raises:
+        OptionError: see `load_glue`; too few training rows of a task to hold any out.
+    """
+    whole = {name: open_task(TASKS[name], options) for name in options.tasks}
+    sources = tuple(_with_validation(TASKS[name], source, options) for name, source in whole.items())
+    # Of the whole training file: a small part of it may lack a class.
+    labels = {name: read_task_labels(TASKS[name], source) for name, source in whole.items()}
+    rows = {part: tuple(getattr(source.split, part) for source in sources) for part in PARTS}
+    return Joined(sources, labels, {name: number for number, name in enumerate(whole)}, rows)
+
+
+def _with_validation(task: GlueTask, source: Source, options: GlueOptions) -> Source:
+    train, validation = split_training_rows(task, len(source.split.train), options)
+    return replace(source, split=Split(train, validation, source.split.test))
 
 
 def split_training_rows(
@@ -244,31 +255,25 @@ def split_training_rows(
     return train, validation
 
 
-def task_data(
-    parts: Mapping[str, TokenRows], tasks: Sequence[GlueTask], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> TaskData:
-    """Everything the Trainer needs, from tokenized parts `train`, `validation` and `test`."""
-    pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the attention mask hides it
-    types = {task.name: task.task_type for task in tasks}
+def _task_data(joined: Joined, inputs: Inputs, tasks: Sequence[GlueTask]) -> TaskData:
+    types = joined.types
+    train, test = inputs.parts["train"], inputs.parts["test"]
+    assert isinstance(train, TokenRows) and isinstance(test, TokenRows)
     return TaskData(
-        train=parts["train"],
-        validation=parts["validation"],
-        test=parts["test"],
+        train=train,
+        validation=inputs.parts["validation"],
+        test=test,
         task_names=tuple(types),
         label_names=(LABELS,),
-        data_collator=PadTokens(pad_token_id),
+        data_collator=inputs.collator,
         compute_metrics=_task_metrics(tasks),
         metrics=_metric_infos(tasks),
-        trivial_metrics=constant_predictor(parts["train"], parts["test"], tasks),
-        model_arguments={
-            "tasks": types,
-            "vocab_size": len(tokenizer),
-            "max_length": max_length,
-        },
+        trivial_metrics=constant_predictor(train, test, tasks),
+        model_arguments={"tasks": types, **inputs.model_arguments},
         task_item_counts=MixedLosses(types).count,
         metrics_by_batch=True,
         trivial_predictor="constant predictor",
-        processing_class=tokenizer,
+        processing_class=inputs.processing_class,
     )
 
 
@@ -300,35 +305,47 @@ def constant_predictor(train: TokenRows, test: TokenRows, tasks: Sequence[GlueTa
     return _task_metrics(tasks)(EvalPrediction(predictions=tuple(predictions), label_ids=test.labels))
 
 
-# --- rows with text and label -------------------------------------------------------------------------------------
+# --- the rows of a task -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LabelledTexts:
-    """Rows of one task: `texts` one or two lists of N texts, `labels [N]` class index or score."""
-
-    texts: tuple[list[str], ...]
-    labels: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: NDArray[np.int64]) -> LabelledTexts:
-        """The rows of these numbers, in their order."""
-        return LabelledTexts(tuple([column[row] for row in rows] for column in self.texts), self.labels[rows])
-
-
-def read_task(task: GlueTask, options: GlueOptions) -> tuple[LabelledTexts, LabelledTexts]:
-    """The training rows and the dev rows of a task.
+def open_task(task: GlueTask, options: GlueOptions) -> Source:
+    """The training rows and the dev rows of a task, none of them held out for validation.
 
     Raises:
         OptionError: see `load_glue`.
     """
     if options.folder is not None:
         folder = task_folder(Path(options.folder), task)
-        return read_tsv(find_tsv(folder, "train", task), task), read_tsv(find_tsv(folder, task.dev, task), task)
-    assert options.hub is not None  # GlueOptions asks for one of the two
-    return read_hub(options.hub, "train", task), read_hub(options.hub, task.hub_dev, task)
+        tables = tuple(read_tsv(find_tsv(folder, part, task), task) for part in ("train", task.dev))
+    else:
+        assert options.hub is not None  # GlueOptions asks for one of the two
+        tables = tuple(read_hub(options.hub, split, task) for split in ("train", task.hub_dev))
+    columns = task.table_options(on_hub=options.folder is None)
+    for table in tables:
+        for name in (*columns.inputs.texts, *columns.tasks[task.name].label_columns(task.name)):
+            if name not in table.rows.column_names:
+                raise missing_column(table.name, f"{name!r} for task {task.name}", table.rows.column_names)
+    count, total = len(tables[0].rows), sum(len(table.rows) for table in tables)
+    nothing = np.empty(0, np.int64)
+    return Source(columns, tables, Split(np.arange(count), nothing, np.arange(count, total)))
+
+
+def read_task_labels(task: GlueTask, source: Source) -> TaskLabels:
+    """The labels of all rows: classes, or scores.
+
+    Raises:
+        OptionError: a row that is cut short, has no label or one that is none; names file, row and column.
+    """
+    source.check_whole()
+    options = source.options.tasks[task.name]
+    (column,) = options.label_columns(task.name)
+    labels = read_labels(source, task.name, options)
+    source.check_filled(column, ~labels.has_label, f"a label of {task.name}")
+    wrong = np.flatnonzero((labels.values < 0) | (labels.values > MAX_SCORE)) if not task.classes else np.empty(0)
+    if wrong.size:
+        place, score = source.place(int(wrong[0])), labels.values[wrong[0], 0]
+        raise OptionError(f"data: {place}: column {column!r} is {score:g}, expected a score from 0 to {MAX_SCORE:g}")
+    return labels
 
 
 def task_folder(folder: Path, task: GlueTask) -> Path:
@@ -350,97 +367,36 @@ def find_tsv(folder: Path, part: str, task: GlueTask) -> Path:
     raise OptionError(f"data.folder: {str(folder)!r} has neither {part}.tsv nor {part}.tsv.xz for task {task.name}")
 
 
-def read_tsv(file: Path, task: GlueTask) -> LabelledTexts:
+def read_tsv(file: Path, task: GlueTask) -> Table:
     """Read a TSV file as GLUE writes it: tabs part columns, quotes mean nothing, UTF-8 with or without a mark in front.
 
     Raises:
-        OptionError: names the file, the task, and the row (the file's line, from 1) or the column.
+        OptionError: see `read_file`.
     """
-    lines = _numbered_cells(file, task)
-    columns = task.columns or tuple(next(lines, (1, []))[1])
-    for name in (*task.texts, task.label):
-        if name not in columns:
-            raise missing_column(str(file), f"{name!r} for task {task.name}", columns)
-    positions = [columns.index(name) for name in task.texts]
-    label_position = columns.index(task.label)
-    texts: tuple[list[str], ...] = tuple([] for _ in positions)
-    labels: list[float] = []
-    short = 0
-    for row, cells in lines:
-        if task.has_short_rows and len(cells) < len(columns):
-            short += 1
-            continue
-        if len(cells) != len(columns):
-            raise OptionError(f"{file}, row {row}: {len(cells)} columns, expected {len(columns)} (task {task.name})")
-        labels.append(_label(cells[label_position], task, file, row))
-        for column, position in zip(texts, positions, strict=True):
-            column.append(cells[position])
-    if short:
+    table = read_file(file, "train", CsvOptions(columns=task.columns))
+    if not task.has_short_rows:
+        return table
+    last = words(table, table.rows.column_names[-1])
+    if short := int((last.codes < 0).sum()):
         logger.warning("%s: %d rows of %s are cut short and left out", file, short, task.name)
-    if not labels:
-        raise OptionError(f"{file}: has no rows (task {task.name})")
-    return LabelledTexts(texts, np.array(labels, np.float32))
-
-
-def _numbered_cells(file: Path, task: GlueTask) -> Iterator[tuple[int, list[str]]]:
-    """Line number from 1 and cells of each line that is not empty."""
-    open_text = lzma.open if file.suffix == ".xz" else open
-    try:
-        # Not by the csv module: a carriage return inside a text is no end of a row.
-        with open_text(file, "rt", encoding="utf-8-sig", newline="\n") as stream:
-            for number, line in enumerate(stream, 1):
-                if text := line.rstrip("\r\n"):
-                    yield number, text.split("\t")
-    except (OSError, EOFError, UnicodeError, lzma.LZMAError) as error:
-        raise OptionError(f"{file}: cannot be read: {error} (task {task.name})") from None
-
-
-def _label(text: str, task: GlueTask, file: Path, row: int) -> float:
-    if task.classes:
-        if text in task.classes:
-            return float(task.classes.index(text))
-        expected = ", ".join(task.classes)
-        raise OptionError(f"{file}, row {row}: {text!r} is no label of {task.name}, expected one of {expected}")
-    try:
-        score = float(text)
-    except ValueError:
-        score = np.nan
-    if not 0 <= score <= MAX_SCORE:
-        raise OptionError(f"{file}, row {row}: {text!r} is no score of {task.name}, expected 0 to {MAX_SCORE:g}")
-    return score
+    return replace(table, rows=table.rows.select(np.flatnonzero(last.codes >= 0)))
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------
 
 
-def read_hub(name: str, split: str, task: GlueTask) -> LabelledTexts:
+def read_hub(name: str, split: str, task: GlueTask) -> Table:
     """Read a split from the hub, or from a folder in the hub's layout (`<task>/<split>-*.parquet`), by `datasets`.
 
     Raises:
-        OptionError: names the set, the task, and the row (from 0) or the column.
+        OptionError: there is none.
     """
-    where = f"{name}, {split} (task {task.name})"
+    import datasets
+
     rows = _load_split(name, split, task)
-    for column in (*task.hub_texts, "label"):
-        if column not in rows.column_names:
-            raise missing_column(where, repr(column), rows.column_names)
-    table = rows.with_format("numpy", columns=["label"])
-    labels = np.asarray(table["label"][:] if len(table) else [])
-    try:
-        labels = labels.astype(np.float32)
-    except (TypeError, ValueError):
-        raise OptionError(f"{where}: the column 'label' holds no numbers") from None
-    wrong = np.flatnonzero(~_are_labels(labels, task))
-    if len(wrong):
-        expected = f"0 to {len(task.classes) - 1}" if task.classes else f"a score from 0 to {MAX_SCORE:g}"
-        raise OptionError(f"{where}, row {wrong[0]}: the label is {labels[wrong[0]]:g}, expected {expected}")
-    return LabelledTexts(tuple(list(rows[column]) for column in task.hub_texts), labels)
-
-
-def _are_labels(labels: NDArray[np.float32], task: GlueTask) -> NDArray[np.bool_]:
-    if task.classes:
-        return np.isin(labels, np.arange(len(task.classes)))
-    return (labels >= 0) & (labels <= MAX_SCORE)
+    if isinstance(rows.features.get("label"), datasets.ClassLabel):  # whose names are not those of the TSV files
+        rows = rows.cast_column("label", datasets.Value("int64"))
+    return Table(f"{name}, {split} (task {task.name})", rows, Path())
 
 
 def _load_split(name: str, split: str, task: GlueTask) -> datasets.Dataset:

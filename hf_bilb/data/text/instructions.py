@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from numpy.typing import NDArray
 
 from hf_bilb.config.options import check_one_of, nearest
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
+from hf_bilb.data.own.text import read_texts
 from hf_bilb.data.splits import PARTS, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
-from hf_bilb.data.text.glue import DEFAULT_TASKS, TASKS, GlueOptions, parts_of, read_task
+from hf_bilb.data.text.glue import DEFAULT_TASKS, TASKS, GlueOptions, join_glue
 from hf_bilb.data.text.glue_prompts import instruction
 from hf_bilb.data.text.instruction_rows import InstructionRows, PackExamples, tokenize_instructions
 from hf_bilb.data.text.rows import PadTokens
@@ -415,14 +417,17 @@ def _read_glue(options: InstructionOptions) -> tuple[tuple[str, ...], dict[str, 
         seed=options.seed,
     )
     parts: dict[str, list[Instructions]] = {part: [] for part in PARTS}
-    for task_id, name in enumerate(tasks):
-        try:
-            train, test = read_task(TASKS[name], glue)
-        except OptionError as error:
-            raise OptionError(str(error).replace("data.", "data.glue.", 1)) from None
-        for part, labelled in parts_of(TASKS[name], train, test, glue).items():
-            columns = zip(*labelled.texts, strict=True)
-            asked = [instruction(name, tuple(t), float(y)) for t, y in zip(columns, labelled.labels, strict=True)]
+    try:
+        joined = join_glue(glue)
+    except OptionError as error:
+        where = re.sub(r"^data\.(folder|hub)", r"data.glue.\1", str(error))
+        raise OptionError(where) from None
+    for task_id, (name, source) in enumerate(zip(tasks, joined.sources, strict=True)):
+        texts = read_texts(source, need_words=False)
+        for part in PARTS:
+            rows, labels = joined.rows[part][task_id], joined.labels_by_source(part)[task_id][:, task_id]
+            columns = zip(*texts.take(rows).columns, strict=True)
+            asked = [instruction(name, tuple(t), float(y)) for t, y in zip(columns, labels, strict=True)]
             prompts, responses = [prompt for prompt, _ in asked], [response for _, response in asked]
             parts[part].append(Instructions(prompts, responses, np.full(len(asked), task_id, np.int64)))
     return tasks, {part: Instructions.concatenate(examples) for part, examples in parts.items()}

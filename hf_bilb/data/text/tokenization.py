@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.pretrained import pretrained_path
-from hf_bilb.data.text.rows import TokenRows
 from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
@@ -119,26 +118,3 @@ def encode(
         np.concatenate(token_types) if with_types else None,
         np.concatenate(word_ids) if are_words else None,
     )
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Sequence[str]],
-    labels: NDArray[np.float32],
-    task_id: int,
-    num_tasks: int,
-    max_length: int,
-) -> TokenRows:
-    """Tokenize the rows of one task of K, each of which has one column of labels.
-
-    Args:
-        tokenizer, texts, max_length: see `encode`.
-        labels: `[N]`, which become the task's column of `labels [N, K]`; the others are NaN.
-        task_id: the task's number, and that of its column.
-        num_tasks: K.
-    """
-    tokens = encode(tokenizer, texts, max_length)
-    columns_of_tasks = np.full((len(labels), num_tasks), np.nan, np.float32)
-    columns_of_tasks[:, task_id] = labels
-    task_ids = np.full(len(labels), task_id, np.int64)
-    return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, task_ids, columns_of_tasks)

@@ -128,6 +128,24 @@ def test_given_classes_keep_their_order_and_make_a_word_of_none(tmp_path: Path) 
     assert data.model_arguments["tasks"]["pain"].size == 4
 
 
+def test_several_values_may_mean_one_class(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,stars\n1,5\n2,1\n3,\n4,4.0\n5,2\n6,nan")
+    groups = {"poor": [1, 2], "good": [4, 5]}
+    task = {"type": "classification", "classes": groups, "class_weights": "balanced"}
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"stars": task})
+    assert labels(data)[:, 0].tolist() == [1.0, 0.0, 1.0, 0.0]
+    stars = data.model_arguments["tasks"]["stars"]
+    assert stars.names == ("poor", "good") and stars.class_weights == (1.0, 1.0)
+
+
+def test_several_tags_may_mean_one_label(tmp_path: Path) -> None:
+    rows = [{"x": 1, "tags": ["cat", "lion"]}, {"x": 2, "tags": ["dog"]}, {"x": 3, "tags": []}, {"x": 4, "tags": None}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    task = {"type": "multi_label", "classes": {"dogs": ["dog", "wolf"], "cats": ["cat", "lion"]}}
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"tags": task})
+    assert labels(data).tolist() == [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+
+
 def test_classes_that_a_data_set_declares_are_taken_in_its_order(tmp_path: Path) -> None:
     features = datasets.Features({"x": datasets.Value("int64"), "c": datasets.ClassLabel(names=["no", "yes", "ah"])})
     rows = datasets.Dataset.from_dict({"x": [1, 2, 3], "c": [1, 0, -1]}, features=features)
@@ -175,6 +193,31 @@ def test_quotes_of_tab_separated_files_mean_nothing(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.tsv", 'x\tc\n1\t"a\n2\tb"\n3\t"a')
     data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"c": {"type": "classification"}})
     assert data.model_arguments["tasks"]["c"].names == ('"a', 'b"')
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_stands_above_the_rows(tmp_path: Path, end: str) -> None:
+    """Comments; and names of columns, which `columns` may give all the same."""
+    rows = ["1,a", "2,b", "3,a"]
+    tops = {"plain": [], "names": ["x , c"], "remark": ["# made by, hand", "# twice"], "both": ["#", "x,c"]}
+    for name, top in tops.items():
+        (tmp_path / f"{name}.data").write_bytes(end.join([*top, *rows]).encode())
+    for name in tops:
+        data = load(
+            files=three_parts(str(tmp_path / f"{name}.data")),
+            csv={"columns": ["x", "c"], "comment": "#"},
+            inputs={"numeric": ["x"]},
+            tasks={"c": {"type": "classification"}},
+        )
+        assert labels(data)[:, 0].tolist() == [0.0, 1.0, 0.0], name
+
+
+def test_a_carriage_return_within_a_cell_ends_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(b"c\tx\n one\rtwo\t1\nthree\t2\n")
+    data = load(
+        files=three_parts(str(tmp_path / "a.tsv")), inputs={"numeric": ["x"]}, tasks={"c": {"type": "classification"}}
+    )
+    assert data.model_arguments["tasks"]["c"].names == ("one\rtwo", "three")
 
 
 def test_numbers_and_categories(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     ),
     "kind of file": (
         {"train.xlsx": "x"}, {"files": {**PARTS, "train": "{dir}/train.xlsx"}},
-        "data: {dir}/train.xlsx is of no known kind, expected .csv, .data, .txt, .tsv, .tab, .jsonl, .json, "
+        "data: {dir}/train.xlsx is of no known kind, expected .csv, .data, .test, .txt, .tsv, .tab, .jsonl, .json, "
         ".ndjson, .parquet, or packed (.gz, .xz, .bz2)",
     ),
     "file in two parts": (
@@ -311,8 +311,21 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     ),
     "value that is none of the classes": (
         {}, {"tasks": {"topic": {"type": "classification", "classes": ["birds", "cats"]}}},
-        "data: {dir}/train.csv, row 2: column 'topic' is 'dogs', which is none of data.tasks.topic.classes "
+        "data: {dir}/train.csv, row 2: column 'topic' is 'dogs', which is no class of the task 'topic' "
         "(classes: birds, cats)",
+    ),
+    "value that means no class": (
+        {}, {"tasks": {"topic": {"type": "classification", "classes": {"pets": ["cats"], "others": ["bird"]}}}},
+        "data: {dir}/train.csv, row 2: column 'topic' is 'dogs', which is no class of the task 'topic' "
+        "(classes: cats, bird)",
+    ),
+    "value that means two classes": (
+        {}, {"tasks": {"topic": {"type": "classification", "classes": {"a": ["cats", "dogs"], "b": ["dogs"]}}}},
+        "data.tasks.topic.classes: 'dogs' stands twice",
+    ),
+    "values of one class alone": (
+        {}, {"tasks": {"topic": {"type": "classification", "classes": {"pets": ["cats", "dogs"], "b": ["bird"]}}}},
+        "data.tasks.topic: column 'topic' has only one class in the training part: 'pets'",
     ),
     "one class": (
         {"train.csv": "body,stars,topic\nx,1,cats\ny,2,cats\n"}, {"tasks": {"topic": TOPIC}},
