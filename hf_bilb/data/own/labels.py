@@ -160,7 +160,7 @@ class _Reader:
     # --- pixels ---------------------------------------------------------------------------------------------------
 
     def segmentation(self) -> TaskLabels:
-        classes = self._given_classes() or ()
+        classes = tuple(self.options.class_words or ())
         number = len(classes) or self.options.num_classes
         assert number is not None  # TaskOptions asks for one of the two
         found = find_labels(self.source, self.columns[0], "mask")

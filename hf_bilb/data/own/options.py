@@ -139,8 +139,8 @@ class TaskOptions:
             width of the row's image; an empty cell is an image without labels.
         columns: several columns of numbers (`regression`), or of 0 and 1 (`multi_label`).
         classes: the classes in order, or class -> the values that mean it (`{poor: [1, 2], good: [3, 4]}`); null = the
-            sorted values of the training part. Of `segmentation`: the names of the class numbers 0, 1, ..., or null with
-            `num_classes`.
+            sorted values of the training part. Of `segmentation`: the names of the class numbers 0, 1, ..., or null
+            with `num_classes`.
         num_classes: of `segmentation`, where its classes have no names.
         ignore_index: of `segmentation`: the number of a pixel without a label; null = there is none.
         missing: of `dense_regression`: the number of a pixel without a label, such as 0; NaN always is one.
