@@ -39,10 +39,10 @@ class OneHotRows(BatchedRows):
         numbers: `[N, D]`.
         codes: `[N, C]`, the category of each of C columns; -1 where it is none of them.
         sizes: categories of each column; F = D + their sum.
-        labels: `[N, K]`.
+        labels: `[N, K]`; None: there is no such column.
     """
 
-    def __init__(self, numbers: Tensor, codes: Tensor, sizes: Sequence[int], labels: Tensor) -> None:
+    def __init__(self, numbers: Tensor, codes: Tensor, sizes: Sequence[int], labels: Tensor | None) -> None:
         self.numbers, self.codes, self.labels = numbers, codes, labels
         self.num_categories = sum(sizes)
         self._starts = torch.tensor([0, *np.cumsum(sizes)[:-1]], dtype=torch.int64)
@@ -56,7 +56,8 @@ class OneHotRows(BatchedRows):
         # One column more than there are, for the codes that are none.
         columns = torch.where(codes < 0, self.num_categories, codes + self._starts)
         one_hot = numbers.new_zeros(*numbers.shape[:-1], self.num_categories + 1).scatter_(-1, columns, 1.0)
-        return {"features": torch.cat([numbers, one_hot[..., :-1]], dim=-1), "labels": self.labels[rows]}
+        batch = {"features": torch.cat([numbers, one_hot[..., :-1]], dim=-1)}
+        return batch if self.labels is None else {**batch, "labels": self.labels[rows]}
 
 
 def _codes(words: NDArray[np.object_], train: NDArray[np.int64]) -> tuple[NDArray[np.int16], list[list[str]]]:
