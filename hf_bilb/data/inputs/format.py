@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_bilb.config.options import parse_options, unknown_name
-from hf_bilb.data.inputs.kinds import KINDS, Encoded, InputKind, Wanted
-from hf_bilb.data.inputs.labels import LabelColumns
-from hf_bilb.data.own.options import CsvOptions
+from hf_bilb.data.inputs.kinds import ENCODERS, KINDS, InputKind, LabelColumns
+from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import TaskType
+
+if TYPE_CHECKING:
+    from hf_bilb.data.inputs.encoded import Encoded
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,23 @@ class DataFormat:
     csv: CsvOptions = field(default_factory=CsvOptions)
 
     def encode(self, inputs: Any, tokenizer: Any, with_labels: bool = False) -> Encoded:
-        """The rows of what a user hands over; with their labels on demand. Raises as `InputKind.encode`."""
+        """The rows of what a user hands over; with their labels on demand.
+
+        Raises:
+            OptionError: one line, with file, row and column.
+        """
+        from hf_bilb.data.inputs.encoded import Wanted  # with what reads files, which a data set need not import
+
         if with_labels and not self.labels:
             raise OptionError("evaluate: the model does not know in which columns its labels stand")
-        return self.inputs.encode(inputs, tokenizer, Wanted(self.csv, self.tasks, self.labels if with_labels else {}))
+        wanted = Wanted(self.csv, self.tasks, self.labels if with_labels else {})
+        encoded: Encoded = ENCODERS[self.inputs.kind](self.inputs, inputs, tokenizer, wanted)
+        return encoded
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "inputs": {"kind": self.inputs.kind, **dataclasses.asdict(self.inputs)},  # type: ignore[call-overload]
+            "inputs": {"kind": self.inputs.kind, **dataclasses.asdict(self.inputs)},
             "tasks": [{"name": name, **task.to_dict()} for name, task in self.tasks.items()],
             "labels": {name: dataclasses.asdict(place) for name, place in self.labels.items()},
             "csv": dataclasses.asdict(self.csv),

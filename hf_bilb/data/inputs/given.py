@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.files import Table, read_table
-from hf_bilb.data.own.options import CsvOptions
 from hf_bilb.data.own.words import MISSING
 from hf_bilb.errors import OptionError
 
@@ -67,9 +67,7 @@ def _as_dataset(inputs: Any, columns: Sequence[str]) -> datasets.Dataset:
         return _of_columns({str(name): list(values) for name, values in inputs.items()})
     if isinstance(inputs, str) or not isinstance(inputs, Iterable):
         given = f"no file {shown(inputs)}" if isinstance(inputs, str) else f"a {type(inputs).__name__}"
-        raise OptionError(
-            f"{INPUTS}: got {given}, expected a file, a list, a pandas DataFrame or a datasets.Dataset"
-        )
+        raise OptionError(f"{INPUTS}: got {given}, expected a file, a list, a pandas DataFrame or a datasets.Dataset")
     rows = list(inputs)
     if rows and all(isinstance(row, Mapping) for row in rows):
         names = dict.fromkeys(str(name) for row in rows for name in row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,65 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_bilb.config.options import nearest
 from hf_bilb.data.images.files import ImageSource, decode, resized
-from hf_bilb.data.inputs.given import INPUTS
-from hf_bilb.data.rows import BatchedRows
+from hf_bilb.data.inputs.encoded import Encoded, Wanted
+from hf_bilb.data.inputs.given import INPUTS, as_table, check_column, is_file
+from hf_bilb.data.inputs.kinds import ImageInputs
+from hf_bilb.data.inputs.labels import Labels
+from hf_bilb.data.own import columns
+from hf_bilb.data.own.images import HeldImages, named_images
+from hf_bilb.data.rows import BatchedRows, collate_images
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import LABELS
+
+
+def encode_images(kind: ImageInputs, inputs: Any, tokenizer: Any, wanted: Wanted) -> Encoded:
+    """Rows with `pixel_values`, decoded when they are asked for; see `ENCODERS`."""
+    values = _in_memory(kind.column, inputs)
+    if values is not None and not wanted.places:
+        return _rows(kind, GivenImages(values), np.arange(len(values)), None)
+    table = as_table(inputs, wanted.csv, (kind.column,))
+    check_column(table, kind.column)
+    labels = wanted.labels(table)
+    if columns.holds_images(table, kind.column):
+        return _rows(kind, HeldImages([(table, kind.column)]), np.arange(len(table.rows)), labels)
+    return _rows(kind, *named_images([(table, kind.column)]), labels)
+
+
+def _rows(kind: ImageInputs, source: ImageSource, places: NDArray[np.int64], labels: Labels | None) -> Encoded:
+    values = None if labels is None else labels.values
+    return Encoded(LazyImages(source, places, kind.image_size, values), collate_images)
+
+
+def _in_memory(column: str, inputs: Any) -> list[Any] | None:
+    """The images of a list, or of a column in memory; None for files and data sets, which hold them encoded."""
+    import pandas as pd
+
+    if isinstance(inputs, pd.DataFrame | Mapping):
+        _check_key(column, list(map(str, inputs)), INPUTS)
+        return [_encoded(value) for value in inputs[column]]
+    if is_file(inputs) or isinstance(inputs, str) or not isinstance(inputs, Sequence):
+        return None
+    values = []
+    for number, row in enumerate(inputs, 1):
+        if isinstance(row, Mapping):
+            _check_key(column, list(map(str, row)), f"{INPUTS}, row {number}")
+        values.append(_encoded(row[column] if isinstance(row, Mapping) else row))
+    return values
+
+
+def _check_key(column: str, known: list[str], where: str) -> None:
+    if column not in known:
+        hint = nearest(column, known) or f" (it has {', '.join(known)})"
+        raise OptionError(f"{where}: has no column {column!r}, which the model reads{hint}")
+
+
+def _encoded(value: Any) -> Any:
+    """An image as `datasets` has it in a row (a dict of bytes and path) as bytes or path; others as they are."""
+    if isinstance(value, Mapping):
+        return value.get("path") if value.get("bytes") is None else value["bytes"]
+    return value
 
 
 class LazyImages(BatchedRows):
@@ -97,11 +151,3 @@ class GivenImages:
         value = self.values[row]
         named = f": image {str(value)!r}" if isinstance(value, str | os.PathLike) else ""
         return f"{INPUTS}, row {row + 1}{named}"
-
-
-def image_bytes(value: Any) -> Any:
-    """What `datasets` makes of an image in a row (a dict of bytes and path), as bytes or path; others as they are."""
-    if isinstance(value, dict) and {"bytes", "path"} >= value.keys():
-        return value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    return value
-

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.inputs.given import check_column
+from hf_bilb.data.inputs.kinds import LabelColumns
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Words
 from hf_bilb.data.own.files import Table
@@ -19,19 +20,6 @@ from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.task_types import TaskType
 
 _LISTED = 12  # classes that a message lists
-
-
-@dataclass(frozen=True)
-class LabelColumns:
-    """Where a task's labels stand, and what measures it.
-
-    Attributes:
-        columns: of the table.
-        metrics: names of metrics; None: those that are usual for the type.
-    """
-
-    columns: tuple[str, ...]
-    metrics: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

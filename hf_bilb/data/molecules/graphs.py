@@ -131,14 +131,14 @@ class GraphRows(BatchedRows):
     Args:
         graphs: all molecules.
         rows: `[N]`, which of them.
-        labels: `[N, K]`, NaN where missing; None: there is no such column.
+        labels: `[N, K]`, NaN where missing; no column where K is 0.
 
     Raises:
         ValueError: rows and labels differ in length.
     """
 
-    def __init__(self, graphs: MoleculeGraphs, rows: NDArray[np.int64], labels: Tensor | None) -> None:
-        if labels is not None and len(rows) != len(labels):
+    def __init__(self, graphs: MoleculeGraphs, rows: NDArray[np.int64], labels: Tensor) -> None:
+        if len(rows) != len(labels):
             raise ValueError(f"{len(rows)} rows, but labels {tuple(labels.shape)}")
         self.graphs = graphs
         self.rows = rows
@@ -150,7 +150,7 @@ class GraphRows(BatchedRows):
     def _batch(self, places: Sequence[int] | NDArray[np.int64]) -> GraphBatch:
         chosen = np.asarray(places, np.int64)
         batch = self.graphs.batch(self.rows[chosen])
-        return batch if self.labels is None else {**batch, "labels": self.labels[torch.from_numpy(chosen)]}
+        return batch if self.labels.shape[1:] == (0,) else {**batch, "labels": self.labels[torch.from_numpy(chosen)]}
 
 
 @dataclass(frozen=True)

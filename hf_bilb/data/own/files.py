@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.checks import loading_from_hub
-from hf_bilb.data.own.options import CsvOptions, Patterns, SourceOptions
+from hf_bilb.data.own.csv_options import CsvOptions
+from hf_bilb.data.own.options import Patterns, SourceOptions
 from hf_bilb.data.own.words import MISSING
 from hf_bilb.data.splits import PARTS
 from hf_bilb.errors import OptionError

@@ -90,9 +90,7 @@ def tokenize_texts(
     return labelled_tokens(encode(tokenizer, chosen.columns, max_length, chosen.are_words), rows, labels, tags)
 
 
-def labelled_tokens(
-    tokens: Tokens, rows: Rows, labels: NDArray[np.float32], tags: Sequence[Tags | None]
-) -> TokenRows:
+def labelled_tokens(tokens: Tokens, rows: Rows, labels: NDArray[np.float32], tags: Sequence[Tags | None]) -> TokenRows:
     """The tokens of `rows` with their labels, see `tokenize_texts`."""
     missing = np.full(len(tokens.input_ids), MISSING_INTEGER)
     of_tasks = [missing if one is None else aligned_tags(tokens, one, rows) for one in tags]
