@@ -70,9 +70,7 @@ class LoadedLanguageModel:
 
     def evaluate(self, inputs: Any, batch_size: int = 8, progress: bool | None = None) -> dict[str, float]:
         """Raises `OptionError`: perplexities are measured by `hf-bilb train`."""
-        raise OptionError(
-            "evaluate: a language model has no outputs of tasks; its run's perplexities are in results.json"
-        )
+        raise OptionError("evaluate: a language model has no tasks' outputs; its perplexities are in results.json")
 
     def tokens_of(self, prompt: str) -> list[int]:
         """The tokens of a prompt: what stands before a response in training."""
