@@ -47,11 +47,15 @@ def predict(
         hf-bilb predict runs/reviews new.csv --output predicted.csv
     """
     with one_line_errors():
+        from hf_bilb.data.own.files import check_there
         from hf_bilb.inference.load import load  # only now: torch, transformers
         from hf_bilb.inference.loaded import LoadedModel
+        from hf_bilb.inference.quiet import quieten
         from hf_bilb.inference.tables import check_free, check_output, read_rows, write_rows
 
         check_output(Path(output), Path(file), force)
+        check_there(Path(file))
+        quieten()
         loaded = load(model, device, revision, trust_remote_code)
         rows = read_rows(Path(file), loaded.format.csv)
         settings: dict[str, Any] = {} if isinstance(loaded, LoadedModel) else {"max_new_tokens": max_new_tokens}
@@ -84,10 +88,14 @@ def evaluate(
     The metrics are those of the run; a task whose column FILE does not have is not measured.
     """
     with one_line_errors():
+        from hf_bilb.data.own.files import check_there
         from hf_bilb.inference.load import load  # only now: torch, transformers
         from hf_bilb.inference.loaded import LoadedModel
+        from hf_bilb.inference.quiet import quieten
         from hf_bilb.inference.report import measured_table
 
+        check_there(Path(file))
+        quieten()
         loaded = load(model, device, revision, trust_remote_code)
         measured = loaded.evaluate(Path(file), batch_size)
         if as_json:
