@@ -59,11 +59,11 @@ def predict(
         loaded = load(model, device, revision, trust_remote_code)
         rows = read_rows(Path(file), loaded.format.csv)
         settings: dict[str, Any] = {} if isinstance(loaded, LoadedModel) else {"max_new_tokens": max_new_tokens}
-        added = loaded.predict(Path(file), batch_size, **settings).to_columns(all_classes)
-        named = {f"{prefix}{name}": values for name, values in added.items()}
-        check_free(rows.column_names, list(named), file)
-        write_rows(rows, named, Path(output))
-    click.echo(f"wrote {output}: {len(rows)} rows, with {', '.join(named)}")
+        names = [f"{prefix}{name}" for name in loaded.columns(all_classes)]
+        check_free(rows.column_names, names, file)
+        found = loaded.predict(Path(file), batch_size, **settings).to_columns(all_classes)
+        write_rows(rows, dict(zip(names, found.values(), strict=True)), Path(output))
+    click.echo(f"wrote {output}: {len(rows)} rows, with {', '.join(names)}")
 
 
 @click.command()
