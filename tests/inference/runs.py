@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from hf_bilb.config.yaml import dump_yaml
 from hf_bilb.data import TaskData
@@ -199,7 +199,7 @@ def image_run(root: Path) -> Run:
     return finished(root, {"name": "image_encoder", "encoder": str(root / "vit")}, data, test)
 
 
-def language_run(root: Path) -> Run:
+def language_run(root: Path, lora: bool = False) -> Run:
     rows = [
         {"task": "ab"[number % 2], "prompt": f"say {word} ", "response": word * (1 + number % 2)}
         for number, word in enumerate(WORDS * 8)
@@ -209,4 +209,9 @@ def language_run(root: Path) -> Run:
               "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
     data = {"name": "instructions", "jsonl": {"train": str(jsonl(root / "train.jsonl", rows)), "test": str(test)},
             "tokenizer": {"vocab_size": 300}, "max_length": 48}  # fmt: skip
-    return finished(root, {"name": "causal_lm", "config": config}, data, test)
+    if not lora:
+        return finished(root, {"name": "causal_lm", "config": config}, data, test)
+    set_seed(1)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=300))
+    base.save_pretrained(root / "base")
+    return finished(root, {"name": "causal_lm", "model": str(root / "base"), "lora": {"r": 2}}, data, test)

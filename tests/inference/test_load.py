@@ -28,8 +28,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     def get(name: str) -> Run:
         if name not in known:
             root = tmp_path_factory.mktemp(name)
-            if name == "lora":
-                known[name] = runs.text_run(root, lora=True)
+            if name in ("lora", "language_lora"):
+                known[name] = (runs.text_run if name == "lora" else runs.language_run)(root, lora=True)
             else:
                 known[name] = getattr(runs, f"{name}_run")(root)
         return known[name]
@@ -64,8 +64,9 @@ def test_tags_are_those_of_the_words_first_tokens(run_of: Callable[[str], Run]) 
     assert np.array_equal(found.outputs["first"], run.outputs()["first"])
 
 
-def test_a_language_model_answers_as_the_run_s(run_of: Callable[[str], Run]) -> None:
-    run = run_of("language")
+@pytest.mark.parametrize("name", ["language", "language_lora"])
+def test_a_language_model_answers_as_the_run_s(name: str, run_of: Callable[[str], Run]) -> None:
+    run = run_of(name)
     loaded = hf_bilb.load(run.folder, device="cpu")
     model = run.trainer.model.eval()
     ids = torch.tensor([loaded.tokens_of("say good ")])
