@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.own.columns import Lists, Words, has_lists, holds_images, lists, numbers, words, words_of
+from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.files import Table, read_tables
-from hf_bilb.data.own.options import CsvOptions, InputOptions, SourceOptions, SplitOptions
+from hf_bilb.data.own.options import InputOptions, SourceOptions, SplitOptions
 from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:

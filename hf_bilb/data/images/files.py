@@ -196,13 +196,8 @@ def decode(data: bytes, image_size: int, where: str) -> NDArray[np.uint8]:
     Raises:
         OptionError: it does not decode; begins with `where`.
     """
-    from PIL import Image
-
     with decoding(data, where) as image:
-        rgb = image.convert("RGB")
-    if rgb.size != (image_size, image_size):
-        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(rgb).transpose(2, 0, 1)
+        return resized(image, image_size, where)
 
 
 @contextlib.contextmanager
@@ -218,4 +213,21 @@ def decoding(data: bytes, where: str) -> Iterator[Image.Image]:
     except OptionError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OptionError(f"{where}: does not decode: {' '.join(str(error).split())}") from None
+        raise _not_decoded(where, error) from None
+
+
+def resized(image: Image.Image, image_size: int, where: str) -> NDArray[np.uint8]:
+    """An image of Pillow as RGB `[3, image_size, image_size]`; raises as `decode`."""
+    from PIL import Image
+
+    try:
+        rgb = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes when it is asked for pixels
+        raise _not_decoded(where, error) from None
+    if rgb.size != (image_size, image_size):
+        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def _not_decoded(where: str, error: Exception) -> OptionError:
+    return OptionError(f"{where}: does not decode: {' '.join(str(error).split())}")

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import InputKind, LabelColumns
 from hf_bilb.data.own.image_rows import OwnImageRows
 from hf_bilb.data.own.inputs import Inputs, image_inputs, table_inputs, text_inputs
 from hf_bilb.data.own.joined import Joined, join_sources
@@ -36,7 +38,7 @@ from hf_bilb.data.own.summary import summary
 from hf_bilb.data.task_data import DataSetSpec, TaskData
 from hf_bilb.data.text.rows import TokenRows
 from hf_bilb.losses.mixed import MixedLosses
-from hf_bilb.losses.task_types import LABELS, TAG_LABELS
+from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType
 from hf_bilb.metrics.mixed import MixedMetrics, constant_metrics, constant_outputs, trivial_metrics
 
 logger = logging.getLogger(__name__)
@@ -96,8 +98,15 @@ def _task_data(joined: Joined, inputs: Inputs, options: OwnDataOptions) -> TaskD
         trivial_predictor="constant predictor",
         processing_class=inputs.processing_class,
         task_loss_func=losses,
+        format=_format(types, inputs.kind, options),
         summary=summary(joined),
     )
+
+
+def _format(types: Mapping[str, TaskType], kind: InputKind, options: OwnDataOptions) -> DataFormat:
+    places = {name: LabelColumns(task.label_columns(name), task.metrics) for name, task in options.tasks.items()}
+    csv = next((task.csv for task in options.tasks.values() if task.csv is not None), options.csv)
+    return DataFormat(kind, types, places, csv)
 
 
 def _trivial(joined: Joined, inputs: Inputs, chosen: Mapping[str, Sequence[str]]) -> dict[str, float]:

@@ -179,7 +179,7 @@ def _find(columns_of: Sequence[tuple[Source, str]], what: str, required: bool) -
             "expected the same in all"
         )
     files: ImageSource
-    files, rows = _held(tables, required) if held[0] else _named(tables, what, required)
+    files, rows = _held(tables, required) if held[0] else named_images(tables, what, required)
     return FoundFiles(files, np.split(rows, np.cumsum([len(source) for source, _ in columns_of])[:-1]))
 
 
@@ -189,7 +189,9 @@ def _held(tables: Sequence[tuple[Table, str]], required: bool) -> tuple[HeldImag
     return held, rows if required else np.where(held.empty(), -1, rows)
 
 
-def _named(tables: Sequence[tuple[Table, str]], what: str, required: bool) -> tuple[NamedImages, NDArray[np.int64]]:
+def named_images(
+    tables: Sequence[tuple[Table, str]], what: str, required: bool
+) -> tuple[NamedImages, NDArray[np.int64]]:
     """The different files, and which of them each row has: one that many rows name is read once."""
     paths: list[str] = []
     places: list[str] = []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_bilb.data.inputs.kinds import ImageInputs, InputKind, NoInputs, TextInputs
 from hf_bilb.data.own.image_rows import OwnImageRows, PixelColumn
 from hf_bilb.data.own.images import decoded_images
 from hf_bilb.data.own.joined import Joined
@@ -32,12 +33,14 @@ class Inputs:
     Attributes:
         parts: part -> rows.
         collator: makes a batch of them.
+        kind: how rows become inputs, for the saved model.
         model_arguments: what the inputs dictate to the model.
         processing_class: the tokenizer; None: there is none.
     """
 
     parts: Mapping[str, Rows]
     collator: Callable[[list[Any]], dict[str, Any]]
+    kind: InputKind
     model_arguments: dict[str, Any]
     processing_class: Any = None
 
@@ -60,7 +63,7 @@ def table_inputs(joined: Joined) -> Inputs:
         columns = {column: torch.cat([one[column] for one in encoded]) for column in encoded[0]}
         return VectorRows({**columns, LABELS: torch.from_numpy(joined.labels(name))})
 
-    return Inputs.of(joined, part, collate_vectors, encoder.model_arguments)
+    return Inputs.of(joined, part, collate_vectors, encoder.inputs, encoder.model_arguments)
 
 
 def image_inputs(joined: Joined, image_size: int, cache_dir: str | None) -> Inputs:
@@ -78,7 +81,15 @@ def image_inputs(joined: Joined, image_size: int, cache_dir: str | None) -> Inpu
         }
         return OwnImageRows(file, np.concatenate(chosen), joined.labels(name), pixels)
 
-    return Inputs.of(joined, part, collate_images, {"image_size": image_size})
+    return Inputs.of(joined, part, collate_images, _kind_of_images(joined, image_size), {"image_size": image_size})
+
+
+def _kind_of_images(joined: Joined, image_size: int) -> InputKind:
+    if joined.of_pixels:
+        return NoInputs("whose model predicts maps of pixels")
+    column = joined.sources[0].options.inputs.image
+    assert column is not None  # of sources of this kind
+    return ImageInputs(column, image_size)
 
 
 def text_inputs(joined: Joined, tokenizer_name: str | None, max_length: int) -> Inputs:
@@ -104,11 +115,13 @@ def text_inputs(joined: Joined, tokenizer_name: str | None, max_length: int) -> 
             ]
         )
 
+    columns = tuple(dict.fromkeys(source.options.inputs.texts for source in joined.sources))
     pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the attention mask hides it
     return Inputs.of(
         joined,
         part,
         PadTokens(pad_token_id),
+        TextInputs(columns, max_length, any(one.are_words for one in texts)),
         {"vocab_size": len(tokenizer), "max_length": max_length},
         tokenizer,
     )

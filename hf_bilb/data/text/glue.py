@@ -41,12 +41,15 @@ from hf_bilb.data.checks import (
     loading_from_hub,
     missing_column,
 )
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import TextInputs
 from hf_bilb.data.own.columns import words
+from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.files import Table, read_file
 from hf_bilb.data.own.inputs import Inputs, text_inputs
 from hf_bilb.data.own.joined import Joined
 from hf_bilb.data.own.labels import TaskLabels, read_labels
-from hf_bilb.data.own.options import CsvOptions, InputOptions, SourceOptions, SplitOptions, TaskOptions, Value
+from hf_bilb.data.own.options import InputOptions, SourceOptions, SplitOptions, TaskOptions, Value
 from hf_bilb.data.own.source import Source
 from hf_bilb.data.splits import PARTS, Split, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
@@ -259,6 +262,7 @@ def _task_data(joined: Joined, inputs: Inputs, tasks: Sequence[GlueTask]) -> Tas
     types = joined.types
     train, test = inputs.parts["train"], inputs.parts["test"]
     assert isinstance(train, TokenRows) and isinstance(test, TokenRows)
+    texts = tuple(dict.fromkeys(task.hub_texts for task in tasks))
     return TaskData(
         train=train,
         validation=inputs.parts["validation"],
@@ -274,6 +278,7 @@ def _task_data(joined: Joined, inputs: Inputs, tasks: Sequence[GlueTask]) -> Tas
         metrics_by_batch=True,
         trivial_predictor="constant predictor",
         processing_class=inputs.processing_class,
+        format=DataFormat(TextInputs(texts, inputs.model_arguments["max_length"]), types),
     )
 
 
