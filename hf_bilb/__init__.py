@@ -22,6 +22,7 @@ from hf_bilb.errors import (
     TaskLossError,
     TrainerError,
 )
+from hf_bilb.models.auto_classes import register_when_needed
 
 if TYPE_CHECKING:
     from hf_bilb.balancers.registry import build_balancer, list_balancers, register_balancer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         ProgressObjective,
     )
     from hf_bilb.engine.options import BalancerOptions
+    from hf_bilb.inference.load import load
     from hf_bilb.losses.contract import TaskLosses
     from hf_bilb.losses.masked import (
         masked_bce_with_logits,
@@ -79,6 +81,7 @@ __all__ = [
     "__version__",
     "build_balancer",
     "list_balancers",
+    "load",
     "masked_bce_with_logits",
     "masked_cross_entropy",
     "masked_l1",
@@ -96,6 +99,7 @@ _NAMES = {
         "BilevelObjective", "HistoryObjective", "Objective", "ObjectiveValue", "ProgressObjective",
     ),
     "hf_bilb.engine.options": ("BalancerOptions",),
+    "hf_bilb.inference.load": ("load",),
     "hf_bilb.losses.contract": ("TaskLosses",),
     "hf_bilb.losses.masked": (
         "masked_bce_with_logits", "masked_cross_entropy", "masked_l1", "masked_mse", "masked_task_means",
@@ -105,6 +109,8 @@ _NAMES = {
     "hf_bilb.trainer.trainer": ("BilevelMTLTrainer",),
 }  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+register_when_needed()
 
 
 def __getattr__(name: str) -> Any:

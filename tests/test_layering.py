@@ -29,12 +29,14 @@ BELOW = {
     "data": {"config", "losses", "metrics"},
     "trainer": {"_version", "config", "storage", "losses", "engine", "balancers", "metrics"},
     "reporting": {"config", "storage", "metrics"},
+    "inference": {"config", "storage", "losses", "metrics", "models", "data", "reporting"},
     "experiments": {
         "config", "storage", "losses", "engine", "balancers", "metrics", "models", "data", "trainer", "reporting",
+        "inference",
     },
-    "cli": {"config", "storage", "data", "reporting", "experiments"},
+    "cli": {"config", "storage", "data", "reporting", "inference", "experiments"},
     "__main__": {"cli"},
-    "hf_bilb": {"_version", "config", "losses", "engine", "balancers", "trainer"},
+    "hf_bilb": {"_version", "config", "losses", "engine", "balancers", "models", "trainer", "inference"},
     "task_losses": {"losses"},  # the former place
     "checkpointing": set(),  # likewise
 }  # fmt: skip

@@ -84,3 +84,5 @@ MODELS: Registry[Any] = Registry(
         "torch_module": "hf_bilb.models.torch_module",
     }
 )
+#: Of these, those that are no models of our own: their configs, where they have one, are those of transformers.
+WITHOUT_CONFIG = ("causal_lm", "torch_module")

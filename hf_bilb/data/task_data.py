@@ -14,9 +14,11 @@ from hf_bilb.losses.masked import masked_bce_with_logits
 from hf_bilb.metrics.info import DELTA_M_INFO as DELTA_M_INFO
 from hf_bilb.metrics.info import MetricInfo as MetricInfo
 
-if TYPE_CHECKING:  # both take seconds to import, and only their names are needed
+if TYPE_CHECKING:  # they take seconds to import, or import this module, and only their names are needed
     import datasets
     from transformers import EvalPrediction
+
+    from hf_bilb.data.inputs.format import DataFormat
 
     Part: TypeAlias = torch.utils.data.Dataset[Any] | datasets.Dataset
 
@@ -59,6 +61,8 @@ class TaskData:
         single_task_source: where that base is from, for a reader.
         task_groups: task -> group of nearly equivalent tasks, which count once in the grouped Delta_m.
         gallery: for a run that shall draw some images with the predictions of its pixel-wise tasks; None: it does not.
+        format: how rows of a user's become inputs of the trained model, and what its outputs mean; it is saved with the
+            model. None: nobody but this data set makes inputs for it.
         summary: what a run says about the data before it trains, such as how many labels each task has; lines of text.
     """
 
@@ -81,6 +85,7 @@ class TaskData:
     single_task_source: str = ""
     task_groups: Mapping[str, str] = field(default_factory=dict)
     gallery: GalleryInfo | None = None
+    format: DataFormat | None = None
     summary: str = ""
 
 

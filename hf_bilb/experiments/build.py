@@ -18,6 +18,7 @@ from hf_bilb.config.user_code import load_reference, own_code
 from hf_bilb.data import DATA_SETS, TaskData
 from hf_bilb.errors import HfBilbError, OptionError
 from hf_bilb.experiments.recipe import Recipe
+from hf_bilb.inference.saved import model_files
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
 from hf_bilb.models.torch_module import check_columns
 from hf_bilb.storage.weights import check_savable
@@ -209,7 +210,7 @@ def build_trainer(recipe: Recipe, data: TaskData, callbacks: Sequence[TrainerCal
     with preparing("model"):
         model = build_model(recipe, data)
     with preparing("trainer"):
-        return BilevelMTLTrainer(
+        trainer = BilevelMTLTrainer(
             model=model,
             args=training_arguments(recipe, data),
             train_dataset=data.train,
@@ -221,6 +222,8 @@ def build_trainer(recipe: Recipe, data: TaskData, callbacks: Sequence[TrainerCal
             task_loss_func=task_loss_func(recipe, data),
             callbacks=list(callbacks),
         )
+    trainer.model_files = model_files(recipe.model, recipe.data["name"], data, model)
+    return trainer
 
 
 def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from accelerate import PartialState
-from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from hf_bilb.experiments.build import (
@@ -115,13 +114,6 @@ class FirstStep(TrainerCallback):
 
 
 def _save(trainer: BilevelMTLTrainer) -> None:
-    """The model, for `from_pretrained`, and the log."""
+    """The model, for `hf_bilb.load` and `from_pretrained`, and the log."""
     trainer.save_model()
     trainer.save_state()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel) or not trainer.args.should_save:
-        return
-    if not model.active_peft_config.base_model_name_or_path:
-        # peft saves adapters alone; where it knows no base model by name, the config says what they belong on top of.
-        # With a name it would be in the way: from_pretrained would look for the whole model in this folder.
-        model.get_base_model().config.save_pretrained(trainer.args.output_dir)

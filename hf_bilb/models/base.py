@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_bilb.errors import CheckpointError, OptionError
@@ -35,9 +35,7 @@ class MultiTaskModel(PreTrainedModel):
         differences = Differences(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
         if differences and not output_loading_info:
             raise CheckpointError(f"{model.name_or_path}: its weights do not match {cls.__name__}: {differences}")
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
-                tensor.data = tensor.data.clone()
+        align(model)
         return (model, info) if output_loading_info else model
 
     def _output(
@@ -66,6 +64,13 @@ class MultiTaskModel(PreTrainedModel):
             heads_read = (features if read is None else read) if shared and as_dict else None
             output = MultiTaskOutput(*losses, logits, router_features=features, shared_features=heads_read)
         return output if as_dict else output.to_tuple()
+
+
+def align(model: nn.Module) -> None:
+    """Put tensors that lie in a file in memory where torch puts its own: on a CPU matrix products round otherwise."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def check_size(key: str, value: int) -> None:

@@ -8,17 +8,21 @@ model that they belong to.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
 
 from hf_bilb.config.options import check_one_of, nearest
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
+from hf_bilb.models.base import align
 from hf_bilb.models.lora import LoraOptions, lora_config
 from hf_bilb.models.quantization import (
     Quantization,
@@ -28,6 +32,8 @@ from hf_bilb.models.quantization import (
 )
 from hf_bilb.models.spec import PlainModelSpec
 from hf_bilb.models.token_influence import check_causal, check_packing
+from hf_bilb.storage.adapter_weights import BESIDE, load_adapters, with_adapters
+from hf_bilb.storage.tensor_files import Differences
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -114,7 +120,9 @@ def build_causal_lm(
     return model if options.lora is None else add_adapters(model, options.lora)
 
 
-def _pretrained(name: str, dtype: torch.dtype, attention: str | None, **loading: Any) -> PreTrainedModel:
+def _pretrained(
+    name: str, dtype: torch.dtype | Literal["auto"], attention: str | None, **loading: Any
+) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, output_loading_info=True, **loading
@@ -124,6 +132,7 @@ def _pretrained(name: str, dtype: torch.dtype, attention: str | None, **loading:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise OptionError(f"model.model: {name!r} is no causal language model: its files lack {missing}")
+    align(model)
     return model
 
 
@@ -165,6 +174,41 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     # Reentrant gradient checkpointing drops the gradients of layers whose inputs need none.
     model.enable_input_require_grads()
     return get_peft_model(model, config)
+
+
+def load_causal_lm(folder: str | Path) -> PreTrainedModel | PeftModel:
+    """Load what a run left in its folder: the whole model, or the adapters on top of the model they were made for.
+
+    Raises:
+        CheckpointError: weights that no file holds, or that do not match.
+        OptionError: the model that the adapters belong to cannot be loaded.
+    """
+    adapters = Path(folder) / ADAPTER_CONFIG
+    if not adapters.is_file():
+        return _whole(folder)
+    name = json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise OptionError(f"{adapters}: does not say which model (base_model_name_or_path) the adapters belong to")
+    try:
+        base = _pretrained(name, "auto", None)
+    except OptionError as error:
+        cause = str(error).removeprefix("model.model: ")
+        raise OptionError(f"{folder}: the model that its adapters belong to, {cause}") from None
+    adapted = with_adapters(base, folder)
+    if (Path(folder) / BESIDE).is_file():
+        load_adapters(adapted, folder)
+    return adapted.eval()
+
+
+def _whole(folder: str | Path) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {_one_line(error)}") from None
+    if differences := Differences(sorted(info["missing_keys"]), sorted(info["unexpected_keys"])):
+        raise CheckpointError(f"{folder}: its weights do not match {type(model).__name__}: {differences}")
+    align(model)
+    return model.eval()
 
 
 SPEC = PlainModelSpec(options=CausalLmOptions, build=build_causal_lm)

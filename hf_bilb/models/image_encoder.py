@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import check_choice, check_dropout
-from hf_bilb.models.lora import LoraOptions, add_encoder_lora, load_encoder_model
+from hf_bilb.models.lora import LoraOptions, add_encoder_lora
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
@@ -139,6 +139,7 @@ class MultiTaskImageModel(EncoderModel, TypedTasksModel):
     config_class = MultiTaskImageConfig
     base_model_prefix = "image_encoder"
     main_input_name = "pixel_values"
+    encoder_arguments = ("image_size", "pooling", "dropout")
 
     def __init__(self, config: MultiTaskImageConfig) -> None:
         super().__init__(config)
@@ -244,10 +245,9 @@ def build_multi_task_image(
 def load_multi_task_image(folder: str | Path) -> MultiTaskImageModel | PeftModel:
     """Load what a run left in its folder: the whole model, or the adapters on top of the encoder they were made for.
 
-    A whole model is also what `AutoModel.from_pretrained` loads. Raises as `load_encoder_model`.
+    As `AutoModel.from_pretrained` does. Raises as `MultiTaskImageModel.from_pretrained`.
     """
-    arguments = ("image_size", "pooling", "dropout")
-    model: MultiTaskImageModel | PeftModel = load_encoder_model(MultiTaskImageModel, folder, arguments)
+    model: MultiTaskImageModel | PeftModel = MultiTaskImageModel.from_pretrained(folder)
     return model
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 
 from hf_bilb.config.options import bounded, check_bounds, nearest
-from hf_bilb.errors import MissingPackageError, OptionError
+from hf_bilb.errors import CheckpointError, MissingPackageError, OptionError
 from hf_bilb.models.base import check_dropout
 from hf_bilb.models.heads import head_name
 from hf_bilb.models.pretrained import EncoderModel
@@ -135,32 +138,37 @@ def add_encoder_lora(model: EncoderModel, options: LoraOptions) -> PeftModel:
     )
 
 
-def load_encoder_model(model_class: Any, folder: str | Path, arguments: Sequence[str]) -> Any:
-    """Load what a run left in its folder: the whole model, or the adapters on top of the encoder they were made for.
+def adapter_folder(name: str | Path, asked: Mapping[str, Any]) -> Path | None:
+    """The folder of a run with adapters, downloaded where `name` is one on the hub; None: there are none.
 
     Args:
-        model_class: one with `from_encoder`.
-        folder: of the run.
-        arguments: what `from_encoder` takes of the config, in addition to `tasks`.
-
-    Raises:
-        CheckpointError: what lies there does not match the model.
-        OptionError: the encoder cannot be loaded.
-        MissingPackageError: its package is not installed.
+        name: what `from_pretrained` was called with.
+        asked: its keyword arguments, of which those of the hub are read.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        return model_class.from_pretrained(folder)
+    on_hub = {key: asked[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in asked}
+    if Path(name).is_dir():
+        return Path(name) if (Path(name) / ADAPTER_CONFIG).is_file() else None
+    if find_adapter_config_file(str(name), **on_hub) is None:
+        return None
+    return Path(snapshot_download(str(name), ignore_patterns=["checkpoint-*"], **on_hub))
+
+
+def load_adapted(model_class: Any, folder: Path) -> PeftModel:
+    """The adapters in `folder` on top of the encoder they were made for; see `EncoderModel.from_pretrained`."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{folder}: holds adapters, and no {CONFIG_NAME} that says what they belong to")
     config = model_class.config_class.from_pretrained(folder)
     if config.encoder_name is None:
         raise OptionError(f"{folder}: config.json does not say which encoder (encoder_name) the adapters belong to")
     model = model_class.from_encoder(
         config.encoder_name,
+        path=f"{folder}: the encoder of its adapters",
         tasks=config.task_types,
         quantization=_quantization_here(config),
-        **{key: getattr(config, key) for key in arguments},
+        **{key: getattr(config, key) for key in model_class.encoder_arguments},
     )
     adapted = with_adapters(model, folder)
-    if (Path(folder) / BESIDE).is_file():
+    if (folder / BESIDE).is_file():
         load_adapters(adapted, folder)
     return adapted.eval()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,25 @@ class EncoderModel(MultiTaskModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    #: What `from_encoder` takes of the config, in addition to `tasks`.
+    encoder_arguments: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `MultiTaskModel.from_pretrained`; of a folder with adapters, a `PeftModel` on top of the encoder that they
+        were made for, which `encoder_name` of the config names.
+
+        Raises:
+            CheckpointError: as there; or the adapters do not match the model.
+            OptionError: the encoder cannot be loaded.
+            MissingPackageError: its package is not installed.
+        """
+        from hf_bilb.models.lora import adapter_folder, load_adapted  # which imports this module
+
+        folder = adapter_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            return load_adapted(cls, folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 def as_encoder_config(given: PretrainedConfig | Mapping[str, Any] | None, model_type: str) -> PretrainedConfig:

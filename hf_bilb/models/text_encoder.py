@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import check_choice, check_dropout
-from hf_bilb.models.lora import LoraOptions, add_encoder_lora, load_encoder_model
+from hf_bilb.models.lora import LoraOptions, add_encoder_lora
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
@@ -124,6 +124,7 @@ class MultiTaskTextModel(EncoderModel, TypedTasksModel):
     config_class = MultiTaskTextConfig
     base_model_prefix = "multi_task_text"
     main_input_name = "input_ids"
+    encoder_arguments = ("pooling", "dropout")
 
     def __init__(self, config: MultiTaskTextConfig) -> None:
         super().__init__(config)
@@ -251,10 +252,10 @@ def build_multi_task_text(
 def load_multi_task_text(folder: str | Path) -> MultiTaskTextModel | PeftModel:
     """Load what a run left in its folder: the whole model, or the adapters on top of the encoder they were made for.
 
-    A whole model is also what `AutoModel.from_pretrained` loads; adapters need the encoder of the config's
-    `encoder_name` again. Raises as `load_encoder_model`.
+    As `AutoModel.from_pretrained` does; adapters need the encoder of the config's `encoder_name` again. Raises as
+    `MultiTaskTextModel.from_pretrained`.
     """
-    model: MultiTaskTextModel | PeftModel = load_encoder_model(MultiTaskTextModel, folder, ("pooling", "dropout"))
+    model: MultiTaskTextModel | PeftModel = MultiTaskTextModel.from_pretrained(folder)
     return model
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -33,7 +35,12 @@ class RestoringTrainer(Trainer):
     `Trainer` loads them with `strict=False` and a warning: a model that transformers saves under other names than its
     own goes on with some weights of the checkpoint and some of its own. Layers that parts of a plain module share are
     saved once, and are still shared when they come back. Under DeepSpeed and FSDP, `Trainer` loads strictly.
+
+    Attributes:
+        model_files: name -> content of further files, written wherever the model is: at the end, and in checkpoints.
     """
+
+    model_files: Mapping[str, bytes] = MappingProxyType({})
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Here and not in `train`: the model may be built there.
@@ -70,6 +77,10 @@ class RestoringTrainer(Trainer):
         super()._save(output_dir, state)
         if adapters and self.args.should_save and not self._loads_otherwise():
             save_beside(bare, self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            for name, content in self.model_files.items():
+                (folder / name).write_bytes(content)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._loads_otherwise():

@@ -14,7 +14,7 @@ from hf_bilb.config.registry import DATA_SETS
 from hf_bilb.data.images.rows import ImageRows
 from hf_bilb.data.molecules.graphs import GraphRows, MoleculeGraphs, collate_graphs
 from hf_bilb.data.rows import BatchedRows, JoinRows, Rows, VectorRows, collate_images, collate_vectors
-from hf_bilb.data.tables.binary import OneHotRows
+from hf_bilb.data.tables.one_hot import OneHotRows
 from hf_bilb.data.task_data import DataSetSpec
 
 

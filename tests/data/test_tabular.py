@@ -18,9 +18,10 @@ from hf_bilb.data import DATA_SETS, TaskData
 from hf_bilb.data.tables import adult as adult_module
 from hf_bilb.data.tables import census as census_module
 from hf_bilb.data.tables.adult import AdultOptions, load_adult
-from hf_bilb.data.tables.binary import OneHotRows, binary_metrics
+from hf_bilb.data.tables.binary import binary_metrics
 from hf_bilb.data.tables.census import CensusOptions, load_census
 from hf_bilb.data.tables.files import Layout
+from hf_bilb.data.tables.one_hot import OneHotRows
 from hf_bilb.data.tables.sarcos import SarcosOptions, load_sarcos
 from hf_bilb.errors import OptionError
 

@@ -16,6 +16,8 @@ from hf_bilb.data.dense.image_labels import ImageLabels, read_image_labels
 from hf_bilb.data.dense.options import DenseOptions
 from hf_bilb.data.dense.rows import DenseRows
 from hf_bilb.data.dense.trivial import trivial_metrics
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import NoInputs
 from hf_bilb.data.rows import collate_images
 from hf_bilb.data.splits import draw_rows
 from hf_bilb.data.task_data import GalleryInfo, TaskData
@@ -114,6 +116,7 @@ def dense_task_data(options: DenseOptions, facts: DenseFacts, train: DensePart, 
         trivial_predictor="best constant answer",
         single_task_base=computed.delta_m_base,
         single_task_source="models trained on one task each (tables of CAGrad, Nash-MTL, FAMO and LDC-MTL)",
+        format=DataFormat(NoInputs("pixel-wise tasks have no table of predictions"), {}),
         gallery=GalleryInfo(facts.class_names, facts.depth_unit, labels.class_names),
     )
 

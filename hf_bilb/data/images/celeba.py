@@ -25,6 +25,8 @@ from hf_bilb.data.cache import list_files
 from hf_bilb.data.checks import check_at_least, check_folder, check_tasks, loading_from_hub, missing_column
 from hf_bilb.data.images.files import ImageFiles, ImageSource, TableImages, prepare_images
 from hf_bilb.data.images.rows import ImageRows
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import ImageInputs
 from hf_bilb.data.rows import collate_images
 from hf_bilb.data.splits import PARTS
 from hf_bilb.data.task_data import DELTA_M_INFO, DataSetSpec, MetricInfo, TaskData, binary_losses
@@ -203,6 +205,7 @@ def task_data(file: Path, faces: Faces, options: CelebaOptions) -> TaskData:
         metrics_by_batch=True,
         trivial_predictor="best constant answer",
         task_loss_func=binary_losses,
+        format=DataFormat(ImageInputs("image", options.image_size), dict.fromkeys(names, TaskType("multi_label"))),
         single_task_base={f"{name}_f1": value for name, value in zip(names, base, strict=True)},
         single_task_source="F1 of models trained on one attribute of the whole CelebA each (FAMO, issue 2; LDC-MTL)",
     )

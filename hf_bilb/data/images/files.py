@@ -19,6 +19,7 @@ from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +199,27 @@ def decode(data: bytes, image_size: int, where: str) -> NDArray[np.uint8]:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB")
+            return resized(image, image_size, where)
+    except OptionError:
+        raise
     except UnidentifiedImageError:  # its text names an object in memory
         raise OptionError(f"{where}: does not decode: {len(data)} bytes that are no image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OptionError(f"{where}: does not decode: {' '.join(str(error).split())}") from None
+        raise _not_decoded(where, error) from None
+
+
+def resized(image: Image.Image, image_size: int, where: str) -> NDArray[np.uint8]:
+    """An image of Pillow as RGB `[3, image_size, image_size]`; raises as `decode`."""
+    from PIL import Image
+
+    try:
+        rgb = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes when it is asked for pixels
+        raise _not_decoded(where, error) from None
     if rgb.size != (image_size, image_size):
         rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def _not_decoded(where: str, error: Exception) -> OptionError:
+    return OptionError(f"{where}: does not decode: {' '.join(str(error).split())}")

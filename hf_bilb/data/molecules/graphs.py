@@ -131,7 +131,7 @@ class GraphRows(BatchedRows):
     Args:
         graphs: all molecules.
         rows: `[N]`, which of them.
-        labels: `[N, K]`, NaN where missing.
+        labels: `[N, K]`, NaN where missing; no column where K is 0.
 
     Raises:
         ValueError: rows and labels differ in length.
@@ -149,7 +149,8 @@ class GraphRows(BatchedRows):
 
     def _batch(self, places: Sequence[int] | NDArray[np.int64]) -> GraphBatch:
         chosen = np.asarray(places, np.int64)
-        return {**self.graphs.batch(self.rows[chosen]), "labels": self.labels[torch.from_numpy(chosen)]}
+        batch = self.graphs.batch(self.rows[chosen])
+        return batch if self.labels.shape[1:] == (0,) else {**batch, "labels": self.labels[torch.from_numpy(chosen)]}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from hf_bilb.config.options import nearest
 from hf_bilb.data.cache import Arrays, Preparation, cache_root, prepare_arrays
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import MoleculeInputs
 from hf_bilb.data.molecules.features import (
     SMILES_ATOM_FEATURES,
     SMILES_BOND_FEATURES,
@@ -41,6 +43,7 @@ from hf_bilb.data.molecules.graphs import GraphRows, MoleculeGraphs, collate_gra
 from hf_bilb.data.splits import PARTS, Split, draw_rows
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.roc_auc import RocAuc
 from hf_bilb.metrics.trainer_metrics import TaskMetrics
 
@@ -203,6 +206,7 @@ def task_data(graphs: MoleculeGraphs, labels: torch.Tensor, rows: Split, names: 
         },
         metrics_by_batch=True,
         trivial_predictor="constant predictor",
+        format=DataFormat(MoleculeInputs(SMILES_COLUMN), dict.fromkeys(names, TaskType("multi_label"))),
     )
 
 

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import NoInputs
 from hf_bilb.data.task_data import DELTA_M_INFO, MetricInfo, Standardizer
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.delta_m import DELTA_M, delta_m
 from hf_bilb.metrics.regression import mean_absolute_error
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 MILLIELECTRONVOLT = 27.211386246 * 1000  # per Hartree, CODATA 2018
 SINGLE_TASK_SOURCE = "published single-task models (Nash-MTL, ICML 2022; also of FAMO and LDC-MTL), 300 epochs of MPNN"
+_NEEDS_COORDINATES = "the model reads molecules with the coordinates of their atoms, which no SMILES has"
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,14 @@ class Tasks:
             "trivial_metrics": self.errors(np.zeros_like(labels), labels),
             "single_task_base": {target.metric.key: target.base for target in self.targets},
             "single_task_source": SINGLE_TASK_SOURCE,
+            "format": DataFormat(NoInputs(_NEEDS_COORDINATES), self.task_types()),
             "task_groups": {target.name: target.group for target in self.targets if target.group},
         }
+
+    def task_types(self) -> dict[str, TaskType]:
+        """Target -> its unit and scale."""
+        scales = zip(self.targets, self.scale.means.tolist(), self.scale.stds.tolist(), strict=True)
+        return {t.name: TaskType("regression", unit=t.unit, means=(mean,), stds=(std,)) for t, mean, std in scales}
 
     def model_arguments(self) -> dict[str, Any]:
         """Names and scales of the labels."""

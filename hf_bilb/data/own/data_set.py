@@ -28,6 +28,8 @@ import numpy as np
 import torch
 
 from hf_bilb.data.images.rows import ImageRows
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import ImageInputs, InputKind, LabelColumns, TextInputs
 from hf_bilb.data.own.images import decoded_images
 from hf_bilb.data.own.joined import Joined, join_sources
 from hf_bilb.data.own.options import OwnDataOptions
@@ -41,7 +43,7 @@ from hf_bilb.data.text.rows import PadTokens, TokenRows
 from hf_bilb.data.text.tokenization import check_max_length, load_tokenizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.mixed import MixedLosses
-from hf_bilb.losses.task_types import LABELS, TAG_LABELS
+from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType
 from hf_bilb.metrics.mixed import MixedMetrics, trivial_metrics
 
 logger = logging.getLogger(__name__)
@@ -76,12 +78,14 @@ class Inputs:
     Attributes:
         parts: part -> rows.
         collator: makes a batch of them.
+        kind: how rows become inputs, for the saved model.
         model_arguments: what the inputs dictate to the model.
         processing_class: the tokenizer; None: there is none.
     """
 
     parts: Mapping[str, Rows]
     collator: Callable[[list[Any]], dict[str, Any]]
+    kind: InputKind
     model_arguments: dict[str, Any]
     processing_class: Any = None
 
@@ -95,7 +99,8 @@ def _table_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
         columns = {column: torch.cat([one[column] for one in encoded]) for column in encoded[0]}
         return VectorRows({**columns, LABELS: torch.from_numpy(joined.labels(name))})
 
-    return Inputs({name: part(name) for name in PARTS}, collate_vectors, encoder.model_arguments)
+    parts = {name: part(name) for name in PARTS}
+    return Inputs(parts, collate_vectors, encoder.inputs, encoder.model_arguments)
 
 
 def _image_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
@@ -105,7 +110,10 @@ def _image_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
         chosen = [of_source[rows] for of_source, rows in zip(images, joined.rows[name], strict=True)]
         return ImageRows(file, np.concatenate(chosen), joined.labels(name))
 
-    return Inputs({name: part(name) for name in PARTS}, collate_images, {"image_size": options.image_size})
+    column = joined.sources[0].options.inputs.image
+    assert column is not None  # of sources of this kind
+    kind = ImageInputs(column, options.image_size)
+    return Inputs({name: part(name) for name in PARTS}, collate_images, kind, {"image_size": options.image_size})
 
 
 def _text_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
@@ -125,10 +133,12 @@ def _text_inputs(joined: Joined, options: OwnDataOptions) -> Inputs:
             ]
         )
 
+    columns = tuple(dict.fromkeys(source.options.inputs.texts for source in joined.sources))
     pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # the attention mask hides it
     return Inputs(
         {name: part(name) for name in PARTS},
         PadTokens(pad_token_id),
+        TextInputs(columns, options.max_length, any(one.are_words for one in texts)),
         {"vocab_size": len(tokenizer), "max_length": options.max_length},
         tokenizer,
     )
@@ -179,8 +189,15 @@ def _task_data(joined: Joined, inputs: Inputs, options: OwnDataOptions) -> TaskD
         trivial_predictor="constant predictor",
         processing_class=inputs.processing_class,
         task_loss_func=losses,
+        format=_format(types, inputs.kind, options),
         summary=summary(joined),
     )
+
+
+def _format(types: Mapping[str, TaskType], kind: InputKind, options: OwnDataOptions) -> DataFormat:
+    places = {name: LabelColumns(task.label_columns(name), task.metrics) for name, task in options.tasks.items()}
+    csv = next((task.csv for task in options.tasks.values() if task.csv is not None), options.csv)
+    return DataFormat(kind, types, places, csv)
 
 
 def _trivial(joined: Joined, inputs: Inputs, chosen: Mapping[str, Sequence[str]]) -> dict[str, float]:

@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.checks import loading_from_hub
-from hf_bilb.data.own.options import CsvOptions, Patterns, SourceOptions
+from hf_bilb.data.own.csv_options import CsvOptions
+from hf_bilb.data.own.options import Patterns, SourceOptions
 from hf_bilb.data.own.words import MISSING
 from hf_bilb.data.splits import PARTS
 from hf_bilb.errors import OptionError
@@ -80,6 +81,18 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
         found = {"train": _find(options.files, where)}
     _check_different(found, where)
     return {part: [_read(file, part, options.csv, missing) for file in files] for part, files in found.items()}
+
+
+def read_table(file: Path, csv_options: CsvOptions) -> Table:
+    """The rows of one file of any kind that is known, or of a folder that `datasets` saved (of its test part).
+
+    Raises:
+        OptionError: it is not there, is damaged, has no rows or is of a kind that is not known.
+    """
+    if not file.exists():
+        near = [one.name for one in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise OptionError(f"there is no file {shown(str(file))}{nearest(file.name, near)}")
+    return _read(file, "test", csv_options, MISSING | frozenset(csv_options.missing))
 
 
 # --- which files --------------------------------------------------------------------------------------------------

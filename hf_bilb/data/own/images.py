@@ -135,7 +135,7 @@ def decoded_images(
     if held[0]:
         source_of_images, rows = HeldImages(tables), np.arange(sum(map(len, sources)))
     else:
-        source_of_images, rows = _named(tables)
+        source_of_images, rows = named_images(tables)
     try:
         file = prepare_images(source_of_images, image_size, cache_dir)
     except OptionError as error:
@@ -143,7 +143,7 @@ def decoded_images(
     return file, np.split(rows, np.cumsum(list(map(len, sources)))[:-1])
 
 
-def _named(tables: Sequence[tuple[Table, str]]) -> tuple[NamedImages, NDArray[np.int64]]:
+def named_images(tables: Sequence[tuple[Table, str]]) -> tuple[NamedImages, NDArray[np.int64]]:
     """The different images, and which of them each row has: one that many rows name is decoded once."""
     paths: list[str] = []
     places: list[str] = []

@@ -8,6 +8,7 @@ from typing import Literal
 
 from hf_bilb.config.options import bounded, check_bounds, unknown_name
 from hf_bilb.data.checks import check_at_least
+from hf_bilb.data.own.csv_options import CsvOptions, check_repeats
 from hf_bilb.data.own.words import word_of
 from hf_bilb.data.splits import PARTS
 from hf_bilb.errors import OptionError
@@ -17,30 +18,6 @@ from hf_bilb.metrics.by_type import METRICS
 
 Patterns = str | tuple[str, ...]
 InputKind = Literal["text", "image", "table"]
-
-
-@dataclass(frozen=True)
-class CsvOptions:
-    """How the cells of text files are read.
-
-    Attributes:
-        delimiter: between two cells; null = a comma, of `.tsv` and `.tab` files a tab.
-        quotes: whether a cell may stand in double quotes; null = yes, of `.tsv` and `.tab` files no.
-        columns: the columns' names, for files that do not have them in their first line.
-        missing: further words that mean an empty cell, such as `NA` or `?`. An empty cell, `null`, `NaN`, `nan` and
-            `None` always do, but not in a text, and not where they are among a task's `classes`.
-    """
-
-    delimiter: str | None = None
-    quotes: bool | None = None
-    columns: tuple[str, ...] | None = None
-    missing: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.delimiter is not None and len(self.delimiter) != 1:
-            raise OptionError(f"delimiter: {self.delimiter!r} is not valid, expected one character")
-        if self.columns is not None:
-            check_repeats("columns", self.columns)
 
 
 @dataclass(frozen=True)
@@ -332,12 +309,3 @@ def check_files(files: Patterns | dict[str, Patterns] | None, hub: str | None) -
                 raise unknown_name("files", part, PARTS)
         if "train" not in files:
             raise OptionError("files.train: is required, expected the files of the training part")
-
-
-def check_repeats(key: str, names: tuple[str, ...] | None) -> None:
-    """Raise `OptionError` for a name that stands twice."""
-    seen: set[str] = set()
-    for name in names or ():
-        if name in seen:
-            raise OptionError(f"{key}: {name!r} stands twice")
-        seen.add(name)

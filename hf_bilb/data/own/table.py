@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_bilb.data.inputs.kinds import TableInputs
 from hf_bilb.data.own.columns import Words
 from hf_bilb.data.own.options import InputOptions
 from hf_bilb.data.own.source import Source
@@ -81,6 +82,12 @@ class Encoder:
             ]
             found["categorical"] = torch.from_numpy(np.stack(codes, axis=1))
         return found
+
+    @property
+    def inputs(self) -> TableInputs:
+        """For the saved model: what was learned from the training rows."""
+        means, stds = (tuple(values.tolist()) for values in (self.scale.means, self.scale.stds))
+        return TableInputs(self.numeric, means, stds, self.categorical, self.categories)
 
     @property
     def model_arguments(self) -> dict[str, Any]:

@@ -87,22 +87,33 @@ def tokenize_texts(
     without tags (of another source) has no labels.
     """
     chosen = texts.take(rows)
-    tokens = encode(tokenizer, chosen.columns, max_length, chosen.are_words)
-    of_tasks = [
-        np.full(len(tokens.input_ids), MISSING_INTEGER) if one is None else _aligned(tokens, one, rows) for one in tags
-    ]
+    return labelled_tokens(encode(tokenizer, chosen.columns, max_length, chosen.are_words), rows, labels, tags)
+
+
+def labelled_tokens(tokens: Tokens, rows: Rows, labels: NDArray[np.float32], tags: Sequence[Tags | None]) -> TokenRows:
+    """The tokens of `rows` with their labels, see `tokenize_texts`."""
+    missing = np.full(len(tokens.input_ids), MISSING_INTEGER)
+    of_tasks = [missing if one is None else aligned_tags(tokens, one, rows) for one in tags]
     tag_labels = np.stack(of_tasks, axis=1) if of_tasks else None
     return TokenRows(tokens.lengths, tokens.input_ids, tokens.token_type_ids, None, labels, tag_labels)
 
 
-def _aligned(tokens: Tokens, tags: Tags, rows: Rows) -> NDArray[np.int64]:
+def aligned_tags(tokens: Tokens, tags: Tags, rows: Rows) -> NDArray[np.int64]:
     """`[sum of lengths]`: the labels of the tokens of `rows`."""
-    assert tokens.word_ids is not None  # of lists of words
     row_of = np.repeat(np.arange(len(rows)), tokens.lengths)
+    labelled = first_tokens(tokens) & (tags.lengths[rows][row_of] >= 0)
+    labels = np.full(len(labelled), MISSING_INTEGER)
+    words = tokens.word_ids
+    assert words is not None  # of lists of words
+    labels[labelled] = tags.codes[tags.starts[rows][row_of[labelled]] + words[labelled]]
+    return labels
+
+
+def first_tokens(tokens: Tokens) -> NDArray[np.bool_]:
+    """`[sum of lengths]`: whether a token is the first one of its word, of rows of lists of words."""
+    assert tokens.word_ids is not None
+    row_of = np.repeat(np.arange(len(tokens.lengths)), tokens.lengths)
     words = tokens.word_ids
     is_first = np.ones(len(words), bool)
     is_first[1:] = (words[1:] != words[:-1]) | (row_of[1:] != row_of[:-1])
-    labelled = is_first & (words >= 0) & (tags.lengths[rows][row_of] >= 0)
-    labels = np.full(len(words), MISSING_INTEGER)
-    labels[labelled] = tags.codes[tags.starts[rows][row_of[labelled]] + words[labelled]]
-    return labels
+    return is_first & (words >= 0)

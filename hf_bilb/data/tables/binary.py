@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from hf_bilb.data.rows import BatchedRows, collate_vectors
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import FeatureInputs
+from hf_bilb.data.rows import collate_vectors
 from hf_bilb.data.splits import Split
 from hf_bilb.data.tables.files import BinaryTask, Floats, Layout, TableRows
+from hf_bilb.data.tables.one_hot import OneHotRows
 from hf_bilb.data.task_data import MetricInfo, Standardizer, TaskData, binary_losses
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.base import Accumulator
 from hf_bilb.metrics.normalized_entropy import NormalizedEntropy
 from hf_bilb.metrics.roc_auc import BinaryClassification
@@ -28,35 +31,6 @@ if TYPE_CHECKING:
 
 #: The mean over the tasks of their areas under the ROC curve.
 MEAN_ROC_AUC = "mean_roc_auc"
-
-
-class OneHotRows(BatchedRows):
-    """Rows in memory: `features [F]` of numbers and one-hot categories, and `labels [K]`.
-
-    Use `collate_vectors` with it.
-
-    Args:
-        numbers: `[N, D]`.
-        codes: `[N, C]`, the category of each of C columns; -1 where it is none of them.
-        sizes: categories of each column; F = D + their sum.
-        labels: `[N, K]`.
-    """
-
-    def __init__(self, numbers: Tensor, codes: Tensor, sizes: Sequence[int], labels: Tensor) -> None:
-        self.numbers, self.codes, self.labels = numbers, codes, labels
-        self.num_categories = sum(sizes)
-        self._starts = torch.tensor([0, *np.cumsum(sizes)[:-1]], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def _batch(self, places: Sequence[int] | NDArray[np.int64]) -> dict[str, Tensor]:
-        rows = torch.as_tensor(places)
-        numbers, codes = self.numbers[rows], self.codes[rows].long()
-        # One column more than there are, for the codes that are none.
-        columns = torch.where(codes < 0, self.num_categories, codes + self._starts)
-        one_hot = numbers.new_zeros(*numbers.shape[:-1], self.num_categories + 1).scatter_(-1, columns, 1.0)
-        return {"features": torch.cat([numbers, one_hot[..., :-1]], dim=-1), "labels": self.labels[rows]}
 
 
 def _codes(words: NDArray[np.object_], train: NDArray[np.int64]) -> tuple[NDArray[np.int16], list[list[str]]]:
@@ -109,6 +83,16 @@ def binary_task_data(rows: TableRows, split: Split, layout: Layout, tasks: Seque
         },
         trivial_predictor="training share",
         task_loss_func=binary_losses,
+        format=DataFormat(
+            FeatureInputs(
+                layout.numbers,
+                tuple(of_numbers.means.tolist()),
+                tuple(of_numbers.stds.tolist()),
+                layout.categories,
+                tuple(map(tuple, known)),
+            ),
+            dict.fromkeys(names, TaskType("multi_label")),
+        ),
     )
 
 

@@ -10,7 +10,7 @@ usually written nMSE: 1 is the error of knowing their mean. Linear regression re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import FeatureInputs
 from hf_bilb.data.rows import VectorRows, collate_vectors
 from hf_bilb.data.tables.options import TableOptions
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, Standardizer, TaskData
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.masked import masked_mse
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.regression import normalized_mean_squared_error
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 NUM_FEATURES = 21
 TASKS = tuple(f"joint_{number}" for number in range(1, 8))
-QUANTITIES = ("position", "velocity", "acceleration")
+FEATURES = tuple(f"{what}_{joint}" for what in ("position", "velocity", "acceleration") for joint in range(1, 8))
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,22 @@ def load_sarcos(options: SarcosOptions) -> TaskData:
         model_arguments={
             "num_features": NUM_FEATURES,
             "task_names": list(names),
-            "feature_names": [f"{quantity}_{joint}" for quantity in QUANTITIES for joint in range(1, 8)],
+            "feature_names": list(FEATURES),
             "feature_means": of_features.means.tolist(),
             "feature_stds": of_features.stds.tolist(),
             "label_means": of_targets.means.tolist(),
             "label_stds": of_targets.stds.tolist(),
         },
         task_loss_func=squared_errors,
+        format=_format(names, of_features, of_targets),
+    )
+
+
+def _format(names: Sequence[str], features: Standardizer, targets: Standardizer) -> DataFormat:
+    scales = zip(names, targets.means.tolist(), targets.stds.tolist(), strict=True)
+    return DataFormat(
+        FeatureInputs(FEATURES, tuple(features.means.tolist()), tuple(features.stds.tolist())),
+        {name: TaskType("regression", means=(mean,), stds=(std,)) for name, mean, std in scales},
     )
 
 

@@ -42,6 +42,8 @@ from hf_bilb.data.checks import (
     loading_from_hub,
     missing_column,
 )
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import TextInputs
 from hf_bilb.data.splits import PARTS, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.data.text.rows import PadTokens, TokenRows
@@ -269,6 +271,7 @@ def task_data(
         metrics_by_batch=True,
         trivial_predictor="constant predictor",
         processing_class=tokenizer,
+        format=DataFormat(TextInputs(tuple(dict.fromkeys(task.hub_texts for task in tasks)), max_length), types),
     )
 
 

@@ -117,7 +117,7 @@ def tokenize_instructions(
     """
     if tokenizer.eos_token_id is None:
         raise OptionError("data.tokenizer: has no end-of-sequence token, which ends a response")
-    bos, eos = ([], []) if in_template else (_leading_token(tokenizer), [tokenizer.eos_token_id])
+    bos, eos = ([], []) if in_template else (leading_token(tokenizer), [tokenizer.eos_token_id])
     tokens: list[NDArray[np.int32]] = [np.empty(0, np.int32)]
     ignored: list[int] = []
     cut = cut_responses = 0
@@ -146,7 +146,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterat
         )["input_ids"]
 
 
-def _leading_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def leading_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token, where the tokenizer puts it in front of a text."""
     around = tokenizer("")["input_ids"]
     return around[:1] if around and around[0] == tokenizer.bos_token_id else []

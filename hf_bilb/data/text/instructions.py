@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from hf_bilb.config.options import check_one_of, nearest
 from hf_bilb.data.checks import check_at_least, check_fraction, check_tasks
+from hf_bilb.data.inputs.format import DataFormat
+from hf_bilb.data.inputs.kinds import PromptInputs
 from hf_bilb.data.splits import PARTS, hold_out
 from hf_bilb.data.task_data import DataSetSpec, MetricInfo, TaskData
 from hf_bilb.data.text.glue import DEFAULT_TASKS, TASKS, GlueOptions, parts_of, read_task
@@ -230,6 +232,7 @@ def _task_data(
         trivial_predictor="token frequencies",
         processing_class=tokenizer,
         task_loss_func=losses,
+        format=DataFormat(PromptInputs("prompt", options.max_length, options.chat), {}),
     )
 
 

@@ -1,0 +1,150 @@
+"""The kinds of inputs: what a saved model knows of the rows that it reads, as plain values.
+
+The modules of this folder read rows of a user's as these say, by the functions that made the inputs for training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hf_bilb.config.registry import Registry
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Texts, pairs of texts, or lists of words.
+
+    Attributes:
+        columns: the one or two columns; several such choices where tasks had files of their own, of which the longest
+            one is taken whose columns are there.
+        max_length: tokens after which a row is cut.
+        are_words: rows are lists of words.
+    """
+
+    columns: tuple[tuple[str, ...], ...]
+    max_length: int
+    are_words: bool = False
+    kind: ClassVar[str] = "text"
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images: paths, or images themselves.
+
+    Attributes:
+        column: of a table.
+        image_size: height and width that the whole frame is resized to.
+    """
+
+    column: str
+    image_size: int
+    kind: ClassVar[str] = "image"
+
+
+@dataclass(frozen=True)
+class TableInputs:
+    """Numbers and categories: `numeric [B, D]` and `categorical [B, C]`. Missing and unknown ones are as in training.
+
+    Attributes:
+        numeric: names of the D columns of numbers.
+        means, stds: `[D]`, of the training rows.
+        categorical: names of the C columns of words.
+        categories: of each of them its words, in order.
+    """
+
+    numeric: tuple[str, ...]
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+    categorical: tuple[str, ...]
+    categories: tuple[tuple[str, ...], ...]
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class FeatureInputs:
+    """Numbers and one-hot categories in one vector, `features [B, F]`; an unknown category is all zeros.
+
+    Attributes:
+        numeric, means, stds, categorical, categories: as of `TableInputs`; numbers may not be missing.
+    """
+
+    numeric: tuple[str, ...]
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+    categorical: tuple[str, ...] = ()
+    categories: tuple[tuple[str, ...], ...] = ()
+    kind: ClassVar[str] = "features"
+
+
+@dataclass(frozen=True)
+class MoleculeInputs:
+    """Molecules as SMILES, which become graphs of their heavy atoms.
+
+    Attributes:
+        column: of a table.
+    """
+
+    column: str = "smiles"
+    kind: ClassVar[str] = "smiles"
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """Prompts of a language model, which goes on with them.
+
+    Attributes:
+        column: of a table.
+        max_length: tokens of prompt and response together, as in training.
+        in_template: prompts stand in the tokenizer's chat template.
+    """
+
+    column: str
+    max_length: int
+    in_template: bool = False
+    kind: ClassVar[str] = "prompt"
+
+
+@dataclass(frozen=True)
+class NoInputs:
+    """Inputs that are not made from what a user has at hand.
+
+    Attributes:
+        reason: why, as the end of a sentence.
+    """
+
+    reason: str
+    kind: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """Where a task's labels stand, and what measures it.
+
+    Attributes:
+        columns: of the table.
+        metrics: names of metrics; None: those that are usual for the type.
+    """
+
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...] | None = None
+
+
+InputKind = TextInputs | ImageInputs | TableInputs | FeatureInputs | MoleculeInputs | PromptInputs | NoInputs
+KINDS: dict[str, type[InputKind]] = {
+    one.kind: one
+    for one in (TextInputs, ImageInputs, TableInputs, FeatureInputs, MoleculeInputs, PromptInputs, NoInputs)
+}
+#: Kind -> function (the dataclass, what a user hands over, tokenizer, `Wanted`) -> `Encoded`; `OptionError` in one
+#: line, with file, row and column.
+ENCODERS: Registry[Any] = Registry(
+    {
+        "text": "hf_bilb.data.inputs.text:encode_texts",
+        "image": "hf_bilb.data.inputs.images:encode_images",
+        "table": "hf_bilb.data.inputs.tables:encode_table",
+        "features": "hf_bilb.data.inputs.tables:encode_features",
+        "smiles": "hf_bilb.data.inputs.molecules:encode_molecules",
+        "prompt": "hf_bilb.data.inputs.prompts:encode_prompts",
+        "none": "hf_bilb.data.inputs.prompts:encode_nothing",
+    }
+)

@@ -1,0 +1,110 @@
+"""Labels of tasks that are known already: for measuring a trained model on rows that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.inputs.given import check_column
+from hf_bilb.data.inputs.kinds import LabelColumns
+from hf_bilb.data.own import columns
+from hf_bilb.data.own.columns import Words
+from hf_bilb.data.own.files import Table
+from hf_bilb.data.own.labels import Tags
+from hf_bilb.errors import OptionError
+from hf_bilb.losses.masked import MISSING_INTEGER
+from hf_bilb.losses.task_types import TaskType
+
+_LISTED = 12  # classes that a message lists
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of N rows, as a batch has them (`hf_bilb.losses.task_types`).
+
+    Attributes:
+        values: `[N, W]` float32, standardised where the task is, NaN where missing.
+        tags: task of tokens -> its tags.
+    """
+
+    values: NDArray[np.float32]
+    tags: Mapping[str, Tags]
+
+
+def read_known_labels(table: Table, tasks: Mapping[str, TaskType], places: Mapping[str, LabelColumns]) -> Labels:
+    """The labels of all tasks whose columns the table has.
+
+    Raises:
+        OptionError: no column of any task; a value that is no label of its task: names file, row and column.
+    """
+    known = [name for name in tasks if all(column in table.rows.column_names for column in places[name].columns)]
+    if not known:
+        first = next(iter(tasks))
+        for column in places[first].columns:
+            check_column(table, column)
+    values, tags = [], {}
+    for name, task in tasks.items():
+        if task.type == "token_classification":
+            tags[name] = _tags(table, task, places[name].columns[0]) if name in known else _no_tags(len(table.rows))
+        elif name in known:
+            values.append(_values(table, task, places[name].columns))
+        else:
+            values.append(np.full((len(table.rows), task.label_width), np.nan))
+    joined = np.concatenate(values, axis=1) if values else np.empty((len(table.rows), 0))
+    return Labels(joined.astype(np.float32), tags)
+
+
+def _values(table: Table, task: TaskType, names: Sequence[str]) -> NDArray[np.float64]:
+    if task.type == "regression":
+        numbers = np.stack([columns.numbers(table, name) for name in names], axis=1)
+        return (numbers - np.array(task.means)) / np.array(task.stds) if task.means else numbers
+    if task.type == "classification":
+        codes = _codes(table, columns.words(table, names[0], task.names), np.arange(len(table.rows)), task, names[0])
+        return np.where(codes < 0, np.nan, codes)[:, None]
+    if len(names) == 1 and columns.has_lists(table, names[0]):
+        return _of_lists(table, task, names[0])
+    return np.stack([columns.bits(table, name) for name in names], axis=1)
+
+
+def _of_lists(table: Table, task: TaskType, column: str) -> NDArray[np.float64]:
+    lengths, codes, rows = _listed(table, task, column)
+    values = np.zeros((len(lengths), task.size))
+    values[rows[codes >= 0], codes[codes >= 0]] = 1.0
+    values[lengths < 0] = np.nan
+    return values
+
+
+def _tags(table: Table, task: TaskType, column: str) -> Tags:
+    lengths, codes, _ = _listed(table, task, column)
+    return Tags(lengths, np.where(codes < 0, MISSING_INTEGER, codes))
+
+
+def _no_tags(num_rows: int) -> Tags:
+    return Tags(np.full(num_rows, -1, np.int64), np.empty(0, np.int64))
+
+
+def _listed(
+    table: Table, task: TaskType, column: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of lists of words: the lengths `[N]`, and of each word its class and its row."""
+    lists = columns.lists(table, column)
+    rows = np.repeat(np.arange(len(lists.lengths)), np.maximum(lists.lengths, 0))
+    found = columns.words_of(lists.values, lists.feature, table.missing - set(task.names))
+    return lists.lengths, _codes(table, found, rows, task, column), rows
+
+
+def _codes(table: Table, found: Words, rows: NDArray[np.int64], task: TaskType, column: str) -> NDArray[np.int64]:
+    codes = found.positions_in(task.names, unknown=-2)
+    wrong = np.flatnonzero(codes == -2)
+    if wrong.size:
+        word = found.known[found.codes[wrong[0]]]
+        hint = nearest(word, task.names) or f" (classes: {', '.join(task.names[:_LISTED])})"
+        raise OptionError(
+            f"{table.place(int(rows[wrong[0]]))}: column {column!r} is {shown(word)}, which is no class of the "
+            f"model{hint}"
+        )
+    return codes

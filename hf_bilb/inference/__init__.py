@@ -1,0 +1,1 @@
+"""Using what a run has left: loading its folder (`load.py`), predicting and measuring (`loaded.py`, `language.py`)."""
