@@ -1,4 +1,4 @@
-"""The command line: `hf-bilb init | recipes | train | show | report | compare | balancers | prepare`.
+"""The command line: `hf-bilb init | recipes | train | show | report | compare | push | balancers | prepare`.
 
 One file for each group of commands; what they do is in `hf_bilb.experiments`. Nothing heavy is imported for `--help`
 and for the errors of a recipe.
@@ -12,6 +12,7 @@ from hf_bilb.cli.balancers import balancers
 from hf_bilb.cli.errors import TRACEBACK, OneLineUsage
 from hf_bilb.cli.init import init
 from hf_bilb.cli.prepare import prepare
+from hf_bilb.cli.push import push
 from hf_bilb.cli.recipes import recipes
 from hf_bilb.cli.report import report
 from hf_bilb.cli.runs import compare, show, train
@@ -29,5 +30,5 @@ def main(traceback: bool) -> None:
     """Train one model on several tasks and keep the tasks in balance."""
 
 
-for command in (init, recipes, train, show, report, compare, balancers, prepare):
+for command in (init, recipes, train, show, report, compare, push, balancers, prepare):
     main.add_command(command)

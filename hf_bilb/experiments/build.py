@@ -110,6 +110,8 @@ def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelM
         MissingPackageError: a package that `report_to` needs is not installed.
     """
     settings = dict(recipe.trainer)
+    if settings.get("hub_strategy", "end") == "end":
+        settings["push_to_hub"] = False  # the run pushes when it is measured; Trainer would, before it
     if data is not None:
         settings.update(task_names=list(data.task_names), label_names=list(data.label_names))
         settings.setdefault("batch_eval_metrics", data.metrics_by_batch)
