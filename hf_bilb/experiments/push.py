@@ -14,7 +14,7 @@ from hf_bilb.experiments.folder import RECIPE_FILE
 from hf_bilb.experiments.recipe import Recipe
 from hf_bilb.experiments.run_card import IMAGES, check_base_is_public, own_card, read_json, run_facts
 from hf_bilb.hub.card import CARD_FILE, card_text
-from hf_bilb.hub.files import REPLACED, model_files
+from hf_bilb.hub.files import LAST_CHECKPOINT, REPLACED, files_of, model_files
 from hf_bilb.hub.paths import without_machine
 from hf_bilb.hub.repository import Repository, prepare_repository, push_files
 from hf_bilb.reporting.history import STATE_FILE
@@ -27,8 +27,8 @@ from hf_bilb.storage.checkpoint_marker import MARKER
 #: Tables, pictures and logs of a run. `table.md` is in the card, too.
 _RUN_FILES = ("table.md", "task_vectors.jsonl", "gradients.jsonl", *IMAGES)
 _CHECKPOINT = "checkpoint-"
-#: In which folder of the repository a strategy of Trainer's keeps the last checkpoint; None: under its own name.
-_LAST_CHECKPOINT = {"checkpoint": "last-checkpoint", "all_checkpoints": None}
+#: Strategies of Trainer's with which the last checkpoint is on the Hub.
+_WITH_LAST_CHECKPOINT = ("checkpoint", "all_checkpoints")
 
 
 def repository_of(recipe: Recipe) -> Repository | None:
@@ -63,7 +63,7 @@ def push_after_training(recipe: Recipe, repository: Repository) -> str:
     """
     folder = recipe.output_dir
     strategy = str(recipe.trainer.get("hub_strategy", ""))
-    checkpoints = _last_checkpoint(folder, strategy) if strategy in _LAST_CHECKPOINT else {}
+    checkpoints = _last_checkpoint(folder, strategy) if strategy in _WITH_LAST_CHECKPOINT else {}
     try:
         return _push(folder, read_results(folder), repository, "End of training", checkpoints)
     except Exception as error:
@@ -94,7 +94,7 @@ def push_run(
         folder: of the run.
         repository: where to; it is made where it is not there.
         message: of the commit.
-        with_checkpoints: its complete checkpoints, too, from which it can be resumed: optimizer, balancer, random state.
+        with_checkpoints: its complete checkpoints, too, from which it can be resumed.
         license: for the card, the Hub's word for it (`apache-2.0`).
 
     Raises:
@@ -125,7 +125,9 @@ def _push(
 ) -> str:
     card = own_card(folder) or card_text(run_facts(folder, results, repository.name, license))
     files: dict[str, Path | bytes] = {**model_files(folder), **_about_the_run(folder), CARD_FILE: card.encode()}
-    push_files(repository, {**files, **checkpoints}, message, (*REPLACED, *IMAGES, "last-checkpoint/*"))
+    places = {path.partition("/")[0] for path in checkpoints}
+    replaced = (*REPLACED, *IMAGES, *(f"{place}/*" for place in places))
+    push_files(repository, {**files, **checkpoints}, message, replaced)
     return repository.address
 
 
@@ -156,7 +158,7 @@ def _checkpoints(folder: Path) -> dict[str, Path]:
     Raises:
         OptionError: there is none.
     """
-    found = {path: file for name in _complete(folder) for path, file in _files_of(folder / name, name)}
+    found = {path: file for name in _complete(folder) for path, file in files_of(folder / name, name).items()}
     if not found:
         raise OptionError(f"--with-checkpoints: {folder} holds no complete checkpoint")
     return found
@@ -166,7 +168,7 @@ def _last_checkpoint(folder: Path, strategy: str) -> dict[str, Path]:
     names = list(_complete(folder))
     if not names:
         return {}
-    return dict(_files_of(folder / names[-1], _LAST_CHECKPOINT[strategy] or names[-1]))
+    return files_of(folder / names[-1], LAST_CHECKPOINT if strategy == "checkpoint" else names[-1])
 
 
 def _complete(folder: Path) -> Iterator[str]:
@@ -181,9 +183,3 @@ def _complete(folder: Path) -> Iterator[str]:
         except CheckpointError:
             continue
         yield name
-
-
-def _files_of(checkpoint: Path, name: str) -> Iterator[tuple[str, Path]]:
-    for file in sorted(checkpoint.rglob("*")):
-        if file.is_file():
-            yield f"{name}/{file.relative_to(checkpoint).as_posix()}", file

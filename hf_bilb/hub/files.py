@@ -5,6 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
+#: The folder of the repository with the last checkpoint, under Trainer's strategy `checkpoint`.
+LAST_CHECKPOINT = "last-checkpoint"
 _WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json",
     "adapter_model.bin",
@@ -33,3 +35,9 @@ def model_files(folder: Path) -> dict[str, Path]:
     if not any(fnmatch(path.name, pattern) for path in here for pattern in _WEIGHTS):
         return {}
     return {path.name: path for path in here if any(fnmatch(path.name, p) for p in (*_WEIGHTS, *_OTHERS))}
+
+
+def files_of(folder: Path, place: str) -> dict[str, Path]:
+    """All files of a checkpoint, by their paths in the repository's folder `place`."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {f"{place}/{file.relative_to(folder).as_posix()}": file for file in files}
