@@ -147,6 +147,8 @@ def _outputs(task: Mapping[str, Any]) -> str:
     if task["type"] == "regression":
         unit = task.get("unit", "")
         return "; ".join(filter(None, (listed, f"in {unit}" if unit else "")))
+    if task["type"] == "multi_label" and task.get("size", 1) == 1:
+        return "yes or no"
     kind = "labels" if task["type"] == "multi_label" else "classes"
     return f"{task.get('size', 1)} {kind}{f': {listed}' if listed else ''}"
 

@@ -14,7 +14,7 @@ from hf_bilb.reporting.grid import number, plain_grid
 from hf_bilb.reporting.results import MetricResult
 
 CARD_FILE = "README.md"
-LIBRARY, URL = "hf_bilb", "https://pypi.org/project/hf-bilb/"
+LIBRARY = "hf_bilb"
 #: A card without this line was written by somebody else, and stays.
 MARKER = (
     "<!-- Written by hf-bilb. Delete this line to keep what you change: hf-bilb push then leaves the card alone. -->"
@@ -167,7 +167,7 @@ def _eval_results(facts: CardFacts) -> list[Any]:
 
 def _summary(facts: CardFacts) -> str:
     count = "one task" if len(facts.tasks) == 1 else f"{len(facts.tasks)} tasks"
-    said = f"One model for {count}, trained with [hf_bilb]({URL}); the tasks' losses were balanced by "
+    said = f"One model for {count}, trained with `{LIBRARY}`; the tasks' losses were balanced by "
     base = f" It was made from [{plain(facts.base_model)}](https://huggingface.co/{facts.base_model})." * bool(
         facts.base_model
     )
@@ -231,7 +231,7 @@ def _data(facts: CardFacts) -> str:
 def _balance(facts: CardFacts) -> str:
     lines = [f"{code(facts.balancer)}: {with_arxiv_links(facts.paper)}." if facts.paper else code(facts.balancer)]
     if facts.equation:
-        lines.append(fenced(facts.equation, "text"))
+        lines.append(fenced(_formulas(facts.equation), "text"))
     if facts.balance:
         names = list(facts.balance)
         rows = [
@@ -245,6 +245,12 @@ def _balance(facts: CardFacts) -> str:
         lines += [when, plain_grid(["task", *(meaning.get(n, n) for n in names)], rows).to_markdown().rstrip()]
     lines += [f"![{caption}]({file})" for file, caption in facts.images]
     return "\n\n".join(lines)
+
+
+def _formulas(text: str) -> str:
+    """The first paragraph of a method's description, and those that are indented: its equations and symbols."""
+    first, *others = text.split("\n\n")
+    return "\n\n".join([first, *(part for part in others if part.startswith("    "))])
 
 
 def _training(facts: CardFacts) -> str:
