@@ -186,7 +186,8 @@ def _results(facts: CardFacts) -> str:
     if not facts.metrics:
         return ""
     compared = any(metric.trivial is not None for metric in facts.metrics)
-    heads = ["task", "metric", "this model", *([facts.trivial_predictor, "better than that"] if compared else [])]
+    heads = ["task", "metric", "this model"]
+    heads += [plain(facts.trivial_predictor), "better than that"] if compared else []
     rows = [_result(metric, compared) for metric in facts.metrics]
     on = f"Measured on the {plain(facts.measured_on)} part" if facts.measured_on else "Measured"
     size = facts.rows.get(facts.measured_on)
@@ -223,7 +224,7 @@ def _data(facts: CardFacts) -> str:
     lines = [f"{first}." if first else ""]
     if facts.rows:
         lines.append(
-            plain_grid(("part", "rows"), [[k, f"{n:,}"] for k, n in facts.rows.items()]).to_markdown().rstrip()
+            plain_grid(("part", "rows"), [[plain(k), f"{n:,}"] for k, n in facts.rows.items()]).to_markdown().rstrip()
         )
     return "\n\n".join(filter(None, lines))
 

@@ -9,11 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_bilb.config.options import shown
 from hf_bilb.errors import HfBilbError, HubError, OptionError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+    from huggingface_hub.errors import HfHubHTTPError
 
 _LOG_IN = "set HF_TOKEN, or log in once with `hf auth login`"
 
@@ -151,28 +151,36 @@ def talking(where: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise HubError(f"{where}: the Hub is not asked while HF_HUB_OFFLINE is set") from None
     except HfHubHTTPError as error:
-        raise _refused(where, error) from error
+        raise _refused(where, error) from None
     except Exception as error:  # of the network, of the Hub's libraries in several languages, of a file
         raise HubError(f"{where}: {_cause(error)}") from error
 
 
-def _refused(where: str, error: Any) -> HfBilbError:
+def _refused(where: str, error: HfHubHTTPError) -> HfBilbError:
     """The line for an answer of the Hub that is an error."""
-    status, said = error.response.status_code, error.server_message or f"status {error.response.status_code}"
+    status = error.response.status_code
+    said = f": {error.server_message}" if error.server_message else ""
     if status == 401:
-        return OptionError(f"{where}: the Hub does not take the token ({shown(said)}): {_LOG_IN}")
+        return OptionError(f"{where}: the Hub does not take the token{said}; {_LOG_IN}")
     if status == 403:
-        return OptionError(f"{where}: the token may not write there: {said}")
-    return HubError(f"{where}: the Hub answered {status}: {said}")
+        return OptionError(f"{where}: the token may not write there{said}")
+    return HubError(f"{where}: the Hub answered {status}{said}")
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: Exception) -> str:
     """What lies at the bottom of an error: the libraries of the Hub put their own words around it."""
-    root = error
-    while (below := root.__cause__ or root.__context__) is not None and not isinstance(root, OSError):
-        root = below
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    no_network = isinstance(root, HTTPError | ConnectionError) or isinstance(error, HTTPError | ConnectionError)
-    words = one_line(f"{type(root).__name__}: {root}".rstrip(": "), 200)
-    return f"the Hub cannot be reached ({words})" if no_network else words
+    chain = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and isinstance(below, Exception):
+        chain.append(below)
+    if isinstance(error, ValueError):  # the card's metadata, of which the Hub has said what is wrong
+        return one_line(error, 300)
+    if answer := next((one for one in chain if isinstance(one, HfHubHTTPError)), None):
+        return f"the Hub answered {answer.response.status_code}: {one_line(answer.server_message or error, 200)}"
+    words = one_line(f"{type(chain[-1]).__name__}: {chain[-1]}".rstrip(": "), 200)
+    # After an error in one of several uploads, the others find their connection closed.
+    is_network = any(isinstance(one, HTTPError | ConnectionError | TimeoutError) for one in chain)
+    if is_network or "client has been closed" in words:
+        return f"the Hub cannot be reached ({words})"
+    return words
