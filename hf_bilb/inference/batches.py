@@ -25,9 +25,10 @@ def check_batch_size(batch_size: int) -> None:
 def batches_of(encoded: Encoded, batch_size: int) -> Iterator[dict[str, Any]]:
     """The rows in their order, as a `DataLoader` of an evaluation has them."""
     rows: Any = encoded.rows
+    get_many = getattr(rows, "__getitems__", None)
     for start in range(0, len(encoded), batch_size):
         places = list(range(start, min(start + batch_size, len(encoded))))
-        fetched = rows.__getitems__(places) if hasattr(rows, "__getitems__") else [rows[place] for place in places]
+        fetched = [rows[place] for place in places] if get_many is None else get_many(places)
         yield encoded.collator(fetched)
 
 
@@ -39,9 +40,9 @@ def with_progress(work: Iterable[T], total: int, progress: bool | None, unit: st
     yield from tqdm(work, total=total, unit=unit, desc="predicting", leave=False, **settings)
 
 
-def forward_columns(model: nn.Module) -> frozenset[str] | None:
+def forward_columns(model: Any) -> frozenset[str] | None:
     """The columns that the model's forward takes, as the Trainer looks at them; None: any."""
-    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     parameters = inspect.signature(bare.forward).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None

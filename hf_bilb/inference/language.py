@@ -68,11 +68,13 @@ class LoadedLanguageModel:
             responses += self._answer(kind, chunk, settings)
         return Responses(responses)
 
+    def columns(self, all_classes: bool = False) -> list[str]:
+        """The names in `Responses.to_columns`."""
+        return list(Responses([]).to_columns())
+
     def evaluate(self, inputs: Any, batch_size: int = 8, progress: bool | None = None) -> dict[str, float]:
         """Raises `OptionError`: perplexities are measured by `hf-bilb train`."""
-        raise OptionError(
-            "evaluate: a language model has no outputs of tasks; its run's perplexities are in results.json"
-        )
+        raise OptionError("evaluate: a language model has no tasks' outputs; its perplexities are in results.json")
 
     def tokens_of(self, prompt: str) -> list[int]:
         """The tokens of a prompt: what stands before a response in training."""

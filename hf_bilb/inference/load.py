@@ -88,9 +88,8 @@ def _own_module(folder: Path, saved: SavedModel, trust_remote_code: bool) -> nn.
     from hf_bilb.storage.weights import load_weights
 
     source = factory.rpartition(":")[0]
-    options = TorchModuleOptions(
-        f"{folder / factory}" if source.endswith(".py") else factory, saved.module["arguments"]
-    )
+    reference = str(folder / factory) if source.endswith(".py") else factory
+    options = TorchModuleOptions(reference, saved.module["arguments"])
     tasks = {"tasks": saved.format.tasks} if saved.module["needs_tasks"] else {}
     model = build_torch_module(options, **saved.module["dictated"], **tasks)
     load_weights(model, folder)

@@ -79,6 +79,12 @@ class LoadedModel:
                 found[name].extend(output.cpu()) if output.ndim == 3 else found[name].append(output.cpu())
         return Predictions.of(self.tasks, found, encoded.words)
 
+    def columns(self, all_classes: bool = False) -> list[str]:
+        """The names in `Predictions.to_columns`."""
+        empty = {name: [torch.empty(0, task.size)] for name, task in self.tasks.items() if task.label_width}
+        none: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
+        return list(Predictions.of(self.tasks, {**none, **empty}, []).to_columns(all_classes))
+
     def evaluate(self, inputs: Any, batch_size: int = 32, progress: bool | None = None) -> dict[str, float]:
         """The metrics of the run, on rows that have the labels' columns of the training data.
 

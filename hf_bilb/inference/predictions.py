@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,14 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_bilb.config.options import nearest
 from hf_bilb.losses.task_types import TaskType
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class Predictions(Mapping[str, Any]):
-    """What a model says of N rows: `predictions[task]` is the answer.
+class Predictions:
+    """What a model says of N rows: `predictions[task]` is the answer, as a DataFrame's columns are.
+
+    It iterates over the names of the tasks; `len` is N.
 
     | type | `predictions[task]` | `probabilities[task]` |
     |---|---|---|
@@ -55,13 +58,15 @@ N arrays `[words, C]`, NaN there |
             found: task -> outputs `[B, size]` of each batch; of tokens those `[T, C]` of each row.
             words: of each row the places of its words' first tokens, -1 where cut off.
         """
-        answers, probabilities, outputs = {}, {}, {}
+        answers: dict[str, Any] = {}
+        probabilities: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         for name, task in tasks.items():
             if task.type == "token_classification":
-                assert words is not None
-                outputs[name] = [_of_words(*pair) for pair in zip(found[name], words, strict=True)]
-                probabilities[name] = [_softmax(rows) for rows in outputs[name]]
-                answers[name] = [_tags(task, rows) for rows in outputs[name]]
+                assert words is not None  # of lists of words
+                of_words = [_of_words(*pair) for pair in zip(found[name], words, strict=True)]
+                outputs[name], probabilities[name] = of_words, [_softmax(rows) for rows in of_words]
+                answers[name] = [_tags(task, rows) for rows in of_words]
                 continue
             outputs[name] = torch.cat([one.float() for one in found[name]]).numpy()
             answers[name], shares = _answer(task, outputs[name])
@@ -70,17 +75,25 @@ N arrays `[words, C]`, NaN there |
         num_rows = len(next(iter(answers.values()), ()))
         return cls(tasks, answers, probabilities, outputs, num_rows)
 
-    # --- a mapping ------------------------------------------------------------------------------------------------
+    # --- by task --------------------------------------------------------------------------------------------------
 
     def __getitem__(self, task: str) -> Any:
+        if task not in self.tasks:
+            raise KeyError(f"{task!r} is no task of the model{nearest(task, self.tasks)}")
         return self._answers[task]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._answers)
+        return iter(self.tasks)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.tasks
 
     def __len__(self) -> int:
-        """Tasks, as of any mapping; the rows are `num_rows`."""
-        return len(self._answers)
+        return self.num_rows
+
+    def keys(self) -> Iterable[str]:
+        """The names of the tasks, so that `dict(predictions)` has their answers."""
+        return self.tasks.keys()
 
     def __repr__(self) -> str:
         return f"Predictions({self.num_rows} rows, tasks {', '.join(self)})"

@@ -30,7 +30,7 @@ class EncoderModel(MultiTaskModel):
     encoder_arguments: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As `MultiTaskModel.from_pretrained`; of a folder with adapters, a `PeftModel` on top of the encoder that they
         were made for, which `encoder_name` of the config names.
 
@@ -41,10 +41,11 @@ class EncoderModel(MultiTaskModel):
         """
         from hf_bilb.models.lora import adapter_folder, load_adapted  # which imports this module
 
-        folder = adapter_folder(pretrained_model_name_or_path, kwargs)
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        folder = None if name is None else adapter_folder(name, kwargs)
         if folder is not None:
             return load_adapted(cls, folder)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return super().from_pretrained(*args, output_loading_info=output_loading_info, **kwargs)
 
 
 def as_encoder_config(given: PretrainedConfig | Mapping[str, Any] | None, model_type: str) -> PretrainedConfig:

@@ -89,10 +89,15 @@ def read_table(file: Path, csv_options: CsvOptions) -> Table:
     Raises:
         OptionError: it is not there, is damaged, has no rows or is of a kind that is not known.
     """
+    check_there(file)
+    return _read(file, "test", csv_options, MISSING | frozenset(csv_options.missing))
+
+
+def check_there(file: Path) -> None:
+    """Raise `OptionError` where there is no such file; names the nearest one in its folder."""
     if not file.exists():
         near = [one.name for one in file.parent.iterdir()] if file.parent.is_dir() else []
         raise OptionError(f"there is no file {shown(str(file))}{nearest(file.name, near)}")
-    return _read(file, "test", csv_options, MISSING | frozenset(csv_options.missing))
 
 
 # --- which files --------------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""Files with the rows that were given and, as further columns, what a model says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_bilb.config.options import shown
+from hf_bilb.data.inputs.given import as_table
+from hf_bilb.data.own.csv_options import CsvOptions
+from hf_bilb.errors import OptionError, StorageError
+from hf_bilb.storage.folders import check_output_folder
+from hf_bilb.storage.writing import written_aside
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+
+def check_output(output: Path, source: Path, force: bool) -> None:
+    """Raise `OptionError` or `StorageError` where `output` cannot be, or shall not be, written."""
+    if output.suffix.lower() not in _WRITERS:
+        known = ", ".join(_WRITERS)
+        raise OptionError(f"--output: {shown(str(output))} is of no known kind, expected a name that ends in {known}")
+    if output.is_dir():
+        raise OptionError(f"--output: {shown(str(output))} is a folder")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise OptionError(f"--output: {shown(str(output))} is the file that is read")
+    if output.exists() and not force:
+        raise OptionError(f"--output: {shown(str(output))} is already there; --force writes over it")
+    if not output.parent.is_dir():
+        raise OptionError(f"--output: there is no folder {shown(str(output.parent))}")
+    check_output_folder(output.parent, "--output")
+
+
+def read_rows(file: Path, csv: CsvOptions) -> datasets.Dataset:
+    """The rows of a file as they are; raises as `read_table`."""
+    return as_table(file, csv, ()).rows
+
+
+def check_free(columns: list[str], added: list[str], name: str) -> None:
+    """Raise `OptionError` where a column that is to be added is there already."""
+    for column in added:
+        if column in columns:
+            raise OptionError(f"{name}: has a column {column!r} already; --prefix gives the predictions other names")
+
+
+def write_rows(rows: datasets.Dataset, added: Mapping[str, list[Any]], output: Path) -> None:
+    """Write the rows with further columns, aside and then renamed.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    frame = rows.with_format("pandas")[:].reset_index(drop=True)
+    for name, values in added.items():
+        frame[name] = values
+    try:
+        with written_aside(output) as aside:
+            _WRITERS[output.suffix.lower()](frame, aside)
+    except OSError as error:
+        raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from None
+
+
+def _write_csv(frame: pd.DataFrame, path: Path, separator: str = ",") -> None:
+    frame.map(_cell).to_csv(path, index=False, sep=separator, encoding="utf-8", lineterminator="\n")
+
+
+def _write_tsv(frame: pd.DataFrame, path: Path) -> None:
+    _write_csv(frame, path, "\t")
+
+
+def _write_jsonl(frame: pd.DataFrame, path: Path) -> None:
+    frame.map(_plain).to_json(path, orient="records", lines=True, force_ascii=False)
+
+
+def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_parquet(path, index=False)
+
+
+_WRITERS: dict[str, Callable[[Any, Path], None]] = {
+    ".csv": _write_csv,
+    ".tsv": _write_tsv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _cell(value: Any) -> Any:
+    """A list as JSON, which the data set `table` reads."""
+    value = _plain(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
