@@ -110,8 +110,6 @@ def training_arguments(recipe: Recipe, data: TaskData | None = None) -> BilevelM
         MissingPackageError: a package that `report_to` needs is not installed.
     """
     settings = dict(recipe.trainer)
-    if settings.get("hub_strategy", "end") == "end":
-        settings["push_to_hub"] = False  # the run pushes when it is measured; Trainer would, before it
     if data is not None:
         settings.update(task_names=list(data.task_names), label_names=list(data.label_names))
         settings.setdefault("batch_eval_metrics", data.metrics_by_batch)
@@ -212,9 +210,12 @@ def build_trainer(recipe: Recipe, data: TaskData, callbacks: Sequence[TrainerCal
     with preparing("model"):
         model = build_model(recipe, data)
     with preparing("trainer"):
+        args = training_arguments(recipe, data)
+        if recipe.trainer.get("hub_strategy", "end") == "end":
+            args.push_to_hub = False  # the run pushes when it is measured; Trainer would, before it
         trainer = BilevelMTLTrainer(
             model=model,
-            args=training_arguments(recipe, data),
+            args=args,
             train_dataset=data.train,
             eval_dataset=data.validation,
             data_collator=data.data_collator,
