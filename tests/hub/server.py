@@ -50,6 +50,7 @@ class Hub:
         self.dies_in_upload: int | None = None
         self.uploads: list[str] = []
         self.unanswered: list[str] = []
+        self.is_up = True
         self.lock = threading.Lock()
         self._server = self._listen(0)
         self._port = self._server.server_address[1]
@@ -63,13 +64,14 @@ class Hub:
         return self
 
     def stop(self) -> None:
-        """From now on, nobody answers."""
+        """From now on, nobody answers, on connections that are open neither."""
+        self.is_up = False
         self._server.shutdown()
         self._server.server_close()
 
     def start_again(self) -> None:
         """At the same address, with what came before it stopped."""
-        self.dies_in_upload = None
+        self.dies_in_upload, self.is_up = None, True
         self._server = self._listen(self._port)
         self.__enter__()
 
@@ -117,6 +119,10 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+
+    def parse_request(self) -> bool:
+        self.close_connection = not self.hub.is_up
+        return self.hub.is_up and super().parse_request()
 
     def log_message(self, *args: Any) -> None:
         """No log on the console."""
