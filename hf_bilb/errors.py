@@ -70,3 +70,7 @@ class MetricError(HfBilbError, ValueError):
 
 class StorageError(HfBilbError, OSError):
     """A folder or file that cannot be written to. One line that names the option, the path and the cause."""
+
+
+class HubError(HfBilbError, RuntimeError):
+    """The Hub cannot be reached, or did not do what it was asked for. One line that names the cause."""

@@ -21,6 +21,8 @@ from hf_bilb.engine.objective import Derivatives, differentiate
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+#: Pages whose Python needs a server, or what another command has left; their own test runs it.
+WITH_A_TEST_OF_THEIR_OWN = {"hub.md": "tests/hub/test_docs_hub.py"}
 BILB = PAGES["bilb_exactly.md"]
 
 
@@ -29,6 +31,7 @@ def blocks(language: str) -> list:
     return [
         pytest.param(block, id=f"{name}-{number}")
         for name, page in PAGES.items()
+        if language != "python" or name not in WITH_A_TEST_OF_THEIR_OWN
         for number, block in enumerate(found.findall(page))
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -62,6 +64,11 @@ class BalancerSpec:
     options: type[BalancerOptions]
     paper: str
     costs: tuple[Cost, ...]
+
+    @property
+    def equation(self) -> str:
+        """What the file of the method says first: the paper, its equations, and what their symbols are called here."""
+        return inspect.cleandoc(sys.modules[self.objective.__module__].__doc__ or "")
 
 
 _REGISTRY: dict[str, BalancerSpec] = {}

@@ -1,4 +1,4 @@
-"""The command line: `hf-bilb init | recipes | train | show | predict | evaluate | report | compare | balancers |
+"""The command line: `hf-bilb init | recipes | train | show | predict | evaluate | report | compare | push | balancers |
 prepare`.
 
 One file for each group of commands; what they do is in `hf_bilb.experiments`. Nothing heavy is imported for `--help`
@@ -14,6 +14,7 @@ from hf_bilb.cli.errors import TRACEBACK, OneLineUsage
 from hf_bilb.cli.init import init
 from hf_bilb.cli.predict import evaluate, predict
 from hf_bilb.cli.prepare import prepare
+from hf_bilb.cli.push import push
 from hf_bilb.cli.recipes import recipes
 from hf_bilb.cli.report import report
 from hf_bilb.cli.runs import compare, show, train
@@ -31,5 +32,5 @@ def main(traceback: bool) -> None:
     """Train one model on several tasks and keep the tasks in balance."""
 
 
-for command in (init, recipes, train, show, predict, evaluate, report, compare, balancers, prepare):
+for command in (init, recipes, train, show, predict, evaluate, report, compare, push, balancers, prepare):
     main.add_command(command)

@@ -232,9 +232,12 @@ def build_trainer(recipe: Recipe, data: TaskData, callbacks: Sequence[TrainerCal
     with preparing("model"):
         model = build_model(recipe, data)
     with preparing("trainer"):
+        args = training_arguments(recipe, data)
+        if recipe.trainer.get("hub_strategy", "end") == "end":
+            args.push_to_hub = False  # the run pushes when it is measured; Trainer would, before it
         trainer = BilevelMTLTrainer(
             model=model,
-            args=training_arguments(recipe, data),
+            args=args,
             train_dataset=data.train,
             eval_dataset=data.validation,
             data_collator=data.data_collator,

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hf_bilb.balancers.registry import get_balancer_spec
 from hf_bilb.data import MetricInfo, TaskData
 from hf_bilb.experiments.recipe import Recipe
 from hf_bilb.reporting.results import MetricResult, RunResults, as_json, finite
@@ -40,7 +43,17 @@ def collect_results(
         versions=_versions(),
         trivial_predictor=data.trivial_predictor,
         base_source=data.single_task_source,
+        about=_about(recipe, data),
     )
+
+
+def _about(recipe: Recipe, data: TaskData) -> dict[str, Any]:
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    spec = get_balancer_spec(recipe.balancer["name"])
+    return {
+        "rows": {name: len(part) for name, part in parts.items()},  # type: ignore[arg-type]  # map-style
+        "balancer": {"paper": spec.paper, "equation": spec.equation},
+    }
 
 
 def _metric_result(
@@ -74,9 +87,14 @@ def training_facts(trainer: BilevelMTLTrainer, metrics: Mapping[str, float], che
         "mean_loss": finite(metrics.get("train_loss")),
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
+        "device_name": _device_name(trainer.args.device),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def _versions() -> dict[str, str]:

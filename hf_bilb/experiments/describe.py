@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ def catalogue() -> Catalogue:
 def describe(name: str) -> BalancerEntry:
     """The registered balancer `name`; raises `OptionError` with the nearest name when there is none."""
     spec = get_balancer_spec(name, "NAME")
-    module = sys.modules[spec.objective.__module__]
     common = {option.name: option for option in options_table(BalancerOptions)}
     options = options_table(spec.options)
     own = [option for option in options if option.name not in common]
@@ -52,7 +50,7 @@ def describe(name: str) -> BalancerEntry:
         state=_state(spec),
         options=(*own, *changed),
         presets=spec.options.presets,
-        equation=inspect.cleandoc(module.__doc__ or ""),
+        equation=spec.equation,
         summary=inspect.cleandoc(spec.objective.__doc__ or ""),
         source=f"class {spec.objective.__qualname__} in {Path(inspect.getfile(spec.objective)).name}",
     )

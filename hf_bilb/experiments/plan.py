@@ -114,6 +114,11 @@ def plan_comparison(
         OptionError: at the first thing that is wrong.
     """
     shared = read_recipe(recipe, overrides)
+    if shared.trainer.get("push_to_hub"):
+        raise OptionError(
+            "trainer.push_to_hub: a comparison trains several models; set trainer.push_to_hub=false, and push the one "
+            "that you choose with hf-bilb push"
+        )
     asked = parse_balancers(balancers, shared.balancer)
     labels = tuple(balancer.label for balancer in asked)
     numbers = parse_seeds(seeds)

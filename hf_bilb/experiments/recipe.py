@@ -206,6 +206,11 @@ def _declared_trainer_fields() -> dict[str, Any]:
 
 
 def _check_trainer(section: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    if section.get("hub_token") is not None:  # its value is not shown
+        raise OptionError(
+            "trainer.hub_token: a recipe is written into the run's folder and pushed, token and all; set HF_TOKEN, or "
+            "log in once with `hf auth login`"
+        )
     for key, value in section.items():
         path = f"trainer.{key}"
         if key in _MANAGED_TRAINER_KEYS:

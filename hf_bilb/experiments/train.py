@@ -24,8 +24,11 @@ from hf_bilb.experiments.collect import collect_results, training_facts
 from hf_bilb.experiments.folder import enter_folder, write_image_gallery, write_recipe, write_run
 from hf_bilb.experiments.gallery import gallery_rows
 from hf_bilb.experiments.progress_bar import concise_progress, quieten
+from hf_bilb.experiments.push import prepare_push, push_after_training, push_command
 from hf_bilb.experiments.recipe import Recipe
+from hf_bilb.experiments.run_card import write_card
 from hf_bilb.experiments.timing import StepClock
+from hf_bilb.hub.repository import Repository
 from hf_bilb.reporting.results import RunResults
 from hf_bilb.storage.disk_full import disk_full_explained
 from hf_bilb.trainer.agreement import from_first_rank
@@ -37,8 +40,9 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     """Train as `recipe` says, measure once on `evaluation.split`, and write everything into `trainer.output_dir`.
 
     Written, by the main process: `recipe.yaml` (before training), checkpoints, the model, `trainer_state.json`,
-    `results.json`, `table.md`, `losses.png`, `weights.png`, of pixel-wise tasks `gallery.png`; the pictures are sent to
-    the trackers of `report_to`, too. Under several processes every rank calls this.
+    `results.json`, `table.md`, `losses.png`, `weights.png`, of pixel-wise tasks `gallery.png`, and the model card,
+    `README.md`; the pictures are sent to the trackers of `report_to`, too. With `trainer.push_to_hub` all of it is
+    pushed then, once. Under several processes every rank calls this.
 
     Args:
         recipe: from `read_recipe`.
@@ -48,6 +52,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         OptionError: settings that do not fit together, or a folder that already holds a run (without `resume`).
         CheckpointError: `resume` without a complete checkpoint, or one that belongs to another run; a full disk.
         FolderInUseError: another run is writing into the folder.
+        HubError: the Hub cannot be reached before the training, or took nothing after it: the run is complete then.
         MissingPackageError: the data set's package is not installed.
     """
     started = time.perf_counter()
@@ -60,10 +65,29 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
     folder = Path(args.output_dir)
     with contextlib.ExitStack() as held, disk_full_explained(folder):
         checkpoint = from_first_rank(lambda: enter_folder(folder, resume, held))
+        repository = from_first_rank(lambda: prepare_push(recipe))
         if state.is_main_process:
             write_recipe(recipe, folder, resume)
         set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
-        return _train_and_measure(recipe, data_options, callbacks, checkpoint, started)
+        results = _train_and_measure(recipe, data_options, callbacks, checkpoint, started)
+        if state.is_main_process:
+            _share(recipe, results, repository)
+        return results
+
+
+def _share(recipe: Recipe, results: RunResults, repository: Repository | None) -> None:
+    """Write the card and push. The other ranks do not wait for it: an upload may take longer than they would."""
+    folder = recipe.output_dir
+    name = folder.absolute().name if repository is None else repository.name
+    write_card(folder, results, name)
+    if repository is None:
+        return
+    click.echo(f"pushing to {repository.address}")
+    try:
+        click.echo(f"pushed to {push_after_training(recipe, repository)}")
+    except KeyboardInterrupt:
+        click.echo(f"{folder} is complete, but was not pushed; this pushes it: {push_command(folder, repository)}")
+        raise
 
 
 def _train_and_measure(
@@ -115,5 +139,5 @@ class FirstStep(TrainerCallback):
 
 def _save(trainer: BilevelMTLTrainer) -> None:
     """The model, for `hf_bilb.load` and `from_pretrained`, and the log."""
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # with `push_to_hub`, Trainer would push here, with nothing measured
     trainer.save_state()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_OF_PATTERNS = re.compile(r"[()*+?{}|^$\[\]\\]")
+
 
 def head_name(task: str) -> str:
-    """The attribute that holds the task's head."""
-    return f"head_{task}"
+    """The attribute that holds the task's head: `head_<task>`, and for signs of a pattern their numbers: `_28` for `(`.
+
+    transformers takes the names of weights for regular expressions when it loads them.
+    """
+    return "head_" + _OF_PATTERNS.sub(lambda sign: f"_{ord(sign[0]):x}", task)
 
 
 def joined_outputs(heads: Sequence[nn.Module], features: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class RunResults:
         versions: of Python and the libraries.
         trivial_predictor: what `MetricResult.trivial` is the result of.
         base_source: where `MetricResult.base` is from.
+        about: `rows`: part of the data -> number of rows; `balancer`: its `paper` and `equation`. Empty in older files.
         format: of this file.
     """
 
@@ -83,6 +84,7 @@ class RunResults:
     versions: dict[str, str] = field(default_factory=dict)
     trivial_predictor: str = "mean predictor"
     base_source: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 

@@ -266,11 +266,6 @@ class AtomicCheckpointTrainer(RestoringTrainer):
         self.state.best_metric, self.state.best_global_step = before
         return False
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer pushes while the checkpoint is still staged; `_save_checkpoint` does it once it is in place.
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     # --- loading -------------------------------------------------------------------------------------------------
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

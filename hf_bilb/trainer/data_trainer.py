@@ -17,7 +17,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import has_length
 
 from hf_bilb.errors import OptionError
-from hf_bilb.trainer.checkpoint_trainer import AtomicCheckpointTrainer
 from hf_bilb.trainer.data_position import (
     DataPosition,
     SavedPosition,
@@ -26,6 +25,7 @@ from hf_bilb.trainer.data_position import (
     read_position,
     write_position,
 )
+from hf_bilb.trainer.hub_trainer import HubTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Filler(dict[str, Any]):
     """
 
 
-class DataTrainer(AtomicCheckpointTrainer):
+class DataTrainer(HubTrainer):
     """Counts the passes over the training data and the updates of each, and resumes by that count.
 
     `Trainer` takes the position from `global_step` and the number of updates in a pass, which it does not know for data

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ from hf_bilb.engine.records import Phase
 from hf_bilb.engine.replay import unchanged
 from hf_bilb.engine.weighting import share_of_window
 from hf_bilb.errors import NonFiniteLossError, TaskLossError, TrainerError
+from hf_bilb.hub.card import CARD_FILE, card_text, is_written_by_hand
 from hf_bilb.losses.contract import TaskLosses, short_names
+from hf_bilb.storage.writing import write_text
 from hf_bilb.trainer import checkpointing, compat
 from hf_bilb.trainer.accumulation import WindowCounter
 from hf_bilb.trainer.arguments import AS_IT_IS, OWN_FIELDS, as_bilevel_arguments, is_task_loss
@@ -54,6 +57,7 @@ from hf_bilb.trainer.losses_trainer import (
     tensors_in,
 )
 from hf_bilb.trainer.metrics_by_task import Metrics, MetricsByTask
+from hf_bilb.trainer.model_card import trainer_facts
 from hf_bilb.trainer.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.trainer.sampling import build_task_sampler, set_sampler_epoch
 from hf_bilb.trainer.step import GRADIENT, OptimizerStep, Part, Problem
@@ -292,6 +296,45 @@ class BilevelMTLTrainer(TaskLossTrainer):
         if self._task_sampling is not None:
             done = self.data_position.skipped_updates * self.args.gradient_accumulation_steps
             set_sampler_epoch(dataloader, epoch, done)
+
+    # --- the Hub -------------------------------------------------------------------------------------------------
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """As in `Trainer`: write `README.md` into the output folder. It tells of tasks, metrics and balancer.
+
+        Args:
+            language, license, tags, model_name: for the head of the card.
+            finetuned_from: the model on the Hub that this one was made from.
+            tasks: the Hub's word for what the model does; of several, the first.
+            dataset_tags: the data set's name on the Hub; of several, the first.
+            dataset, dataset_args: the data set's name for a reader.
+        """
+        path = Path(self.args.output_dir) / CARD_FILE
+        if not self.is_world_process_zero():
+            return
+        if path.is_file() and is_written_by_hand(path.read_text(encoding="utf-8")):
+            return
+        given = {
+            "language": _several(language),
+            "license": license,
+            "tags": _several(tags),
+            "base_model": finetuned_from,
+            "pipeline_tag": next(iter(_several(tasks)), None),
+            "hub_data": next(iter(_several(dataset_tags)), None),
+            "data": ", ".join((*_several(dataset), *_several(dataset_args))),
+        }
+        write_text(path, card_text(trainer_facts(self, model_name, **given)))
 
     # --- one batch -----------------------------------------------------------------------------------------------
 
@@ -717,3 +760,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
             checkpointing.load_balancer(best, self.balancer)
         elif self._is_balancing():
             logger.warning("%s holds no balancer state (save_only_model): the balancer stays at the last step", best)
+
+
+def _several(given: str | list[str] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)

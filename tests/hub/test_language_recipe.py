@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 
 from tests.data.glue_files import write_glue
 from tests.data.language_files import write_language_model
 from tests.hub.language_worker import ADAPTERS, BASE
-from tests.hub.server import Hub
+from tests.hub.server import Hub, card_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,11 @@ def test_the_recipe_takes_its_model_from_the_hub_and_gives_adapters_back(tmp_pat
         pushed = hub.repos[ADAPTERS]
     assert {"adapter_model.safetensors", "tokenizer.json"} <= pushed.keys() and "model.safetensors" not in pushed
     assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == BASE
+    card = ModelCard(pushed["README.md"].decode())
+    assert card_errors(card.content) == []
+    assert (card.data.base_model, card.data.base_model_relation) == (BASE, "adapter")
+    assert card.data.datasets is None and card.data.pipeline_tag == "text-generation" and "lora" in card.data.tags
+    assert f"hf_bilb.load({ADAPTERS!r})" in card.content and "better than that" in card.content
     found = torch.load(tmp_path / "found.pt")
     assert torch.equal(found["auto"], found["peft"])
     assert (found["auto"] - found["base"]).abs().max() > 1e-2

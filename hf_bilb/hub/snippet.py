@@ -1,0 +1,72 @@
+"""Python code that loads a model and predicts with it, for the card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_bilb.errors import one_line
+
+
+def snippet(name: str, saved: Mapping[str, Any]) -> str:
+    """Code that runs as it is, where the files that it names are there.
+
+    Args:
+        name: of the repository, or a folder.
+        saved: the content of `hf_bilb.json`; empty where the model has none.
+    """
+    trusted = ", trust_remote_code=True" if saved.get("module") else ""
+    lines = ["import hf_bilb", "", f"model = hf_bilb.load({name!r}{trusted})"]
+    inputs = saved.get("inputs") or {"kind": "none"}
+    lines += _READS.get(inputs["kind"], _nothing)(inputs)
+    return "\n".join(lines)
+
+
+def _text(inputs: Mapping[str, Any]) -> list[str]:
+    if inputs["are_words"]:
+        rows = "[['One', 'row', 'is', 'a', 'list', 'of', 'words', '.']]"
+    elif max(map(len, inputs["columns"])) > 1:
+        rows = "[('The first text.', 'The second text.')]"
+    else:
+        rows = "['One text.', 'Another text.']"
+    return [*_columns(column for choice in inputs["columns"] for column in choice), *_predicted(rows)]
+
+
+def _image(inputs: Mapping[str, Any]) -> list[str]:
+    return _predicted("['photo.jpg']")
+
+
+def _table(inputs: Mapping[str, Any]) -> list[str]:
+    return [*_columns([*inputs["numeric"], *inputs["categorical"]]), *_predicted("'rows.csv'")]
+
+
+def _molecules(inputs: Mapping[str, Any]) -> list[str]:
+    return _predicted("['CCO', 'c1ccccc1']")
+
+
+def _prompts(inputs: Mapping[str, Any]) -> list[str]:
+    return ["answers = model.predict(['A prompt.'])", "print(answers[0])"]
+
+
+def _nothing(inputs: Mapping[str, Any]) -> list[str]:
+    return ["network = model.model  # a torch.nn.Module"]
+
+
+_READS = {
+    "text": _text,
+    "image": _image,
+    "table": _table,
+    "features": _table,
+    "smiles": _molecules,
+    "prompt": _prompts,
+}
+
+
+def _predicted(rows: str) -> list[str]:
+    return [f"predictions = model.predict({rows})", "print(predictions.to_pandas())"]
+
+
+def _columns(names: Any, most: int = 8) -> list[str]:
+    known: Sequence[str] = [one_line(name, 40) for name in dict.fromkeys(names)]
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return [f"# a file or a DataFrame has the columns {', '.join(known[:most])}{more}"] if known else []

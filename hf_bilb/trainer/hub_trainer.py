@@ -1,0 +1,57 @@
+"""A `transformers.Trainer` that pushes a checkpoint as a whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
+
+from hf_bilb.hub.files import LAST_CHECKPOINT, REPLACED, files_of, model_files
+from hf_bilb.hub.repository import Repository, push_files
+from hf_bilb.trainer.checkpoint_trainer import AtomicCheckpointTrainer
+
+
+class HubTrainer(AtomicCheckpointTrainer):
+    """Pushes in the middle of a training as `hub_strategy` says, in the background, each time in one commit.
+
+    `Trainer` commits model and checkpoint apart, and large ones in several parts: a run that is killed meanwhile leaves
+    half a checkpoint on the Hub. A push that fails is made up for by the next one.
+    """
+
+    push_in_progress: Any
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer asks while the checkpoint is still staged; `_save_checkpoint` asks once it is in place.
+        strategy = self.args.hub_strategy
+        if self._staging is not None or strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if self._is_pushing() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder = Path(checkpoint_folder)
+        files: dict[str, Path | bytes] = dict(model_files(folder))
+        replaced, message = list(REPLACED), self._progress()
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = LAST_CHECKPOINT if strategy == HubStrategy.CHECKPOINT else folder.name
+            files |= files_of(folder, place)
+            replaced.append(f"{place}/*")
+            message += ", checkpoint"
+        repository = Repository(
+            str(self.hub_model_id), None, self.args.hub_revision, self.args.hub_token, "hub_model_id"
+        )
+        job = HfApi().run_as_future(push_files, repository, files, message, replaced)
+        if self._is_pushing():
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _is_pushing(self) -> bool:
+        return self.push_in_progress is not None and not self.push_in_progress.is_done()
+
+    def _progress(self) -> str:
+        by_epoch = self.args.save_strategy == SaveStrategy.EPOCH
+        where = f"epoch {int(self.state.epoch or 0)}" if by_epoch else f"step {self.state.global_step}"
+        return f"Training in progress, {where}"
