@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from hf_bilb.config.options import shown
 from hf_bilb.data.own.files import Table
 from hf_bilb.data.own.words import word_of
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.masked import MISSING_INTEGER
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +55,11 @@ class Words:
         """`[N]`, the number of each word; -1 where missing, `unknown` where it has none."""
         table = np.array([*(places.get(word, unknown) for word in self.known), -1], np.int64)
         return table[self.codes]
+
+    def without(self, missing: Collection[str]) -> Words:
+        """The same, but that these words are missing ones."""
+        table = np.array([*(-1 if word in missing else code for code, word in enumerate(self.known)), -1], np.int64)
+        return Words(table[self.codes], self.known, self.declared)
 
     def used(self, rows: NDArray[np.int64]) -> tuple[str, ...]:
         """The different words of these rows."""
@@ -127,7 +134,7 @@ def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
     return Words(table[codes], known)
 
 
-_BITS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+_BITS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, str(MISSING_INTEGER): np.nan}
 
 
 def bits(table: Table, column: str) -> NDArray[np.float64]:
@@ -213,23 +220,44 @@ def _parsed_lists(table: Table, column: str, array: pa.Array) -> list[list[str |
     found: list[list[str | None] | None] = []
     for row, cell in enumerate(array.to_pylist()):
         text = "" if cell is None else cell.strip()
-        value = None if text in table.missing else _literal(text)
-        if value is not None and not isinstance(value, list):
-            raise OptionError(f"data: {table.place(row)}: column {column!r} is {shown(text)}, expected a list")
-        found.append(None if value is None else [None if one is None else str(one) for one in value])
+        value = None if text in table.missing else _parsed_list(text)
+        if value is None and text not in table.missing:
+            cut = ", which is cut short" if _CUT_SHORT.search(text) else ""
+            raise OptionError(f"data: {table.place(row)}: column {column!r} is {shown(text)}{cut}, expected a list")
+        found.append(value)
     return found
 
 
-def _literal(text: str) -> Any:
-    """A list as JSON or as Python writes it; what is none comes back as it is."""
+_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+_BARE = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?inf|nan|None|True|False"
+_ELEMENT = rf"(?:np\.\w+\()?(?P<value>{_QUOTED}|{_BARE})\)?"
+_VALUE = re.compile(_ELEMENT, re.DOTALL)
+_PLAIN = _ELEMENT.replace("?P<value>", "?:")
+#: As Python prints a list, or NumPy an array: with a comma, or white space, between any two elements.
+_LISTS = tuple(
+    re.compile(rf"\[\s*(?:{_PLAIN}(?:{between}{_PLAIN})*)?{end}\s*\]", re.DOTALL)
+    for between, end in ((r"\s*,\s*", r"\s*,?"), (r"\s+", ""))
+)
+_CUT_SHORT = re.compile(r"[\s\[]\.\.\.[\s\]]")  # as NumPy prints a long array
+
+
+def _parsed_list(text: str) -> list[str | None] | None:
+    """A list as JSON, Python or NumPy writes it; None: it is none."""
     try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
+        return [None if one is None else str(one) for one in value]
+    if not any(form.fullmatch(text) for form in _LISTS):
+        return None
+    return [_parsed_element(found["value"]) for found in _VALUE.finditer(text)]
+
+
+def _parsed_element(text: str) -> str | None:
+    if text in ("None", "nan"):
+        return None
+    return str(ast.literal_eval(text)) if text[0] in "'\"" else text
 
 
 # --- arrow --------------------------------------------------------------------------------------------------------

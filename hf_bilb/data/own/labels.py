@@ -235,6 +235,8 @@ class _Reader:
     ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         """The classes, and each value's number among them, -1 where missing."""
         column = self.columns[0]
+        # As in labels of PyTorch and Hugging Face.
+        found = found.without({str(MISSING_INTEGER)} - self._kept)
         self._check_some(found.codes[train] >= 0, column)
         given = self.options.class_words
         groups = given or {word: (word,) for word in (found.known if found.declared else in_order(found.used(train)))}

@@ -9,7 +9,7 @@ from typing import Any
 
 #: What an empty cell is also written as: by JSON, pandas, Python.
 MISSING = frozenset({"", "null", "NaN", "nan", "None"})
-_WHOLE = re.compile(r"([-+]?\d+)\.0+")
+_WHOLE = re.compile(r"([-+]?\d+)\.0*")
 
 
 def word_of(value: Any) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
+from hf_bilb.data.own.columns import words_of
 from hf_bilb.losses.task_types import TaskType
 from tests.data.own.tables import labels, load, three_parts, write_csv, write_jsonl
 
@@ -235,6 +237,35 @@ def test_numbers_and_categories(tmp_path: Path) -> None:
     arguments = data.model_arguments
     assert arguments["categories"] == {"c": ["a", "b"], "d": ["9", "10"]}
     assert arguments["numeric_names"] == ["n", "m"] and arguments["numeric_means"] == pytest.approx([3, 17 / 3])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_minus_100_is_a_missing_class_but_a_number(tmp_path: Path, kind: str) -> None:
+    """As in integer labels of PyTorch and Hugging Face."""
+    frame = pd.DataFrame({"x": [1, 2, 3, 4], "c": [1, -100, 0, 1], "b": [1, 0, -100, 1], "y": [5, -100, 7, 8]})
+    file = str(tmp_path / f"a.{kind}")
+    frame.to_csv(file, index=False) if kind == "csv" else frame.to_json(file, orient="records", lines=True)
+    tasks = {
+        "c": {"type": "classification"},
+        "b": {"type": "multi_label"},
+        "y": {"type": "regression", "standardize": False},
+    }
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks=tasks)
+    assert data.model_arguments["tasks"]["c"].size == 2
+    expected = [[1, 1, 5], [NAN, 0, -100], [0, NAN, 7], [1, 1, 8]]
+    assert np.array_equal(labels(data), np.float32(expected), equal_nan=True)
+
+
+def test_minus_100_is_missing_among_declared_classes() -> None:
+    found = words_of(pa.array([1, -100, 0, None]), datasets.ClassLabel(names=["no", "yes"]), frozenset())
+    assert found.codes.tolist() == [1, -1, 0, -1] and found.known == ("no", "yes")
+
+
+def test_minus_100_is_a_class_where_the_recipe_says_so(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,c\n1,-100\n2,5\n3,-100.0")
+    task = {"type": "classification", "classes": [-100, 5]}
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"c": task})
+    assert labels(data)[:, 0].tolist() == [0, 1, 0]
 
 
 def test_a_part_without_labels_of_a_task_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

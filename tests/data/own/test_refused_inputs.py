@@ -356,6 +356,16 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"tasks": {"kind": {"type": "multi_label"}}},
         "data: {dir}/test.csv, row 3: column 'kind' is 'spam', expected a list",
     ),
+    "neighbours without a comma": (
+        {"train.csv": OF_KINDS, "validation.csv": OF_KINDS, "test.csv": OF_KINDS + "y,\"['ad', 'a' 'd']\"\n"},
+        {"tasks": {"kind": {"type": "multi_label"}}},
+        "data: {dir}/test.csv, row 3: column 'kind' is \"['ad', 'a' 'd']\", expected a list",
+    ),
+    "list that NumPy cut short": (
+        {"train.csv": OF_KINDS, "validation.csv": OF_KINDS, "test.csv": OF_KINDS + "y,['ad' ... 'ad']\n"},
+        {"tasks": {"kind": {"type": "multi_label"}}},
+        "data: {dir}/test.csv, row 3: column 'kind' is \"['ad' ... 'ad']\", which is cut short, expected a list",
+    ),
     "lists where numbers should be": (
         jsonl(), {**OF_TAGS, "tasks": {"tags": STARS}},
         "data: {dir}/train.jsonl: column 'tags' holds lists, expected numbers",

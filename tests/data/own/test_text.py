@@ -109,6 +109,33 @@ def test_the_first_token_of_a_word_has_its_label(tmp_path: Path, kind: str) -> N
     assert "tags_f1_entity" in data.trivial_metrics
 
 
+@pytest.mark.parametrize("made", [np.array, lambda words: list(np.array(words)), list])
+def test_lists_as_pandas_writes_them(tmp_path: Path, encoder: str, made: Any) -> None:
+    """Arrays of NumPy have no commas, lists of its strings have `np.str_` around them."""
+    import pandas as pd
+
+    rows = [
+        {name: made(row[name]) for name in ("words", "tags")}
+        for row in WORDS
+        if row["tags"] and None not in row["tags"]
+    ]
+    pd.DataFrame([*rows, {"words": made(["it's", 'a "cat"']), "tags": made(["O", "B-animal"])}]).to_csv(
+        tmp_path / "a.csv"
+    )
+    files = three_parts(str(tmp_path / "a.csv"))
+    data = load(files=files, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=encoder)
+    assert data.model_arguments["tasks"]["tags"].names == ("B-animal", "O")
+    found = [[int(tag) for tag in data.test[row]["tag_labels"][:, 0] if tag >= 0] for row in range(2)]
+    assert found == [[1, 0, 1], [1, 0]]
+
+
+def test_a_word_tagged_minus_100_has_no_label(tmp_path: Path, encoder: str) -> None:
+    files = three_parts(write_jsonl(tmp_path / "a.jsonl", [{"words": ["the", "cat", "ran"], "tags": [0, 1, -100]}]))
+    data = load(files=files, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=encoder)
+    assert data.model_arguments["tasks"]["tags"].names == ("0", "1")
+    assert data.train[0]["tag_labels"][:, 0].tolist() == [-100, 0, 1, -100, -100]
+
+
 def test_tasks_of_words_alone_have_no_labels_of_rows(tmp_path: Path, encoder: str) -> None:
     files = three_parts(write_jsonl(tmp_path / "a.jsonl", WORDS))
     data = load(files=files, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=encoder)
