@@ -114,7 +114,7 @@ def words(table: Table, column: str, kept: Collection[str] = ()) -> Words:
     array = _column(table, column)
     if _is_list(array.type) or pa.types.is_struct(array.type) or pa.types.is_binary(array.type):
         raise _of_wrong_type(table, column, array, "words or numbers")
-    return words_of(array, table.rows.features[column], table.missing - set(kept))
+    return words_of(array, table.features[column], table.missing - set(kept))
 
 
 def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
@@ -168,7 +168,7 @@ def holds_images(table: Table, column: str) -> bool:
     import datasets
     import pyarrow as pa
 
-    feature = table.rows.features[column]
+    feature = table.features[column]
     kind = table.rows.data.schema.field(column).type
     return isinstance(feature, datasets.Image) or pa.types.is_binary(kind) or pa.types.is_struct(kind)
 
@@ -190,7 +190,7 @@ def lists(table: Table, column: str) -> Lists:
     import pyarrow.compute as pc
 
     array = _column(table, column)
-    feature = table.rows.features[column]
+    feature = table.features[column]
     if pa.types.is_string(array.type):
         array, feature = pa.array(_parsed_lists(table, column, array), pa.list_(pa.string())), None
     elif pa.types.is_null(array.type):
@@ -265,8 +265,9 @@ def _parsed_element(text: str) -> str | None:
 
 def _column(table: Table, column: str) -> pa.Array:
     """The column as one array; text as `string`, whatever kind of it."""
-    whole = table.rows.select_columns([column]).with_format("arrow")[:]
-    return _plain(whole.column(0).combine_chunks())
+    # Methods of `datasets` would copy the whole schema for each column.
+    whole, order = table.rows.data.column(column), table.rows._indices
+    return _plain((whole if order is None else whole.take(order.column(0))).combine_chunks())
 
 
 def _plain(array: pa.Array) -> pa.Array:

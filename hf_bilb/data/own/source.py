@@ -113,9 +113,9 @@ def _check_split_columns(options: SourceOptions, tables: Sequence[Table]) -> Non
 
 def _check_column(path: str, column: str, tables: Sequence[Table]) -> None:
     for table in tables:
-        known = table.rows.column_names
-        if column in known:
+        if column in table.features:
             continue
+        known = list(table.features)
         if table is not tables[0]:
             raise OptionError(f"data: {table.name} has no column {column!r}, which {tables[0].name} has ({path})")
         hint = nearest(column, known) or f" (it has {', '.join(known)}{_delimiter_hint(known)})"

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from hf_bilb.data.own.columns import words_of
+from hf_bilb.data.own.columns import numbers, texts, words_of
+from hf_bilb.data.own.files import Table
 from hf_bilb.losses.task_types import TaskType
 from tests.data.own.tables import labels, load, three_parts, write_csv, write_jsonl
 
@@ -266,6 +267,21 @@ def test_minus_100_is_a_class_where_the_recipe_says_so(tmp_path: Path) -> None:
     task = {"type": "classification", "classes": [-100, 5]}
     data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"c": task})
     assert labels(data)[:, 0].tolist() == [0, 1, 0]
+
+
+def test_columns_of_rows_in_another_order() -> None:
+    rows = datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "c": ["a", "b", None, "d"]}).select([3, 0, 2])
+    table = Table("rows", rows, Path())
+    assert numbers(table, "x").tolist() == [4, 1, 3] and texts(table, "c") == ["d", "a", ""]
+
+
+def test_a_column_is_read_without_a_copy_of_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` copies for each column makes wide tables quadratic in their columns."""
+    table = Table("rows", datasets.Dataset.from_dict({f"c{number}": [1, 2] for number in range(50)}), Path())
+    copies = []
+    monkeypatch.setattr("copy.deepcopy", lambda value, *_: copies.append(value) or value)
+    assert [numbers(table, f"c{number}").sum() for number in range(50)] == [3.0] * 50
+    assert len(copies) <= 1
 
 
 def test_a_part_without_labels_of_a_task_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
