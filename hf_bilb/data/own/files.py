@@ -12,10 +12,12 @@ import json
 import lzma
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.cache import short_hash
 from hf_bilb.data.checks import loading_from_hub
 from hf_bilb.data.own.options import CsvOptions, Patterns, SourceOptions
 from hf_bilb.data.own.words import MISSING
@@ -55,6 +57,11 @@ class Table:
     rows: datasets.Dataset
     folder: Path
     missing: frozenset[str] = MISSING
+
+    @cached_property
+    def features(self) -> datasets.Features:
+        """The types of the columns, as `datasets` has them; it copies them whenever it is asked."""
+        return self.rows.features
 
     def place(self, row: int) -> str:
         """A row for messages; the first one is 1."""
@@ -201,8 +208,16 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
         encoding="utf-8-sig",
         # A carriage return alone ends no row, where rows end with a line feed.
         lineterminator=None if _has_windows_lines(file) else "\n",
+        hash=_state(file),
         **layout,
     )
+
+
+def _state(file: Path) -> str:
+    """Names the rows of a file in the cache of `datasets`, which by itself takes a file for unchanged whose path and
+    time of change are the same: so they are after `rsync -t` and `cp -p`."""
+    facts = file.stat()
+    return short_hash(f"{facts.st_size} {facts.st_ctime_ns} {facts.st_ino}")
 
 
 def _has_windows_lines(file: Path) -> bool:
@@ -241,7 +256,7 @@ def _read_json(file: Path) -> datasets.Dataset | None:
         if not any(line.strip() for line in stream):
             return None
     try:
-        return datasets.Dataset.from_json(str(file))
+        return datasets.Dataset.from_json(str(file), hash=_state(file))
     except (*_UNREADABLE, datasets.exceptions.DatasetsError):
         _check_json_lines(file)
         raise
@@ -269,7 +284,7 @@ def _read_parquet(file: Path) -> datasets.Dataset | None:
 
     if not pyarrow.parquet.read_metadata(file).num_rows:
         return None
-    return datasets.Dataset.from_parquet(str(file))
+    return datasets.Dataset.from_parquet(str(file), hash=_state(file))
 
 
 # --- folders that `datasets` saved, and the hub -------------------------------------------------------------------
