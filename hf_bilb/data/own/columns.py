@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+_LARGEST = float(np.finfo(np.float32).max)  # models and losses compute in 32 bits
+
+
 @dataclass(frozen=True)
 class Words:
     """N words out of a few: `codes [N]` int64, positions in `known`, -1 where missing.
@@ -90,6 +93,12 @@ def numbers(table: Table, column: str) -> NDArray[np.float64]:
     infinite = np.flatnonzero(np.isinf(values))
     if infinite.size:
         raise OptionError(f"data: {table.place(infinite[0])}: column {column!r} is infinite, expected a finite number")
+    huge = np.flatnonzero(np.abs(values) > _LARGEST)
+    if huge.size:
+        raise OptionError(
+            f"data: {table.place(huge[0])}: column {column!r} is {values[huge[0]]:g}, expected a number that 32 bits "
+            f"hold, up to {_LARGEST:.2g}"
+        )
     return values
 
 

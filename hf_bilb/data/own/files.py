@@ -10,7 +10,7 @@ import gzip
 import itertools
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -185,6 +185,8 @@ def _reading(file: Path) -> Iterator[None]:
 def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     """Every cell as text: what is a number, and what is missing, is decided column by column."""
     import datasets
+    import pyarrow as pa
+    import pyarrow.compute
 
     tabs = _ending(file) in _TABS
     quotes = not tabs if options.quotes is None else options.quotes
@@ -198,7 +200,8 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     header, is_first_row, has_rows = _header(file, options.columns, layout, comments)
     if not has_rows:
         return None
-    return datasets.Dataset.from_csv(
+    windows = _has_windows_lines(file)
+    rows = datasets.Dataset.from_csv(
         str(file),
         features=datasets.Features({name: datasets.Value("string") for name in header}),
         names=header,
@@ -207,9 +210,34 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
         na_filter=False,
         encoding="utf-8-sig",
         # A carriage return alone ends no row, where rows end with a line feed.
-        lineterminator=None if _has_windows_lines(file) else "\n",
-        hash=_state(file),
+        lineterminator=None if windows else "\n",
+        dataset_name=f"file_{_state(file)}",
         **layout,
+    )
+    last = rows.data.column(len(header) - 1)
+    if pa.compute.any(pa.compute.equal(last, "")).as_py():  # pandas fills short rows with empty cells
+        _check_cells(file, layout, comments + (not is_first_row), len(header), windows)
+    return rows
+
+
+def _check_cells(file: Path, layout: Mapping[str, Any], skipped: int, expected: int, windows: bool) -> None:
+    """Raise `OptionError` for the first row that has fewer cells than there are columns."""
+    with _open(file, newline="" if windows else "\n") as stream:
+        # What ends no row for pandas shall end none for `csv`.
+        lines = stream if windows else (line.replace("\r\n", "\n").replace("\r", " ") for line in stream)
+        rows = filter(None, _cells(itertools.islice(lines, skipped, None), layout))
+        for number, cells in enumerate(rows, 1):
+            if len(cells) < expected:
+                raise _wrong_number(file, number, len(cells), expected)
+
+
+def _wrong_number(file: Path, row: int, found: int, expected: int) -> OptionError:
+    return OptionError(f"data: {file}, row {row}: has {found} cells, expected {expected}, one for each column")
+
+
+def _cells(lines: Iterable[str], layout: Mapping[str, Any]) -> Iterator[list[str]]:
+    return csv.reader(
+        lines, delimiter=layout["sep"], quoting=layout["quoting"], skipinitialspace=layout["skipinitialspace"]
     )
 
 
@@ -231,12 +259,7 @@ def _header(
 ) -> tuple[list[str], bool, bool]:
     """The columns' names, whether the first line is a row, and whether there is one."""
     with _open(file) as stream:
-        lines = csv.reader(
-            itertools.islice(stream, comments, None),
-            delimiter=layout["sep"],
-            quoting=layout["quoting"],
-            skipinitialspace=layout["skipinitialspace"],
-        )
+        lines = _cells(itertools.islice(stream, comments, None), layout)
         top = [name.strip() for name in next(lines, [])]
         is_row = columns is not None and 2 * len(set(columns) & set(top)) <= len(columns)
         header = list(columns) if columns is not None and is_row else top
@@ -245,7 +268,7 @@ def _header(
         raise OptionError(f"data: {file}: the column {min(repeated)!r} stands twice in the first line")
     # pandas would take the first cells for the rows' names, and give every column the values of its neighbour.
     if first is not None and len(first) > len(header):
-        raise OptionError(f"data: {file}, row 1: has {len(first)} cells, expected {len(header)}, one for each column")
+        raise _wrong_number(file, 1, len(first), len(header))
     return header, is_row, first is not None
 
 
@@ -256,7 +279,7 @@ def _read_json(file: Path) -> datasets.Dataset | None:
         if not any(line.strip() for line in stream):
             return None
     try:
-        return datasets.Dataset.from_json(str(file), hash=_state(file))
+        return datasets.Dataset.from_json(str(file), dataset_name=f"file_{_state(file)}")
     except (*_UNREADABLE, datasets.exceptions.DatasetsError):
         _check_json_lines(file)
         raise
@@ -284,7 +307,7 @@ def _read_parquet(file: Path) -> datasets.Dataset | None:
 
     if not pyarrow.parquet.read_metadata(file).num_rows:
         return None
-    return datasets.Dataset.from_parquet(str(file), hash=_state(file))
+    return datasets.Dataset.from_parquet(str(file), dataset_name=f"file_{_state(file)}")
 
 
 # --- folders that `datasets` saved, and the hub -------------------------------------------------------------------

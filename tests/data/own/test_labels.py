@@ -284,6 +284,16 @@ def test_a_column_is_read_without_a_copy_of_all_others(monkeypatch: pytest.Monke
     assert len(copies) <= 1
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_empty_last_cells_and_lines_are_no_short_rows(tmp_path: Path, end: str) -> None:
+    cells = ["x,c,y", '1,"a', 'b",', "", "2,c\rd," if end == "\n" else "2,c,", "3,c,7"]
+    (tmp_path / "a.csv").write_bytes(end.join([*cells, ""]).encode())
+    file = three_parts(str(tmp_path / "a.csv"))
+    tasks = {"y": {"type": "regression", "standardize": False}}
+    data = load(files=file, inputs={"numeric": ["x"]}, tasks=tasks)
+    assert len(data.test) == 3 and labels(data)[:, 0].tolist() == [7]
+
+
 def test_a_part_without_labels_of_a_task_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = write_csv(tmp_path / "train.csv", "x,y,z\n1,5,1\n3,4,2\n")
     test = write_csv(tmp_path / "test.csv", "x,y,z\n1,5,\n3,4,\n")

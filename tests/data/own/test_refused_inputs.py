@@ -226,6 +226,14 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"test.csv": "body,stars,topic\nx,y,1,cats\n"}, {},
         "data: {dir}/test.csv, row 1: has 4 cells, expected 3, one for each column",
     ),
+    "row that is too short": (
+        {"test.csv": "body,stars,topic\n\nx,1,\ny,2\nz,3,cats\n"}, {},
+        "data: {dir}/test.csv, row 2: has 2 cells, expected 3, one for each column",
+    ),
+    "more names of columns than cells": (
+        {"test.csv": "x,1,cats\ny,2,dogs\n"}, {"csv": {"columns": ["body", "stars", "topic", "more"]}},
+        "data: {dir}/test.csv, row 1: has 3 cells, expected 4, one for each column",
+    ),
     "column that stands twice": (
         {"test.csv": "body,stars,stars\nx,1,2\n"}, {},
         "data: {dir}/test.csv: the column 'stars' stands twice in the first line",
@@ -295,6 +303,14 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "infinite label": (
         {"train.csv": GOOD + "x,inf,cats\n"}, {},
         "data: {dir}/train.csv, row 5: column 'stars' is infinite, expected a finite number",
+    ),
+    "label beyond 32 bits": (
+        {"train.csv": GOOD + "x,-1e39,cats\n"}, {},
+        "data: {dir}/train.csv, row 5: column 'stars' is -1e+39, expected a number that 32 bits hold, up to 3.4e+38",
+    ),
+    "input beyond 32 bits": (
+        {"test.csv": "body,stars,topic\nx,1e200,cats\n"}, OF_NUMBERS,
+        "data: {dir}/test.csv, row 1: column 'stars' is 1e+200, expected a number that 32 bits hold, up to 3.4e+38",
     ),
     "word in a numeric input": (
         {"test.csv": "body,stars,topic\nx,?,cats\n"}, OF_NUMBERS,
