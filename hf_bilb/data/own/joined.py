@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from hf_bilb.data.cache import cache_root
 from hf_bilb.data.own.images import FoundFiles, find_images
 from hf_bilb.data.own.labels import Tags, TaskLabels, read_labels
+from hf_bilb.data.own.leaks import warn_of_leaks
 from hf_bilb.data.own.options import OwnDataOptions
 from hf_bilb.data.own.pixels import Frames
 from hf_bilb.data.own.source import Source, open_source
@@ -96,6 +97,7 @@ def join_sources(options: OwnDataOptions) -> Joined:
     """Open every source and read the labels of every task; find the images."""
     of_sources = options.sources()
     sources = tuple(map(open_source, of_sources))
+    warn_of_leaks(sources)
     source_of = {name: number for number, one in enumerate(of_sources) for name in one.tasks}
     images = find_images(sources) if options.kind == "image" else None
     root = cache_root(options.cache_dir)

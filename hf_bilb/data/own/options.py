@@ -58,7 +58,9 @@ class SplitOptions:
 
     Attributes:
         validation, test: shares of the rows.
-        group_by: a column; rows with the same value in it never lie in two parts.
+        group_by: a column; rows with the same value in it never lie in two parts. Of tasks with rows of their own, the
+            same value goes into the same part in all tasks that have the same shares and seed; `validation` and `test`
+            are then shares of the values, not of the rows.
         stratify_by: a column; the parts have the same shares of each of its values.
         seed: of the choice.
     """

@@ -117,7 +117,7 @@ def test_groups_that_are_in_the_files_of_two_parts_are_said(tmp_path: Path, capl
     test = write_csv(tmp_path / "test.csv", "y,customer,c\n100,3,a\n100,8,a")
     options = {"files": {"train": table(tmp_path), "test": test}, "inputs": {"categorical": ["c"]}, "tasks": TASKS}
     load(**options, split={"group_by": "customer"})
-    assert "1 values of 'customer' are in the files of the training part and the test part, such as '3'" in caplog.text
+    assert "1 values of 'customer' are in the training part and in the test part, such as '3'" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
