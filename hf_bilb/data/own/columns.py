@@ -64,6 +64,10 @@ class Words:
         table = np.array([*(-1 if word in missing else code for code, word in enumerate(self.known)), -1], np.int64)
         return Words(table[self.codes], self.known, self.declared)
 
+    def known_at(self, rows: NDArray[np.int64]) -> list[str]:
+        """The words of these rows, without the missing ones."""
+        return [self.known[code] for code in self.codes[rows] if code >= 0]
+
     def used(self, rows: NDArray[np.int64]) -> tuple[str, ...]:
         """The different words of these rows."""
         found = np.unique(self.codes[rows])
@@ -134,6 +138,9 @@ def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
     if isinstance(feature, datasets.ClassLabel):
         codes = array.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         return Words(np.maximum(codes, -1), tuple(feature.names), declared=True)
+    if pa.types.is_float32(array.type) or pa.types.is_float16(array.type):  # 0.1, not the nearest number of 64 bits
+        array = pa.array([None if one is None else str(array.type.to_pandas_dtype()(one)) for one in array.to_pylist()],
+                         pa.string())  # fmt: skip
     encoded = array.dictionary_encode()
     values = ["" if value is None else word_of(value) for value in encoded.dictionary.to_pylist()]
     known = tuple(dict.fromkeys(word for word in values if word not in missing))

@@ -20,7 +20,7 @@ from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.cache import short_hash
 from hf_bilb.data.checks import loading_from_hub
 from hf_bilb.data.own.options import CsvOptions, Patterns, SourceOptions
-from hf_bilb.data.own.words import MISSING
+from hf_bilb.data.own.words import MISSING, word_of
 from hf_bilb.data.splits import PARTS
 from hf_bilb.errors import OptionError
 
@@ -78,7 +78,7 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
     if options.hub is not None:
         return _read_hub(options.hub, options.path)
     assert options.files is not None  # OwnDataOptions asks for one of the two
-    where, missing = f"{options.path}.files", MISSING | frozenset(options.csv.missing)
+    where, missing = f"{options.path}.files", MISSING | {*options.csv.missing, *map(word_of, options.csv.missing)}
     if isinstance(options.files, dict):
         patterns = {part: options.files[part] for part in PARTS if part in options.files}
         found = {part: _find(given, f"{where}.{part}") for part, given in patterns.items()}

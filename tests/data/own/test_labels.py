@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,58 @@ def test_empty_last_cells_and_lines_are_no_short_rows(tmp_path: Path, end: str) 
     tasks = {"y": {"type": "regression", "standardize": False}}
     data = load(files=file, inputs={"numeric": ["x"]}, tasks=tasks)
     assert len(data.test) == 3 and labels(data)[:, 0].tolist() == [7]
+
+
+def test_the_same_value_is_the_same_category_in_all_kinds_of_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["truth", "day", "time", "name", "number", "whole", "small"]
+    given = [
+        [True, "2020-01-01", "2020-01-01T10:00:00", "Zo\u00eb", 1.5, 3, 0.1],
+        [False, "2020-01-02", "2020-01-02T11:30:00", "Ana", 2.25, 4, 0.3],
+    ]
+    jsonl = write_jsonl(
+        tmp_path / "a.jsonl", [dict(zip(names, row, strict=True)) | {"y": n} for n, row in enumerate(given)]
+    )
+    text = ["true,2020-01-01 00:00:00,2020-01-01 10:00:00.000,Zoe\u0308,1.5,3.0,0.1,0",
+            "FALSE,2020-01-02,2020-01-02 11:30:00,Ana,2.25,4,0.3,1"]  # fmt: skip
+    csv = write_csv(tmp_path / "a.csv", "\n".join([",".join([*names, "y"]), *text]))
+    frame = pd.DataFrame(given, columns=names).assign(y=[0, 1])
+    frame["number"] = [Decimal("1.50"), Decimal("2.25")]
+    frame["small"] = frame["small"].astype("float32")
+    for column in ("day", "time"):
+        frame[column] = pd.to_datetime(frame[column])
+    frame.to_parquet(tmp_path / "a.parquet")
+    files = {"train": jsonl, "validation": csv, "test": str(tmp_path / "a.parquet")}
+    data = load(files=files, inputs={"categorical": names}, tasks={"y": {"type": "regression"}})
+    for part in (data.train, data.validation, data.test):
+        assert all(
+            sorted([one, two]) == [1, 2] for one, two in zip(*(part[row]["categorical"].tolist() for row in (0, 1)))
+        )
+        assert part[0]["categorical"].tolist() == data.train[0]["categorical"].tolist()
+    assert "training part" not in caplog.text
+
+
+def test_numbers_with_leading_zeros_and_versions_stay_different_words(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,y\n01067,1\n1067,2\n1.1,3\n1.10,4")
+    data = load(files=three_parts(file), inputs={"categorical": ["x"]}, tasks={"y": {"type": "regression"}})
+    assert len(data.model_arguments["categories"]["x"]) == 4
+
+
+def test_values_that_training_lacks_and_empty_columns_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write_csv(tmp_path / "train.csv", "c,d,n,m,y\na,,1,,1\nb,,2,,2")
+    test = write_csv(tmp_path / "test.csv", "c,d,n,m,y\nx,,1,,1\nx,,2,,2\n,,2,,3")
+    files = {"train": train, "validation": three_parts(train)["test"], "test": test}
+    inputs = {"categorical": ["c", "d"], "numeric": ["n", "m"]}
+    load(files=files, inputs=inputs, tasks={"y": {"type": "regression"}})
+    assert [record.message for record in caplog.records] == [
+        "data.inputs: column 'm' has no value in the training part; it is the same in all rows",
+        "data.inputs: column 'd' has no value in the training part; it is the same in all rows",
+        "data.inputs.categorical: 2 of 3 rows of the test part have a value in column 'c' that no row of the training "
+        "part has, such as 'x'; the model sees it as missing",
+    ]
 
 
 def test_a_part_without_labels_of_a_task_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
