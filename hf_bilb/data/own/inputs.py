@@ -75,8 +75,8 @@ def _warn_of_unknown(encoder: Encoder, cells: Sequence[Cells], joined: Joined) -
             words = [word for of_source in found for word in of_source if word not in known]
             if words:
                 logger.warning(
-                    "data.inputs.categorical: %d of %d rows of the %s part have a value in column %r that no row of the "
-                    "training part has, such as %r; the model sees it as missing",
+                    "data.inputs.categorical: %d of %d rows of the %s part have a value in column %r that no row of "
+                    "the training part has, such as %r; the model sees it as missing",
                     len(words), sum(map(len, joined.rows[part])), part, column, words[0],
                 )  # fmt: skip
 

@@ -70,6 +70,14 @@ class Joined:
         """Of each of these, its tags in the rows of a source; None where they are in another one."""
         return [self.tasks[name].tags if self.source_of[name] == number else None for name in self.tagged]
 
+    def tag_counts(self, task: str, part: str) -> Ints:
+        """`[N]`, how many words of each row of the part have a tag of the task."""
+        tags, number = self.tasks[task].tags, self.source_of[task]
+        assert tags is not None
+        found = [np.zeros(len(rows), np.int64) for rows in self.rows[part]]
+        found[number] = tags.per_row()[self.rows[part][number]]
+        return np.concatenate(found)
+
     def num_labelled(self, task: str, part: str) -> int:
         """Rows of the part that have a label of the task."""
         return int(self.tasks[task].has_label[self.rows[part][self.source_of[task]]].sum())

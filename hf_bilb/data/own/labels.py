@@ -55,6 +55,18 @@ class Tags:
         """`[N + 1]`, where each row's words begin in `codes`."""
         return np.concatenate([[0], np.cumsum(np.maximum(self.lengths, 0))])
 
+    def counts(self, rows: NDArray[np.int64], size: int) -> list[int]:
+        """Of each of `size` classes, how many words of these rows have it."""
+        chosen = np.repeat(np.isin(np.arange(len(self.lengths)), rows), np.maximum(self.lengths, 0))
+        codes = self.codes[chosen]
+        found: list[int] = np.bincount(codes[codes >= 0], minlength=size).tolist()
+        return found
+
+    def per_row(self) -> NDArray[np.int64]:
+        """`[N]`, how many words of a row have a class."""
+        labelled = np.concatenate([[0], np.cumsum(self.codes >= 0)])
+        return np.diff(labelled[self.starts])
+
 
 @dataclass(frozen=True)
 class TaskLabels:
