@@ -10,7 +10,7 @@ import gzip
 import itertools
 import json
 import lzma
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -216,23 +216,31 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     )
     last = rows.data.column(len(header) - 1)
     if pa.compute.any(pa.compute.equal(last, "")).as_py():  # pandas fills short rows with empty cells
-        _check_cells(file, layout, comments + (not is_first_row), len(header), windows)
+        _check_cells(file, layout, comments, not is_first_row, len(header), windows)
     return rows
 
 
-def _check_cells(file: Path, layout: Mapping[str, Any], skipped: int, expected: int, windows: bool) -> None:
+def _check_cells(
+    file: Path, layout: Mapping[str, Any], comments: int, has_names: bool, expected: int, windows: bool
+) -> None:
     """Raise `OptionError` for the first row that has fewer cells than there are columns."""
     with _open(file, newline="" if windows else "\n") as stream:
         # What ends no row for pandas shall end none for `csv`.
         lines = stream if windows else (line.replace("\r\n", "\n").replace("\r", " ") for line in stream)
-        rows = filter(None, _cells(itertools.islice(lines, skipped, None), layout))
-        for number, cells in enumerate(rows, 1):
+        rows = filter(None, _cells(itertools.islice(lines, comments, None), layout))
+        for number, cells in enumerate(itertools.islice(rows, int(has_names), None), 1):
             if len(cells) < expected:
                 raise _wrong_number(file, number, len(cells), expected)
 
 
-def _wrong_number(file: Path, row: int, found: int, expected: int) -> OptionError:
-    return OptionError(f"data: {file}, row {row}: has {found} cells, expected {expected}, one for each column")
+def _wrong_number(file: Path, row: int, found: int, expected: int, hint: str = "") -> OptionError:
+    return OptionError(f"data: {file}, row {row}: has {found} cells, expected {expected}, one for each column{hint}")
+
+
+def delimiter_hint(names: Sequence[str]) -> str:
+    """For a file that became one column because it has another delimiter."""
+    other = next((character for character in ";\t|," if character in names[0]), None)
+    return f"; is data.csv.delimiter {other!r}?" if len(names) == 1 and other else ""
 
 
 def _cells(lines: Iterable[str], layout: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -260,7 +268,7 @@ def _header(
     """The columns' names, whether the first line is a row, and whether there is one."""
     with _open(file) as stream:
         lines = _cells(itertools.islice(stream, comments, None), layout)
-        top = [name.strip() for name in next(lines, [])]
+        top = [name.strip() for name in next(filter(None, lines), [])]
         is_row = columns is not None and 2 * len(set(columns) & set(top)) <= len(columns)
         header = list(columns) if columns is not None and is_row else top
         first = top if is_row and top else next((cells for cells in lines if cells), None)
@@ -268,7 +276,7 @@ def _header(
         raise OptionError(f"data: {file}: the column {min(repeated)!r} stands twice in the first line")
     # pandas would take the first cells for the rows' names, and give every column the values of its neighbour.
     if first is not None and len(first) > len(header):
-        raise _wrong_number(file, 1, len(first), len(header))
+        raise _wrong_number(file, 1, len(first), len(header), delimiter_hint(header))
     return header, is_row, first is not None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +28,15 @@ from hf_bilb.data.own.pixels import (
     prepare_labels,
 )
 from hf_bilb.data.own.source import Source
-from hf_bilb.data.own.words import in_order
+from hf_bilb.data.own.words import PERHAPS_MISSING, in_order
 from hf_bilb.data.task_data import Standardizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.class_weights import balanced_class_weights, balanced_weights_of_counts
 from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.by_type import fitting_metrics
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 _LISTED = 12  # classes that a message lists
@@ -253,6 +257,9 @@ class _Reader:
         given = self.options.class_words
         groups = given or {word: (word,) for word in (found.known if found.declared else in_order(found.used(train)))}
         classes = tuple(groups)
+        if not given and (odd := sorted(PERHAPS_MISSING.intersection(classes))):
+            logger.warning("%s: %s of column %r is a class; if it means an empty cell, set data.csv.missing: [%s]",
+                           self.path, ", ".join(map(repr, odd)), column, ", ".join(map(json.dumps, odd)))  # fmt: skip
         places = {word: number for number, words in enumerate(groups.values()) for word in words}
         codes = found.numbered(places, unknown=-2)
         used = np.unique(codes[train])

@@ -42,7 +42,7 @@ def _warn_of_groups(one: Source, other: Source) -> None:
 
 def _groups(source: Source, part: str) -> set[str]:
     """Those of a part; files of the validation and test part need not have the column."""
-    column = source.options.split.group_by
+    column = str(source.options.split.group_by)
     found: set[str] = set()
     for table, rows in zip(source.tables, _rows_by_table(source, part), strict=True):
         if column in table.features:

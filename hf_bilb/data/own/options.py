@@ -185,6 +185,7 @@ class TaskOptions:
         self._check_type("ignore_index", "segmentation")
         self._check_type("missing", "dense_regression")
         check_repeats("columns", self.columns)
+        check_repeats("metrics", self.metrics)
         listed = self.classes.values() if isinstance(self.classes, dict) else [self.classes or ()]
         check_repeats("classes", tuple(word_of(value) for values in listed for value in values))
         if self.type == "multi_label" and self.columns and self.classes:

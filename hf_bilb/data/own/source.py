@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hf_bilb.config.options import nearest
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Words
-from hf_bilb.data.own.files import Table, read_tables
+from hf_bilb.data.own.files import Table, delimiter_hint, read_tables
 from hf_bilb.data.own.options import SourceOptions
 from hf_bilb.data.own.parts import draw_groups, draw_named_groups, draw_parts, draw_strata
 from hf_bilb.data.own.words import MISSING
@@ -115,14 +115,8 @@ def _check_column(path: str, column: str, tables: Sequence[Table]) -> None:
         known = list(table.features)
         if table is not tables[0]:
             raise OptionError(f"data: {table.name} has no column {column!r}, which {tables[0].name} has ({path})")
-        hint = nearest(column, known) or f" (it has {', '.join(known)}{_delimiter_hint(known)})"
+        hint = nearest(column, known) or f" (it has {', '.join(known)}{delimiter_hint(known)})"
         raise OptionError(f"{path}: {table.name} has no column {column!r}{hint}")
-
-
-def _delimiter_hint(known: Sequence[str]) -> str:
-    """For a file that became one column because it has another delimiter."""
-    other = next((character for character in ";\t|," if character in known[0]), None)
-    return f"; is data.csv.delimiter {other!r}?" if len(known) == 1 and other else ""
 
 
 # --- parts --------------------------------------------------------------------------------------------------------

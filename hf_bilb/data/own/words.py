@@ -11,6 +11,8 @@ from typing import Any
 
 #: What an empty cell is also written as: by JSON, pandas, Python.
 MISSING = frozenset({"", "null", "NaN", "nan", "None"})
+#: What may be meant as an empty cell, but is a word unless a recipe says so.
+PERHAPS_MISSING = frozenset({"?", "NA", "N/A", "n/a", "na", "#N/A", "-", "--", ".", "NULL", "missing", "unknown"})
 _WHOLE = re.compile(r"([-+]?\d+)\.0*")
 
 

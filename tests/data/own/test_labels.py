@@ -345,6 +345,25 @@ def test_values_that_training_lacks_and_empty_columns_are_said(
     ]
 
 
+def test_an_empty_line_at_the_top_is_passed_over(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,c\n1,a\n2,b")
+    Path(file).write_text("\n\n" + Path(file).read_text())
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"c": {"type": "classification"}})
+    assert labels(data)[:, 0].tolist() == [0, 1]
+
+
+def test_a_class_that_may_mean_an_empty_cell_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = three_parts(write_csv(tmp_path / "a.csv", "x,c\n1,a\n2,?\n3,N/A\n4,b"))
+    options = {"files": files, "inputs": {"numeric": ["x"]}}
+    load(**options, tasks={"c": {"type": "classification"}})
+    said = "data.tasks.c: '?', 'N/A' of column 'c' is a class; if it means an empty cell, set data.csv.missing: "
+    assert said + '["?", "N/A"]' in caplog.text
+    caplog.clear()
+    load(**options, csv={"missing": ["?", "N/A"]}, tasks={"c": {"type": "classification"}})
+    load(**options, tasks={"c": {"type": "classification", "classes": ["a", "b", "?", "N/A"]}})
+    assert not caplog.records
+
+
 def test_a_part_without_labels_of_a_task_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = write_csv(tmp_path / "train.csv", "x,y,z\n1,5,1\n3,4,2\n")
     test = write_csv(tmp_path / "test.csv", "x,y,z\n1,5,\n3,4,\n")

@@ -73,6 +73,10 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {}, {"tasks": {"stars": {"type": "regression", "metrics": ["mse", "acuracy"]}}},
         "data.tasks.stars.metrics: 'acuracy' is not known; known: mae, mse, nmse, pearson, r2, rmse, spearman",
     ),
+    "metric that stands twice": (
+        {}, {"tasks": {"stars": {"type": "regression", "metrics": ["mae", "mae"]}}},
+        "data.tasks.stars.metrics: 'mae' stands twice",
+    ),
     "metric that does not fit the classes": (
         {"train.csv": GOOD + "x,1,birds\n"}, {"tasks": {"topic": {"type": "classification", "metrics": ["roc_auc"]}}},
         "data.tasks.topic.metrics: 'roc_auc' does not fit classification with 3 classes; these do: accuracy, "
@@ -233,6 +237,14 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "more names of columns than cells": (
         {"test.csv": "x,1,cats\ny,2,dogs\n"}, {"csv": {"columns": ["body", "stars", "topic", "more"]}},
         "data: {dir}/test.csv, row 1: has 3 cells, expected 4, one for each column",
+    ),
+    "another delimiter and decimal commas": (
+        {"test.csv": "body;stars;topic\nx;1,5;cats\n"}, {},
+        "data: {dir}/test.csv, row 1: has 2 cells, expected 1, one for each column; is data.csv.delimiter ';'?",
+    ),
+    "row that is too short below an empty line": (
+        {"test.csv": "\nbody,stars,topic\nx,1,\ny,2\n"}, {},
+        "data: {dir}/test.csv, row 2: has 2 cells, expected 3, one for each column",
     ),
     "column that stands twice": (
         {"test.csv": "body,stars,stars\nx,1,2\n"}, {},
