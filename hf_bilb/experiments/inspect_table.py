@@ -17,6 +17,7 @@ from hf_bilb.data.own.columns import Lists, Words, has_lists, holds_images, list
 from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.files import Table, read_tables
 from hf_bilb.data.own.options import InputOptions, SourceOptions, SplitOptions
+from hf_bilb.data.own.words import PERHAPS_MISSING
 from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 #: Rows of a table that are looked at; the first ones.
 MOST_ROWS = 20_000
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-#: Words that may stand for an empty cell; they do where all other values of a column are numbers.
-_NO_NUMBER = frozenset({"?", "NA", "N/A", "n/a", "na", "#N/A", "-", "--", ".", "NULL", "missing", "unknown"})
+_CODE = re.compile(r"0\d+")  # a postal code, a number of a phone: no quantity
 _OTHER_DELIMITERS = (";", "\t", "|", ",")
 
 T = TypeVar("T")
@@ -166,8 +166,8 @@ def _read(path: str | Path, csv: CsvOptions) -> Table:
 
 
 def _missing_words(columns: tuple[Column, ...]) -> tuple[str, ...]:
-    """Words that stand for an empty cell, as far as columns of numbers tell."""
-    found = {word for column in columns if column.no_numbers.keys() <= _NO_NUMBER for word in column.no_numbers}
+    """Words that stand for an empty cell: they do where all other values of a column are numbers."""
+    found = {word for column in columns if column.no_numbers.keys() <= PERHAPS_MISSING for word in column.no_numbers}
     return tuple(sorted(found))
 
 
@@ -192,6 +192,7 @@ def _column(table: Table, name: str) -> Column:
     if missing == size:
         return Column(name, "empty", size, missing)
     are_words = isinstance(feature, datasets.ClassLabel) or feature == datasets.Value("bool")
+    are_words |= any(_CODE.fullmatch(word) for word in found.known)
     values = None if are_words else _tried(numbers, table, name)
     return Column(name, "words" if values is None else "numbers", size, missing, words=found, numbers=values)
 

@@ -254,7 +254,10 @@ def plan_runs(
     runs = []
 
     def add(label: str, task: str, seed: int, folder: Path, *own: str) -> None:
-        of_seed = [f"{key}={seed}" for key in ("trainer.seed", *split_seed_keys)]
+        # A task that is trained alone has no splits of the others.
+        others = [f"data.tasks.{name}." for name in single_tasks or {} if task and name != task]
+        seed_keys = [key for key in split_seed_keys if not key.startswith(tuple(others))]
+        of_seed = [f"{key}={seed}" for key in ("trainer.seed", *seed_keys)]
         of_folder = f"trainer.output_dir={_yaml(str(folder / f'seed-{seed}'))}"
         changes = (*own, *of_seed, of_folder)
         runs.append(PlannedRun(label, task, seed, changes, read_recipe(recipe, (*overrides, *changes))))

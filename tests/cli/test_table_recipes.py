@@ -92,3 +92,15 @@ def test_the_splits_of_tasks_with_rows_of_their_own_get_the_seed(folder: Path) -
     plan = plan_comparison("mine.yaml", ["data.files=null", tasks], balancers="ls", seeds="3", split_by_seed=True)
     (run,) = plan.runs
     assert run.recipe.data["tasks"]["pay"]["split"]["seed"] == run.recipe.data["split"]["seed"] == 3
+
+
+def test_a_task_that_is_trained_alone_gets_no_split_of_another_one(folder: Path) -> None:
+    own = "{type: regression, column: pay, files: people.csv"
+    tasks = f"data.tasks={{a: {own}, split: {{test: 0.2}}}}, b: {own}, split: {{test: 0.3}}}}, c: {own}}}}}"
+    plan = plan_comparison(
+        "mine.yaml", ["data.files=null", tasks], balancers="ls", seeds="3", single_tasks=True, split_by_seed=True
+    )
+    seeds = {run.task: {name: (task["split"] or {}).get("seed") for name, task in run.recipe.data["tasks"].items()}
+             for run in plan.runs}  # fmt: skip
+    assert seeds == {"": {"a": 3, "b": 3, "c": None}, "a": {"a": 3}, "b": {"b": 3}, "c": {"c": None}}
+    assert {run.recipe.data["split"]["seed"] for run in plan.runs} == {3}

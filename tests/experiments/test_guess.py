@@ -187,3 +187,10 @@ def test_tables_that_cannot_be_read(name: str, text: str, line: str, tmp_path: P
     (tmp_path / name).write_text(text)
     with pytest.raises(OptionError, match=line):
         inspect_table(tmp_path / name)
+
+
+def test_codes_with_leading_zeros_are_words(tmp_path: Path) -> None:
+    codes = ["01067", "10115", "80331", "20095"] * 10
+    column = table_of(tmp_path, {"zip": codes, "price": ["0", "10", "0.5", "7"] * 10}).columns[0]
+    assert column.kind == "words"
+    assert guess_input(column).what == "categorical" and guess_task(column).what == "classification"

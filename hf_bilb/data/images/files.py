@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Part of the name of the cache: raise it when what is cached changes.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CHUNK = 512  # images that are decoded, and then written, together
 _AT_ONCE = 32  # of them that one thread decodes in one go
 
@@ -193,11 +193,25 @@ def _read_and_decode(source: ImageSource, image_size: int, rows: range) -> NDArr
 def decode(data: bytes, image_size: int, where: str) -> NDArray[np.uint8]:
     """An encoded image (JPEG, PNG, ...) as RGB `[3, image_size, image_size]`.
 
+    Grey values of 16 bits and of floats (0 to 1) are scaled to 8 bits.
+
     Raises:
-        OptionError: it does not decode; begins with `where`.
+        OptionError: it does not decode, or has grey values of another range; begins with `where`.
     """
     with decoding(data, where) as image:
         return resized(image, image_size, where)
+
+
+def _in_8_bits(image: Image.Image, where: str) -> Image.Image:
+    """Grey values of 16 bits or floats, which Pillow would clip to 0 to 255."""
+    from PIL import Image
+
+    values = np.asarray(image)
+    white = 1.0 if image.mode == "F" else 65535.0
+    if not (values.min() >= 0 and values.max() <= white):  # NaN, too
+        expected = "floats from 0 to 1" if image.mode == "F" else "16 bits"
+        raise OptionError(f"{where}: has grey values from {values.min():g} to {values.max():g}, expected {expected}")
+    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
 
 
 @contextlib.contextmanager
@@ -221,7 +235,9 @@ def resized(image: Image.Image, image_size: int, where: str) -> NDArray[np.uint8
     from PIL import Image
 
     try:
-        rgb = image.convert("RGB")
+        rgb = (_in_8_bits(image, where) if image.mode[0] in "IF" else image).convert("RGB")
+    except OptionError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes when it is asked for pixels
         raise _not_decoded(where, error) from None
     if rgb.size != (image_size, image_size):

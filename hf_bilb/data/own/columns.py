@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,13 @@ from hf_bilb.config.options import shown
 from hf_bilb.data.own.files import Table
 from hf_bilb.data.own.words import word_of
 from hf_bilb.errors import OptionError
+from hf_bilb.losses.masked import MISSING_INTEGER
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+_LARGEST = float(np.finfo(np.float32).max)  # models and losses compute in 32 bits
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,15 @@ class Words:
         table = np.array([*(places.get(word, unknown) for word in self.known), -1], np.int64)
         return table[self.codes]
 
+    def without(self, missing: Collection[str]) -> Words:
+        """The same, but that these words are missing ones."""
+        table = np.array([*(-1 if word in missing else code for code, word in enumerate(self.known)), -1], np.int64)
+        return Words(table[self.codes], self.known, self.declared)
+
+    def known_at(self, rows: NDArray[np.int64]) -> list[str]:
+        """The words of these rows, without the missing ones."""
+        return [self.known[code] for code in self.codes[rows] if code >= 0]
+
     def used(self, rows: NDArray[np.int64]) -> tuple[str, ...]:
         """The different words of these rows."""
         found = np.unique(self.codes[rows])
@@ -83,6 +97,12 @@ def numbers(table: Table, column: str) -> NDArray[np.float64]:
     infinite = np.flatnonzero(np.isinf(values))
     if infinite.size:
         raise OptionError(f"data: {table.place(infinite[0])}: column {column!r} is infinite, expected a finite number")
+    huge = np.flatnonzero(np.abs(values) > _LARGEST)
+    if huge.size:
+        raise OptionError(
+            f"data: {table.place(huge[0])}: column {column!r} is {values[huge[0]]:g}, expected a number that 32 bits "
+            f"hold, up to {_LARGEST:.2g}"
+        )
     return values
 
 
@@ -107,7 +127,7 @@ def words(table: Table, column: str, kept: Collection[str] = ()) -> Words:
     array = _column(table, column)
     if _is_list(array.type) or pa.types.is_struct(array.type) or pa.types.is_binary(array.type):
         raise _of_wrong_type(table, column, array, "words or numbers")
-    return words_of(array, table.rows.features[column], table.missing - set(kept))
+    return words_of(array, table.features[column], table.missing - set(kept))
 
 
 def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
@@ -118,6 +138,9 @@ def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
     if isinstance(feature, datasets.ClassLabel):
         codes = array.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         return Words(np.maximum(codes, -1), tuple(feature.names), declared=True)
+    if pa.types.is_float32(array.type) or pa.types.is_float16(array.type):  # 0.1, not the nearest number of 64 bits
+        array = pa.array([None if one is None else str(array.type.to_pandas_dtype()(one)) for one in array.to_pylist()],
+                         pa.string())  # fmt: skip
     encoded = array.dictionary_encode()
     values = ["" if value is None else word_of(value) for value in encoded.dictionary.to_pylist()]
     known = tuple(dict.fromkeys(word for word in values if word not in missing))
@@ -127,7 +150,7 @@ def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
     return Words(table[codes], known)
 
 
-_BITS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+_BITS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, str(MISSING_INTEGER): np.nan}
 
 
 def bits(table: Table, column: str) -> NDArray[np.float64]:
@@ -161,7 +184,7 @@ def holds_images(table: Table, column: str) -> bool:
     import datasets
     import pyarrow as pa
 
-    feature = table.rows.features[column]
+    feature = table.features[column]
     kind = table.rows.data.schema.field(column).type
     return isinstance(feature, datasets.Image) or pa.types.is_binary(kind) or pa.types.is_struct(kind)
 
@@ -183,7 +206,7 @@ def lists(table: Table, column: str) -> Lists:
     import pyarrow.compute as pc
 
     array = _column(table, column)
-    feature = table.rows.features[column]
+    feature = table.features[column]
     if pa.types.is_string(array.type):
         array, feature = pa.array(_parsed_lists(table, column, array), pa.list_(pa.string())), None
     elif pa.types.is_null(array.type):
@@ -213,23 +236,44 @@ def _parsed_lists(table: Table, column: str, array: pa.Array) -> list[list[str |
     found: list[list[str | None] | None] = []
     for row, cell in enumerate(array.to_pylist()):
         text = "" if cell is None else cell.strip()
-        value = None if text in table.missing else _literal(text)
-        if value is not None and not isinstance(value, list):
-            raise OptionError(f"data: {table.place(row)}: column {column!r} is {shown(text)}, expected a list")
-        found.append(None if value is None else [None if one is None else str(one) for one in value])
+        value = None if text in table.missing else _parsed_list(text)
+        if value is None and text not in table.missing:
+            cut = ", which is cut short" if _CUT_SHORT.search(text) else ""
+            raise OptionError(f"data: {table.place(row)}: column {column!r} is {shown(text)}{cut}, expected a list")
+        found.append(value)
     return found
 
 
-def _literal(text: str) -> Any:
-    """A list as JSON or as Python writes it; what is none comes back as it is."""
+_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+_BARE = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?inf|nan|None|True|False"
+_ELEMENT = rf"(?:np\.\w+\()?(?P<value>{_QUOTED}|{_BARE})\)?"
+_VALUE = re.compile(_ELEMENT, re.DOTALL)
+_PLAIN = _ELEMENT.replace("?P<value>", "?:")
+#: As Python prints a list, or NumPy an array: with a comma, or white space, between any two elements.
+_LISTS = tuple(
+    re.compile(rf"\[\s*(?:{_PLAIN}(?:{between}{_PLAIN})*)?{end}\s*\]", re.DOTALL)
+    for between, end in ((r"\s*,\s*", r"\s*,?"), (r"\s+", ""))
+)
+_CUT_SHORT = re.compile(r"[\s\[]\.\.\.[\s\]]")  # as NumPy prints a long array
+
+
+def _parsed_list(text: str) -> list[str | None] | None:
+    """A list as JSON, Python or NumPy writes it; None: it is none."""
     try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
+        return [None if one is None else str(one) for one in value]
+    if not any(form.fullmatch(text) for form in _LISTS):
+        return None
+    return [_parsed_element(found["value"]) for found in _VALUE.finditer(text)]
+
+
+def _parsed_element(text: str) -> str | None:
+    if text in ("None", "nan"):
+        return None
+    return str(ast.literal_eval(text)) if text[0] in "'\"" else text
 
 
 # --- arrow --------------------------------------------------------------------------------------------------------
@@ -237,8 +281,9 @@ def _literal(text: str) -> Any:
 
 def _column(table: Table, column: str) -> pa.Array:
     """The column as one array; text as `string`, whatever kind of it."""
-    whole = table.rows.select_columns([column]).with_format("arrow")[:]
-    return _plain(whole.column(0).combine_chunks())
+    # Methods of `datasets` would copy the whole schema for each column.
+    whole, order = table.rows.data.column(column), table.rows._indices
+    return _plain((whole if order is None else whole.take(order.column(0))).combine_chunks())
 
 
 def _plain(array: pa.Array) -> pa.Array:

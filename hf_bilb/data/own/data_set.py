@@ -29,6 +29,7 @@ from torch import Tensor
 
 from hf_bilb.data.inputs.format import DataFormat
 from hf_bilb.data.inputs.kinds import InputKind, LabelColumns
+from hf_bilb.data.own.cut_tags import with_tags_that_are_left
 from hf_bilb.data.own.image_rows import OwnImageRows
 from hf_bilb.data.own.inputs import Inputs, image_inputs, table_inputs, text_inputs
 from hf_bilb.data.own.joined import Joined, join_sources
@@ -56,7 +57,11 @@ def load_own_data(options: OwnDataOptions) -> TaskData:
     """
     joined = join_sources(options)
     _warn_of_unmeasured(joined)
-    return _task_data(joined, _inputs(joined, options), options)
+    inputs = _inputs(joined, options)
+    if joined.tagged:
+        parts = {part: rows for part, rows in inputs.parts.items() if isinstance(rows, TokenRows)}
+        joined = with_tags_that_are_left(joined, parts, options)
+    return _task_data(joined, inputs, options)
 
 
 def _inputs(joined: Joined, options: OwnDataOptions) -> Inputs:

@@ -10,16 +10,18 @@ import gzip
 import itertools
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.cache import short_hash
 from hf_bilb.data.checks import loading_from_hub
 from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.options import Patterns, SourceOptions
-from hf_bilb.data.own.words import MISSING
+from hf_bilb.data.own.words import MISSING, word_of
 from hf_bilb.data.splits import PARTS
 from hf_bilb.errors import OptionError
 
@@ -57,6 +59,11 @@ class Table:
     folder: Path
     missing: frozenset[str] = MISSING
 
+    @cached_property
+    def features(self) -> datasets.Features:
+        """The types of the columns, as `datasets` has them; it copies them whenever it is asked."""
+        return self.rows.features
+
     def place(self, row: int) -> str:
         """A row for messages; the first one is 1."""
         return f"{self.name}, row {row + 1}"
@@ -72,7 +79,7 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
     if options.hub is not None:
         return _read_hub(options.hub, options.path)
     assert options.files is not None  # OwnDataOptions asks for one of the two
-    where, missing = f"{options.path}.files", MISSING | frozenset(options.csv.missing)
+    where, missing = f"{options.path}.files", MISSING | {*options.csv.missing, *map(word_of, options.csv.missing)}
     if isinstance(options.files, dict):
         patterns = {part: options.files[part] for part in PARTS if part in options.files}
         found = {part: _find(given, f"{where}.{part}") for part, given in patterns.items()}
@@ -196,6 +203,8 @@ def _reading(file: Path) -> Iterator[None]:
 def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     """Every cell as text: what is a number, and what is missing, is decided column by column."""
     import datasets
+    import pyarrow as pa
+    import pyarrow.compute
 
     tabs = _ending(file) in _TABS
     quotes = not tabs if options.quotes is None else options.quotes
@@ -209,7 +218,8 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     header, is_first_row, has_rows = _header(file, options.columns, layout, comments)
     if not has_rows:
         return None
-    return datasets.Dataset.from_csv(
+    windows = _has_windows_lines(file)
+    rows = datasets.Dataset.from_csv(
         str(file),
         features=datasets.Features({name: datasets.Value("string") for name in header}),
         names=header,
@@ -218,9 +228,50 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
         na_filter=False,
         encoding="utf-8-sig",
         # A carriage return alone ends no row, where rows end with a line feed.
-        lineterminator=None if _has_windows_lines(file) else "\n",
+        lineterminator=None if windows else "\n",
+        dataset_name=f"file_{_state(file)}",
         **layout,
     )
+    last = rows.data.column(len(header) - 1)
+    if pa.compute.any(pa.compute.equal(last, "")).as_py():  # pandas fills short rows with empty cells
+        _check_cells(file, layout, comments, not is_first_row, len(header), windows)
+    return rows
+
+
+def _check_cells(
+    file: Path, layout: Mapping[str, Any], comments: int, has_names: bool, expected: int, windows: bool
+) -> None:
+    """Raise `OptionError` for the first row that has fewer cells than there are columns."""
+    with _open(file, newline="" if windows else "\n") as stream:
+        # What ends no row for pandas shall end none for `csv`.
+        lines = stream if windows else (line.replace("\r\n", "\n").replace("\r", " ") for line in stream)
+        rows = filter(None, _cells(itertools.islice(lines, comments, None), layout))
+        for number, cells in enumerate(itertools.islice(rows, int(has_names), None), 1):
+            if len(cells) < expected:
+                raise _wrong_number(file, number, len(cells), expected)
+
+
+def _wrong_number(file: Path, row: int, found: int, expected: int, hint: str = "") -> OptionError:
+    return OptionError(f"data: {file}, row {row}: has {found} cells, expected {expected}, one for each column{hint}")
+
+
+def delimiter_hint(names: Sequence[str]) -> str:
+    """For a file that became one column because it has another delimiter."""
+    other = next((character for character in ";\t|," if character in names[0]), None)
+    return f"; is data.csv.delimiter {other!r}?" if len(names) == 1 and other else ""
+
+
+def _cells(lines: Iterable[str], layout: Mapping[str, Any]) -> Iterator[list[str]]:
+    return csv.reader(
+        lines, delimiter=layout["sep"], quoting=layout["quoting"], skipinitialspace=layout["skipinitialspace"]
+    )
+
+
+def _state(file: Path) -> str:
+    """Names the rows of a file in the cache of `datasets`, which by itself takes a file for unchanged whose path and
+    time of change are the same: so they are after `rsync -t` and `cp -p`."""
+    facts = file.stat()
+    return short_hash(f"{facts.st_size} {facts.st_ctime_ns} {facts.st_ino}")
 
 
 def _has_windows_lines(file: Path) -> bool:
@@ -234,13 +285,8 @@ def _header(
 ) -> tuple[list[str], bool, bool]:
     """The columns' names, whether the first line is a row, and whether there is one."""
     with _open(file) as stream:
-        lines = csv.reader(
-            itertools.islice(stream, comments, None),
-            delimiter=layout["sep"],
-            quoting=layout["quoting"],
-            skipinitialspace=layout["skipinitialspace"],
-        )
-        top = [name.strip() for name in next(lines, [])]
+        lines = _cells(itertools.islice(stream, comments, None), layout)
+        top = [name.strip() for name in next(filter(None, lines), [])]
         is_row = columns is not None and 2 * len(set(columns) & set(top)) <= len(columns)
         header = list(columns) if columns is not None and is_row else top
         first = top if is_row and top else next((cells for cells in lines if cells), None)
@@ -248,7 +294,7 @@ def _header(
         raise OptionError(f"data: {file}: the column {min(repeated)!r} stands twice in the first line")
     # pandas would take the first cells for the rows' names, and give every column the values of its neighbour.
     if first is not None and len(first) > len(header):
-        raise OptionError(f"data: {file}, row 1: has {len(first)} cells, expected {len(header)}, one for each column")
+        raise _wrong_number(file, 1, len(first), len(header), delimiter_hint(header))
     return header, is_row, first is not None
 
 
@@ -259,7 +305,7 @@ def _read_json(file: Path) -> datasets.Dataset | None:
         if not any(line.strip() for line in stream):
             return None
     try:
-        return datasets.Dataset.from_json(str(file))
+        return datasets.Dataset.from_json(str(file), dataset_name=f"file_{_state(file)}")
     except (*_UNREADABLE, datasets.exceptions.DatasetsError):
         _check_json_lines(file)
         raise
@@ -287,7 +333,7 @@ def _read_parquet(file: Path) -> datasets.Dataset | None:
 
     if not pyarrow.parquet.read_metadata(file).num_rows:
         return None
-    return datasets.Dataset.from_parquet(str(file))
+    return datasets.Dataset.from_parquet(str(file), dataset_name=f"file_{_state(file)}")
 
 
 # --- folders that `datasets` saved, and the hub -------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,35 @@ class HeldImages:
         return int(self._starts[-1])
 
     def fingerprint(self, rows: range) -> str:
-        """The key says it already."""
-        return self.key
+        """From the key, and the sizes and times of change of the files that the tables name."""
+        return short_hash("\n".join([self.key, *filter(None, map(self._look, rows))]))
+
+    def _look(self, row: int) -> str | None:
+        """What changes with the file of a row; None where its image is in the table, or there is none."""
+        number, place = self._find(row)
+        path = self._paths[number][place]
+        if path is None:
+            return None
+        try:
+            facts = os.stat(self._tables[number][0].folder / path)
+        except OSError as error:
+            raise OptionError(f"data: {self.describe(row)}: {path!r}: {error.strerror}") from None
+        return f"{row} {facts.st_size} {facts.st_mtime_ns}"
+
+    @cached_property
+    def _paths(self) -> list[list[str | None]]:
+        """Of each table's rows, the files that they name; None where there is none, or the bytes are in the table."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found = []
+        for images in self._images:
+            column = images.data.column(0)
+            data, path = (pc.struct_field(column, field) for field in ("bytes", "path"))
+            paths = pc.if_else(pc.is_null(data), path, pa.scalar(None, path.type))
+            order = images._indices
+            found.append([one or None for one in (paths if order is None else paths.take(order.column(0))).to_pylist()])
+        return found
 
     def empty(self) -> NDArray[np.bool_]:
         """`[N]`, whether a row has no image."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from hf_bilb.data.inputs.kinds import ImageInputs, InputKind, NoInputs, TextInpu
 from hf_bilb.data.own.image_rows import OwnImageRows, PixelColumn
 from hf_bilb.data.own.images import decoded_images
 from hf_bilb.data.own.joined import Joined
-from hf_bilb.data.own.table import Encoder, read_cells
+from hf_bilb.data.own.table import Cells, Encoder, read_cells
 from hf_bilb.data.own.text import Texts, check_lengths, read_texts, tokenize_texts
 from hf_bilb.data.rows import Rows, VectorRows, collate_images, collate_vectors
 from hf_bilb.data.splits import PARTS
@@ -57,6 +57,9 @@ def table_inputs(joined: Joined) -> Inputs:
     """`numeric` and `categorical`, see `Encoder`; raises as `read_cells`."""
     cells = list(map(read_cells, joined.sources))
     encoder = Encoder.fit(joined.sources[0].options.inputs, cells, joined.rows["train"])
+    for column in encoder.empty:
+        logger.warning("data.inputs: column %r has no value in the training part; it is the same in all rows", column)
+    _warn_of_unknown(encoder, cells, joined)
 
     def part(name: str) -> VectorRows:
         encoded = [encoder.encode(of_source, rows) for of_source, rows in zip(cells, joined.rows[name], strict=True)]
@@ -64,6 +67,21 @@ def table_inputs(joined: Joined) -> Inputs:
         return VectorRows({**columns, LABELS: torch.from_numpy(joined.labels(name))})
 
     return Inputs.of(joined, part, collate_vectors, encoder.inputs, encoder.model_arguments)
+
+
+def _warn_of_unknown(encoder: Encoder, cells: Sequence[Cells], joined: Joined) -> None:
+    for place, column in enumerate(encoder.categorical):
+        known = set(encoder.categories[place])
+        for part in PARTS[1:]:
+            found = [of_source.categorical[place].known_at(rows)
+                     for of_source, rows in zip(cells, joined.rows[part], strict=True)]  # fmt: skip
+            words = [word for of_source in found for word in of_source if word not in known]
+            if words:
+                logger.warning(
+                    "data.inputs.categorical: %d of %d rows of the %s part have a value in column %r that no row of "
+                    "the training part has, such as %r; the model sees it as missing",
+                    len(words), sum(map(len, joined.rows[part])), part, column, words[0],
+                )  # fmt: skip
 
 
 def image_inputs(joined: Joined, image_size: int, cache_dir: str | None) -> Inputs:

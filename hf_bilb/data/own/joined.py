@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from hf_bilb.data.cache import cache_root
 from hf_bilb.data.own.images import FoundFiles, find_images
 from hf_bilb.data.own.labels import Tags, TaskLabels, read_labels
+from hf_bilb.data.own.leaks import warn_of_leaks
 from hf_bilb.data.own.options import OwnDataOptions
 from hf_bilb.data.own.pixels import Frames
 from hf_bilb.data.own.source import Source, open_source
@@ -69,6 +70,14 @@ class Joined:
         """Of each of these, its tags in the rows of a source; None where they are in another one."""
         return [self.tasks[name].tags if self.source_of[name] == number else None for name in self.tagged]
 
+    def tag_counts(self, task: str, part: str) -> Ints:
+        """`[N]`, how many words of each row of the part have a tag of the task."""
+        tags, number = self.tasks[task].tags, self.source_of[task]
+        assert tags is not None
+        found = [np.zeros(len(rows), np.int64) for rows in self.rows[part]]
+        found[number] = tags.per_row()[self.rows[part][number]]
+        return np.concatenate(found)
+
     def num_labelled(self, task: str, part: str) -> int:
         """Rows of the part that have a label of the task."""
         return int(self.tasks[task].has_label[self.rows[part][self.source_of[task]]].sum())
@@ -96,6 +105,7 @@ def join_sources(options: OwnDataOptions) -> Joined:
     """Open every source and read the labels of every task; find the images."""
     of_sources = options.sources()
     sources = tuple(map(open_source, of_sources))
+    warn_of_leaks(sources)
     source_of = {name: number for number, one in enumerate(of_sources) for name in one.tasks}
     images = find_images(sources) if options.kind == "image" else None
     root = cache_root(options.cache_dir)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +28,15 @@ from hf_bilb.data.own.pixels import (
     prepare_labels,
 )
 from hf_bilb.data.own.source import Source
-from hf_bilb.data.own.words import in_order
+from hf_bilb.data.own.words import PERHAPS_MISSING, in_order
 from hf_bilb.data.task_data import Standardizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.class_weights import balanced_class_weights, balanced_weights_of_counts
 from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.metrics.by_type import fitting_metrics
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 _LISTED = 12  # classes that a message lists
@@ -54,6 +58,18 @@ class Tags:
     def starts(self) -> NDArray[np.int64]:
         """`[N + 1]`, where each row's words begin in `codes`."""
         return np.concatenate([[0], np.cumsum(np.maximum(self.lengths, 0))])
+
+    def counts(self, rows: NDArray[np.int64], size: int) -> list[int]:
+        """Of each of `size` classes, how many words of these rows have it."""
+        chosen = np.repeat(np.isin(np.arange(len(self.lengths)), rows), np.maximum(self.lengths, 0))
+        codes = self.codes[chosen]
+        found: list[int] = np.bincount(codes[codes >= 0], minlength=size).tolist()
+        return found
+
+    def per_row(self) -> NDArray[np.int64]:
+        """`[N]`, how many words of a row have a class."""
+        labelled = np.concatenate([[0], np.cumsum(self.codes >= 0)])
+        return np.diff(labelled[self.starts])
 
 
 @dataclass(frozen=True)
@@ -235,10 +251,15 @@ class _Reader:
     ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
         """The classes, and each value's number among them, -1 where missing."""
         column = self.columns[0]
+        # As in labels of PyTorch and Hugging Face.
+        found = found.without({str(MISSING_INTEGER)} - self._kept)
         self._check_some(found.codes[train] >= 0, column)
         given = self.options.class_words
         groups = given or {word: (word,) for word in (found.known if found.declared else in_order(found.used(train)))}
         classes = tuple(groups)
+        if not given and (odd := sorted(PERHAPS_MISSING.intersection(classes))):
+            logger.warning("%s: %s of column %r is a class; if it means an empty cell, set data.csv.missing: [%s]",
+                           self.path, ", ".join(map(repr, odd)), column, ", ".join(map(json.dumps, odd)))  # fmt: skip
         places = {word: number for number, words in enumerate(groups.values()) for word in words}
         codes = found.numbered(places, unknown=-2)
         used = np.unique(codes[train])

@@ -30,7 +30,9 @@ class SplitOptions:
 
     Attributes:
         validation, test: shares of the rows.
-        group_by: a column; rows with the same value in it never lie in two parts.
+        group_by: a column; rows with the same value in it never lie in two parts. Of tasks with rows of their own, the
+            same value goes into the same part in all tasks that have the same shares and seed; `validation` and `test`
+            are then shares of the values, not of the rows.
         stratify_by: a column; the parts have the same shares of each of its values.
         seed: of the choice.
     """
@@ -155,6 +157,7 @@ class TaskOptions:
         self._check_type("ignore_index", "segmentation")
         self._check_type("missing", "dense_regression")
         check_repeats("columns", self.columns)
+        check_repeats("metrics", self.metrics)
         listed = self.classes.values() if isinstance(self.classes, dict) else [self.classes or ()]
         check_repeats("classes", tuple(word_of(value) for values in listed for value in values))
         if self.type == "multi_label" and self.columns and self.classes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_bilb.data.own.columns import Words
 from hf_bilb.data.splits import draw_rows, held_out_count
 from hf_bilb.errors import OptionError
 
@@ -55,6 +57,39 @@ def _fitting(groups: Rows, sizes: Rows, count: int) -> list[int]:
             chosen.append(group)
             left -= sizes[group]
     return chosen or [int(groups[np.argmin(sizes[groups])])]
+
+
+def draw_named_groups(groups: Words, parts: Sequence[str], shares: Mapping[str, float], seed: int) -> list[Rows]:
+    """The same, but that the name of a group and the seed say its part, which so is the same in all sets of rows.
+
+    Args:
+        groups: `[N]`, the name of each row's group.
+        parts: those that are drawn; the groups of others stay with those that are left.
+        shares: of the groups, of all parts that may be drawn. Whether a group is drawn does not depend on the others,
+            so a part of few groups may be larger or smaller.
+        seed: of the choice.
+
+    Raises:
+        OptionError: a part gets no group.
+    """
+    names = list(shares)
+    drawn = np.searchsorted(np.cumsum(list(shares.values())), [_draw(name, seed) for name in groups.known], "right")
+    part_of = [(*names, "")[number] for number in drawn]
+    chosen = [[name == part for name in part_of] for part in parts]
+    chosen.append((~np.any(chosen, axis=0)).tolist())
+    found = [np.flatnonzero(np.array(of_part, bool)[groups.codes]) for of_part in chosen]
+    for part, rows in zip((*parts, "train"), found, strict=True):
+        if not len(rows):
+            raise OptionError(
+                f"none of the {len(groups.known)} groups falls into the {part} part; set another seed, or larger shares"
+            )
+    return found
+
+
+def _draw(name: str, seed: int) -> float:
+    """Evenly distributed from 0 to 1."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 def draw_strata(strata: Rows, shares: Sequence[float], seed: int) -> list[Rows]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,14 +12,12 @@ from numpy.typing import NDArray
 from hf_bilb.config.options import nearest
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Words
-from hf_bilb.data.own.files import Table, read_tables
+from hf_bilb.data.own.files import Table, delimiter_hint, read_tables
 from hf_bilb.data.own.options import SourceOptions
-from hf_bilb.data.own.parts import draw_groups, draw_parts, draw_strata
+from hf_bilb.data.own.parts import draw_groups, draw_named_groups, draw_parts, draw_strata
 from hf_bilb.data.own.words import MISSING
 from hf_bilb.data.splits import PARTS, Split
 from hf_bilb.errors import OptionError
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -113,19 +110,13 @@ def _check_split_columns(options: SourceOptions, tables: Sequence[Table]) -> Non
 
 def _check_column(path: str, column: str, tables: Sequence[Table]) -> None:
     for table in tables:
-        known = table.rows.column_names
-        if column in known:
+        if column in table.features:
             continue
+        known = list(table.features)
         if table is not tables[0]:
             raise OptionError(f"data: {table.name} has no column {column!r}, which {tables[0].name} has ({path})")
-        hint = nearest(column, known) or f" (it has {', '.join(known)}{_delimiter_hint(known)})"
+        hint = nearest(column, known) or f" (it has {', '.join(known)}{delimiter_hint(known)})"
         raise OptionError(f"{path}: {table.name} has no column {column!r}{hint}")
-
-
-def _delimiter_hint(known: Sequence[str]) -> str:
-    """For a file that became one column because it has another delimiter."""
-    other = next((character for character in ";\t|," if character in known[0]), None)
-    return f"; is data.csv.delimiter {other!r}?" if len(known) == 1 and other else ""
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
@@ -136,15 +127,14 @@ def _split(options: SourceOptions, given: Mapping[str, Sequence[Table]], part_of
     # The test part first: it stays as it is when files for the validation part come.
     missing = [part for part in ("test", "validation") if part not in given]
     if missing:
-        shares = [getattr(options.split, part) for part in missing]
         # The tables of the training part come first: their rows are numbered alike in the whole.
-        rows.update(zip((*missing, "train"), _drawn(options, given["train"], shares), strict=True))
-    _warn_of_groups(options, given)
+        rows.update(zip((*missing, "train"), _drawn(options, given["train"], missing), strict=True))
     return Split(rows["train"], rows["validation"], rows["test"])
 
 
-def _drawn(options: SourceOptions, tables: Sequence[Table], shares: Sequence[float]) -> list[NDArray[np.int64]]:
+def _drawn(options: SourceOptions, tables: Sequence[Table], parts: Sequence[str]) -> list[NDArray[np.int64]]:
     split, num_rows = options.split, sum(len(table.rows) for table in tables)
+    shares = [getattr(split, part) for part in parts]
     column = split.group_by or split.stratify_by
     path = f"{options.path}.split"
     try:
@@ -156,6 +146,8 @@ def _drawn(options: SourceOptions, tables: Sequence[Table], shares: Sequence[flo
             return draw_strata(_numbered(found.codes), shares, split.seed)
         _check_filled(tables, column, found.codes < 0, "the row's group")
         path = f"{path}.group_by"
+        if options.path != "data":  # another task may have rows of the same group
+            return draw_named_groups(found, parts, {"test": split.test, "validation": split.validation}, split.seed)
         return draw_groups(_numbered(found.codes), shares, split.seed)
     except OptionError as error:
         raise error if str(error).startswith("data") else OptionError(f"{path}: {error}") from None
@@ -178,22 +170,3 @@ def _place(tables: Sequence[Table], row: int) -> str:
             return table.place(row)
         row -= len(table.rows)
     raise IndexError(row)
-
-
-def _warn_of_groups(options: SourceOptions, given: Mapping[str, Sequence[Table]]) -> None:
-    """Files are taken as they are; that a group is in two of them is worth a word."""
-    column = options.split.group_by
-    if column is None:
-        return
-    seen = {
-        part: {word for table in tables for word in columns.words(table, column).known}
-        for part, tables in given.items()
-        if all(column in table.rows.column_names for table in tables)
-    }
-    for part in ("validation", "test"):
-        both = seen.get(part, set()) & seen["train"]
-        if both:
-            logger.warning(
-                "%s.split.group_by: %d values of %r are in the files of the training part and the %s part, such as %r",
-                options.path, len(both), column, part, min(both),
-            )  # fmt: skip

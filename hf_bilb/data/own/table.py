@@ -54,12 +54,14 @@ class Encoder:
         numeric, categorical: names of the columns.
         scale: of the D columns of numbers.
         categories: of each of the C columns its values, in order.
+        empty: columns without a value in the training rows.
     """
 
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
     scale: Standardizer
     categories: tuple[tuple[str, ...], ...]
+    empty: tuple[str, ...] = ()
 
     @classmethod
     def fit(
@@ -77,7 +79,10 @@ class Encoder:
             for place in range(len(categorical))
         ]
         known = tuple(tuple(order(of_column)) for of_column in used)
-        return cls(inputs.numeric or (), categorical, Standardizer.fit(numbers), known)
+        names = (*(inputs.numeric or ()), *categorical)
+        filled = (*(~np.isnan(numbers)).any(axis=0), *map(bool, known))
+        empty = tuple(name for name, has_value in zip(names, filled, strict=True) if not has_value)
+        return cls(inputs.numeric or (), categorical, Standardizer.fit(numbers), known, empty)
 
     def encode(self, cells: Cells, rows: Rows) -> dict[str, Tensor]:
         """`numeric [N, D]` float32, standardised, NaN where missing; `categorical [N, C]` int64, 0 where missing or not

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hf_bilb.data.images import files
+from hf_bilb.errors import OptionError
 from tests.data.own.tables import labels, load, write_csv, write_jsonl
 
 GREYS = (0, 50, 100, 150, 200, 250)
@@ -84,6 +85,45 @@ def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "sub/0.png").write_bytes(png(7) + b" ")  # another image under the same name
     data = load(**options, cache_dir=str(tmp_path / "cache"))
     assert 7 in np.concatenate([greys(data, part) for part in ("train", "validation", "test")])
+
+
+@pytest.mark.parametrize(("kind", "white"), [("png", 65535), ("tif", 65535), ("float.tif", 1)])
+def test_images_of_16_bits_and_floats_are_scaled(tmp_path: Path, kind: str, white: int) -> None:
+    rows = []
+    for grey in GREYS:
+        values = np.full((8, 8), grey / 255 * white)
+        name = f"{grey}.{kind}"
+        Image.fromarray(values.astype(np.uint16 if white > 1 else np.float32)).save(tmp_path / name)
+        rows.append({"image": name, "grey": grey})
+    task = {"grey": TASKS["grey"]}
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = load(files=file, inputs={"image": "image"}, tasks=task, image_size=8, cache_dir=str(tmp_path / "cache"))
+    assert np.array_equal(greys(data, "train"), labels(data)[:, 0]) and len(set(greys(data, "train"))) == 4
+
+
+def test_floats_beyond_1_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 255, np.float32)).save(tmp_path / "a.tif")
+    file = write_jsonl(tmp_path / "a.jsonl", [{"image": "a.tif", "grey": grey} for grey in range(9)])
+    task = {"grey": TASKS["grey"]}
+    with pytest.raises(OptionError) as error:
+        load(files=file, inputs={"image": "image"}, tasks=task, image_size=8, cache_dir=str(tmp_path / "cache"))
+    what = "has grey values from 255 to 255, expected floats from 0 to 1"
+    assert str(error.value) == f"data: {file}, row 1: image '{tmp_path / 'a.tif'}': {what}"
+
+
+def test_replaced_files_of_images_in_a_table_are_seen(tmp_path: Path) -> None:
+    """A column of type `datasets.Image` may hold paths alone."""
+    given = rows(tmp_path)
+    held = datasets.Dataset.from_list([{**row, "image": str(tmp_path / row["image"])} for row in given])
+    file = str(tmp_path / "a.parquet")
+    held.cast_column("image", datasets.Image()).to_parquet(file)
+    options = {"files": file, "inputs": {"image": "image"}, "tasks": TASKS, "image_size": 8}
+    before = load(**options, cache_dir=str(tmp_path / "cache"))
+    assert np.array_equal(greys(before, "train"), labels(before)[:, 0])
+    for grey in GREYS:
+        (tmp_path / f"sub/{grey}.png").write_bytes(png(grey + 1) + b" ")
+    after = load(**options, cache_dir=str(tmp_path / "cache"))
+    assert np.array_equal(greys(after, "train"), labels(after)[:, 0] + 1)
 
 
 def test_images_of_several_sources(tmp_path: Path) -> None:

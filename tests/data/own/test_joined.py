@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hf_bilb.errors import OptionError
 from hf_bilb.trainer.sampling import example_tasks
 from tests.data.glue_files import write_encoder
 from tests.data.own.tables import labels, load, write_csv, write_jsonl
@@ -72,3 +73,69 @@ def test_tables_are_standardised_together(tmp_path: Path) -> None:
     assert batch["numeric"].mean().item() == pytest.approx(0, abs=1e-6)
     assert batch["numeric"].std(unbiased=False).item() == pytest.approx(1, abs=1e-6)
     assert batch["categorical"][:, 0].tolist() == [1] * 8 + [2] * 8
+
+
+def write_customers(folder: Path, name: str, num_rows: int, column: str = "customer") -> str:
+    rows = [f"{customer},{customer}" for customer in np.random.default_rng(1).permutation(np.arange(num_rows) % 40)]
+    return write_csv(folder / f"{name}.csv", "\n".join([f"{column},{name}", *rows]))
+
+
+def customers(data: Any, part: str, task: int) -> set[int]:
+    """Each label is the row's customer."""
+    found = labels(data, part)[getattr(data, part).task_ids == task, task]
+    return set(found.astype(int).tolist())
+
+
+def test_a_group_is_in_the_same_part_in_all_tasks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    number = {"type": "regression", "standardize": False}
+    tasks = {
+        "a": {**number, "files": write_customers(tmp_path, "a", 300)},
+        "b": {**number, "files": write_customers(tmp_path, "b", 90, "client")},
+    }
+    tasks["a"]["inputs"], tasks["b"]["inputs"] = {"text": "customer"}, {"text": "client"}
+    split = {"validation": 0.2, "test": 0.3, "seed": 3}
+    tasks["a"]["split"] = {**split, "group_by": "customer"}
+    tasks["b"]["split"] = {**split, "group_by": "client"}
+    tokenizer = str(write_encoder(tmp_path / "encoder"))
+    data = load(tasks=tasks, tokenizer=tokenizer)
+    parts = ("train", "validation", "test")
+    found = [customers(data, part, 0) | customers(data, part, 1) for part in parts]
+    assert all(found) and sum(map(len, found)) == len(set.union(*found)) == 40
+    # Shares of 40 groups, within three standard deviations.
+    assert abs(len(found[1]) - 8) < 3 * 2.6 and abs(len(found[2]) - 12) < 3 * 2.9
+    assert "group_by" not in caplog.text
+    alone = load(tasks={"b": tasks["b"]}, tokenizer=tokenizer)  # as `compare --stl` trains it
+    assert [customers(alone, part, 0) for part in parts] == [customers(data, part, 1) for part in parts]
+    tasks["b"]["split"]["seed"] = 4
+    load(tasks=tasks, tokenizer=tokenizer)
+    assert (
+        "data.tasks.a.split.group_by: " in caplog.text and "in the test part of data.tasks.b, such as " in caplog.text
+    )
+
+
+def test_too_few_groups_for_a_part(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,g,y\n" + "\n".join(f"{row},{row % 3},1" for row in range(30)))
+    task = {"type": "regression", "files": file, "split": {"group_by": "g", "test": 0.01}}
+    with pytest.raises(OptionError) as error:
+        load(tasks={"y": task}, inputs={"numeric": ["x"]})
+    said = "none of the 3 groups falls into the test part; set another seed, or larger shares"
+    assert str(error.value) == f"data.tasks.y.split.group_by: {said}"
+
+
+def test_a_file_that_one_task_trains_on_and_another_is_measured_on_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = (write_csv(tmp_path / f"{name}.csv", "x,y,z\n1,2,3\n2,3,4\n3,4,5") for name in ("one", "two"))
+    tasks = {
+        "y": {
+            "type": "regression",
+            "files": {"train": one, "validation": two},
+        },  # a row of `one` is drawn for its test part
+        "z": {"type": "regression", "files": {"train": two, "test": one}},
+    }
+    load(tasks=tasks, inputs={"numeric": ["x"]})
+    assert f"data.tasks.y: 2 rows of {one} are in the training part and in the test part of data.tasks.z" in caplog.text
+    caplog.clear()
+    same = {name: {"type": "regression", "files": one} for name in ("y", "z")}
+    load(tasks=same, inputs={"numeric": ["x"]})
+    assert "in the training part" not in caplog.text

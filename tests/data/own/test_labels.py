@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gzip
 import lzma
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
+from hf_bilb.data.own.columns import numbers, texts, words_of
+from hf_bilb.data.own.files import Table
 from hf_bilb.losses.task_types import TaskType
 from tests.data.own.tables import labels, load, three_parts, write_csv, write_jsonl
 
@@ -235,6 +239,129 @@ def test_numbers_and_categories(tmp_path: Path) -> None:
     arguments = data.model_arguments
     assert arguments["categories"] == {"c": ["a", "b"], "d": ["9", "10"]}
     assert arguments["numeric_names"] == ["n", "m"] and arguments["numeric_means"] == pytest.approx([3, 17 / 3])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_minus_100_is_a_missing_class_but_a_number(tmp_path: Path, kind: str) -> None:
+    """As in integer labels of PyTorch and Hugging Face."""
+    frame = pd.DataFrame({"x": [1, 2, 3, 4], "c": [1, -100, 0, 1], "b": [1, 0, -100, 1], "y": [5, -100, 7, 8]})
+    file = str(tmp_path / f"a.{kind}")
+    frame.to_csv(file, index=False) if kind == "csv" else frame.to_json(file, orient="records", lines=True)
+    tasks = {
+        "c": {"type": "classification"},
+        "b": {"type": "multi_label"},
+        "y": {"type": "regression", "standardize": False},
+    }
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks=tasks)
+    assert data.model_arguments["tasks"]["c"].size == 2
+    expected = [[1, 1, 5], [NAN, 0, -100], [0, NAN, 7], [1, 1, 8]]
+    assert np.array_equal(labels(data), np.float32(expected), equal_nan=True)
+
+
+def test_minus_100_is_missing_among_declared_classes() -> None:
+    found = words_of(pa.array([1, -100, 0, None]), datasets.ClassLabel(names=["no", "yes"]), frozenset())
+    assert found.codes.tolist() == [1, -1, 0, -1] and found.known == ("no", "yes")
+
+
+def test_minus_100_is_a_class_where_the_recipe_says_so(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,c\n1,-100\n2,5\n3,-100.0")
+    task = {"type": "classification", "classes": [-100, 5]}
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"c": task})
+    assert labels(data)[:, 0].tolist() == [0, 1, 0]
+
+
+def test_columns_of_rows_in_another_order() -> None:
+    rows = datasets.Dataset.from_dict({"x": [1, 2, 3, 4], "c": ["a", "b", None, "d"]}).select([3, 0, 2])
+    table = Table("rows", rows, Path())
+    assert numbers(table, "x").tolist() == [4, 1, 3] and texts(table, "c") == ["d", "a", ""]
+
+
+def test_a_column_is_read_without_a_copy_of_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` copies for each column makes wide tables quadratic in their columns."""
+    table = Table("rows", datasets.Dataset.from_dict({f"c{number}": [1, 2] for number in range(50)}), Path())
+    copies = []
+    monkeypatch.setattr("copy.deepcopy", lambda value, *_: copies.append(value) or value)
+    assert [numbers(table, f"c{number}").sum() for number in range(50)] == [3.0] * 50
+    assert len(copies) <= 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_empty_last_cells_and_lines_are_no_short_rows(tmp_path: Path, end: str) -> None:
+    cells = ["x,c,y", '1,"a', 'b",', "", "2,c\rd," if end == "\n" else "2,c,", "3,c,7"]
+    (tmp_path / "a.csv").write_bytes(end.join([*cells, ""]).encode())
+    file = three_parts(str(tmp_path / "a.csv"))
+    tasks = {"y": {"type": "regression", "standardize": False}}
+    data = load(files=file, inputs={"numeric": ["x"]}, tasks=tasks)
+    assert len(data.test) == 3 and labels(data)[:, 0].tolist() == [7]
+
+
+def test_the_same_value_is_the_same_category_in_all_kinds_of_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["truth", "day", "time", "name", "number", "whole", "small"]
+    given = [
+        [True, "2020-01-01", "2020-01-01T10:00:00", "Zo\u00eb", 1.5, 3, 0.1],
+        [False, "2020-01-02", "2020-01-02T11:30:00", "Ana", 2.25, 4, 0.3],
+    ]
+    jsonl = write_jsonl(
+        tmp_path / "a.jsonl", [dict(zip(names, row, strict=True)) | {"y": n} for n, row in enumerate(given)]
+    )
+    text = ["true,2020-01-01 00:00:00,2020-01-01 10:00:00.000,Zoe\u0308,1.5,3.0,0.1,0",
+            "FALSE,2020-01-02,2020-01-02 11:30:00,Ana,2.25,4,0.3,1"]  # fmt: skip
+    csv = write_csv(tmp_path / "a.csv", "\n".join([",".join([*names, "y"]), *text]))
+    frame = pd.DataFrame(given, columns=names).assign(y=[0, 1])
+    frame["number"] = [Decimal("1.50"), Decimal("2.25")]
+    frame["small"] = frame["small"].astype("float32")
+    for column in ("day", "time"):
+        frame[column] = pd.to_datetime(frame[column])
+    frame.to_parquet(tmp_path / "a.parquet")
+    files = {"train": jsonl, "validation": csv, "test": str(tmp_path / "a.parquet")}
+    data = load(files=files, inputs={"categorical": names}, tasks={"y": {"type": "regression"}})
+    for part in (data.train, data.validation, data.test):
+        assert (part[0]["categorical"] + part[1]["categorical"]).tolist() == [3] * len(names)  # 1 and 2
+        assert part[0]["categorical"].tolist() == data.train[0]["categorical"].tolist()
+    assert "training part" not in caplog.text
+
+
+def test_numbers_with_leading_zeros_and_versions_stay_different_words(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,y\n01067,1\n1067,2\n1.1,3\n1.10,4")
+    data = load(files=three_parts(file), inputs={"categorical": ["x"]}, tasks={"y": {"type": "regression"}})
+    assert len(data.model_arguments["categories"]["x"]) == 4
+
+
+def test_values_that_training_lacks_and_empty_columns_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write_csv(tmp_path / "train.csv", "c,d,n,m,y\na,,1,,1\nb,,2,,2")
+    test = write_csv(tmp_path / "test.csv", "c,d,n,m,y\nx,,1,,1\nx,,2,,2\n,,2,,3")
+    files = {"train": train, "validation": three_parts(train)["test"], "test": test}
+    inputs = {"categorical": ["c", "d"], "numeric": ["n", "m"]}
+    load(files=files, inputs=inputs, tasks={"y": {"type": "regression"}})
+    assert [record.message for record in caplog.records] == [
+        "data.inputs: column 'm' has no value in the training part; it is the same in all rows",
+        "data.inputs: column 'd' has no value in the training part; it is the same in all rows",
+        "data.inputs.categorical: 2 of 3 rows of the test part have a value in column 'c' that no row of the training "
+        "part has, such as 'x'; the model sees it as missing",
+    ]
+
+
+def test_an_empty_line_at_the_top_is_passed_over(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", "x,c\n1,a\n2,b")
+    Path(file).write_text("\n\n" + Path(file).read_text())
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"c": {"type": "classification"}})
+    assert labels(data)[:, 0].tolist() == [0, 1]
+
+
+def test_a_class_that_may_mean_an_empty_cell_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = three_parts(write_csv(tmp_path / "a.csv", "x,c\n1,a\n2,?\n3,N/A\n4,b"))
+    options = {"files": files, "inputs": {"numeric": ["x"]}}
+    load(**options, tasks={"c": {"type": "classification"}})
+    said = "data.tasks.c: '?', 'N/A' of column 'c' is a class; if it means an empty cell, set data.csv.missing: "
+    assert said + '["?", "N/A"]' in caplog.text
+    caplog.clear()
+    load(**options, csv={"missing": ["?", "N/A"]}, tasks={"c": {"type": "classification"}})
+    load(**options, tasks={"c": {"type": "classification", "classes": ["a", "b", "?", "N/A"]}})
+    assert not caplog.records
 
 
 def test_a_part_without_labels_of_a_task_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from hf_bilb.data.own.parts import draw_groups, draw_parts, draw_strata
@@ -114,4 +117,26 @@ def test_groups_that_are_in_the_files_of_two_parts_are_said(tmp_path: Path, capl
     test = write_csv(tmp_path / "test.csv", "y,customer,c\n100,3,a\n100,8,a")
     options = {"files": {"train": table(tmp_path), "test": test}, "inputs": {"categorical": ["c"]}, "tasks": TASKS}
     load(**options, split={"group_by": "customer"})
-    assert "1 values of 'customer' are in the files of the training part and the test part, such as '3'" in caplog.text
+    assert "1 values of 'customer' are in the training part and in the test part, such as '3'" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_file_with_other_rows_and_the_old_time_of_change_is_read_again(
+    tmp_path: Path, kind: str, replaced: bool
+) -> None:
+    """As `rsync -t` (which replaces the file) and `cp -p` (which writes into it) leave it."""
+    file = tmp_path / f"a.{kind}"
+    found = []
+    for first in (10, 50):
+        frame = pd.DataFrame({"y": range(first, first + 20), "x": 1})
+        new = tmp_path / f"new.{kind}"
+        if kind == "csv":
+            frame.to_csv(new, index=False)
+        else:
+            frame.to_parquet(new) if kind == "parquet" else frame.to_json(new, orient="records", lines=True)
+        new.replace(file) if replaced else shutil.copyfile(new, file)
+        os.utime(file, (10**9, 10**9))
+        data = load(files=str(file), inputs={"numeric": ["x"]}, tasks=TASKS)
+        found.append(set.union(*(rows_of(data, part) for part in ("train", "validation", "test"))))
+    assert found == [set(range(10, 30)), set(range(50, 70))]

@@ -73,6 +73,10 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {}, {"tasks": {"stars": {"type": "regression", "metrics": ["mse", "acuracy"]}}},
         "data.tasks.stars.metrics: 'acuracy' is not known; known: mae, mse, nmse, pearson, r2, rmse, spearman",
     ),
+    "metric that stands twice": (
+        {}, {"tasks": {"stars": {"type": "regression", "metrics": ["mae", "mae"]}}},
+        "data.tasks.stars.metrics: 'mae' stands twice",
+    ),
     "metric that does not fit the classes": (
         {"train.csv": GOOD + "x,1,birds\n"}, {"tasks": {"topic": {"type": "classification", "metrics": ["roc_auc"]}}},
         "data.tasks.topic.metrics: 'roc_auc' does not fit classification with 3 classes; these do: accuracy, "
@@ -226,6 +230,22 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"test.csv": "body,stars,topic\nx,y,1,cats\n"}, {},
         "data: {dir}/test.csv, row 1: has 4 cells, expected 3, one for each column",
     ),
+    "row that is too short": (
+        {"test.csv": "body,stars,topic\n\nx,1,\ny,2\nz,3,cats\n"}, {},
+        "data: {dir}/test.csv, row 2: has 2 cells, expected 3, one for each column",
+    ),
+    "more names of columns than cells": (
+        {"test.csv": "x,1,cats\ny,2,dogs\n"}, {"csv": {"columns": ["body", "stars", "topic", "more"]}},
+        "data: {dir}/test.csv, row 1: has 3 cells, expected 4, one for each column",
+    ),
+    "another delimiter and decimal commas": (
+        {"test.csv": "body;stars;topic\nx;1,5;cats\n"}, {},
+        "data: {dir}/test.csv, row 1: has 2 cells, expected 1, one for each column; is data.csv.delimiter ';'?",
+    ),
+    "row that is too short below an empty line": (
+        {"test.csv": "\nbody,stars,topic\nx,1,\ny,2\n"}, {},
+        "data: {dir}/test.csv, row 2: has 2 cells, expected 3, one for each column",
+    ),
     "column that stands twice": (
         {"test.csv": "body,stars,stars\nx,1,2\n"}, {},
         "data: {dir}/test.csv: the column 'stars' stands twice in the first line",
@@ -296,6 +316,14 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"train.csv": GOOD + "x,inf,cats\n"}, {},
         "data: {dir}/train.csv, row 5: column 'stars' is infinite, expected a finite number",
     ),
+    "label beyond 32 bits": (
+        {"train.csv": GOOD + "x,-1e39,cats\n"}, {},
+        "data: {dir}/train.csv, row 5: column 'stars' is -1e+39, expected a number that 32 bits hold, up to 3.4e+38",
+    ),
+    "input beyond 32 bits": (
+        {"test.csv": "body,stars,topic\nx,1e200,cats\n"}, OF_NUMBERS,
+        "data: {dir}/test.csv, row 1: column 'stars' is 1e+200, expected a number that 32 bits hold, up to 3.4e+38",
+    ),
     "word in a numeric input": (
         {"test.csv": "body,stars,topic\nx,?,cats\n"}, OF_NUMBERS,
         "data: {dir}/test.csv, row 1: column 'stars' is '?', expected a number",
@@ -355,6 +383,16 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"train.csv": OF_KINDS, "validation.csv": OF_KINDS, "test.csv": OF_KINDS + "y,spam\n"},
         {"tasks": {"kind": {"type": "multi_label"}}},
         "data: {dir}/test.csv, row 3: column 'kind' is 'spam', expected a list",
+    ),
+    "neighbours without a comma": (
+        {"train.csv": OF_KINDS, "validation.csv": OF_KINDS, "test.csv": OF_KINDS + "y,\"['ad', 'a' 'd']\"\n"},
+        {"tasks": {"kind": {"type": "multi_label"}}},
+        "data: {dir}/test.csv, row 3: column 'kind' is \"['ad', 'a' 'd']\", expected a list",
+    ),
+    "list that NumPy cut short": (
+        {"train.csv": OF_KINDS, "validation.csv": OF_KINDS, "test.csv": OF_KINDS + "y,['ad' ... 'ad']\n"},
+        {"tasks": {"kind": {"type": "multi_label"}}},
+        "data: {dir}/test.csv, row 3: column 'kind' is \"['ad' ... 'ad']\", which is cut short, expected a list",
     ),
     "lists where numbers should be": (
         jsonl(), {**OF_TAGS, "tasks": {"tags": STARS}},

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoTokenizer
 
+from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import TaskType
 from tests.data.glue_files import write_encoder
 from tests.data.own.tables import labels, load, three_parts, write_csv, write_jsonl
@@ -107,6 +109,77 @@ def test_the_first_token_of_a_word_has_its_label(tmp_path: Path, kind: str) -> N
     assert np.array_equal(batch["labels"].numpy(), np.float32([[1], [0], [np.nan]]), equal_nan=True)
     assert data.task_item_counts(batch).tolist() == [5, 2]
     assert "tags_f1_entity" in data.trivial_metrics
+
+
+@pytest.mark.parametrize("made", [np.array, lambda words: list(np.array(words)), list])
+def test_lists_as_pandas_writes_them(tmp_path: Path, encoder: str, made: Any) -> None:
+    """Arrays of NumPy have no commas, lists of its strings have `np.str_` around them."""
+    import pandas as pd
+
+    rows = [
+        {name: made(row[name]) for name in ("words", "tags")}
+        for row in WORDS
+        if row["tags"] and None not in row["tags"]
+    ]
+    pd.DataFrame([*rows, {"words": made(["it's", 'a "cat"']), "tags": made(["O", "B-animal"])}]).to_csv(
+        tmp_path / "a.csv"
+    )
+    files = three_parts(str(tmp_path / "a.csv"))
+    data = load(files=files, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=encoder)
+    assert data.model_arguments["tasks"]["tags"].names == ("B-animal", "O")
+    found = [[int(tag) for tag in data.test[row]["tag_labels"][:, 0] if tag >= 0] for row in range(2)]
+    assert found == [[1, 0, 1], [1, 0]]
+
+
+def test_a_word_tagged_minus_100_has_no_label(tmp_path: Path, encoder: str) -> None:
+    files = three_parts(write_jsonl(tmp_path / "a.jsonl", [{"words": ["the", "cat", "ran"], "tags": [0, 1, -100]}]))
+    data = load(files=files, inputs={"text": "words"}, tasks={"tags": TAGS}, tokenizer=encoder)
+    assert data.model_arguments["tasks"]["tags"].names == ("0", "1")
+    assert data.train[0]["tag_labels"][:, 0].tolist() == [-100, 0, 1, -100, -100]
+
+
+def long_rows(folder: Path, tags: list[str], words: list[str] | None = None) -> str:
+    """Three rows of 20 words, of which 6 fit into 8 tokens, and one of 4."""
+    words = words or ["the", "cat"] * 10
+    rows = [{"words": words, "tags": tags}] * 3 + [{"words": words[:4], "tags": tags[:4]}]
+    return write_jsonl(folder / "long.jsonl", rows)
+
+
+def test_tags_that_are_cut_off_are_said_and_have_no_weight(
+    tmp_path: Path, encoder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = three_parts(long_rows(tmp_path, ["A", "B", "B", "B"] + ["B", "A"] + ["A"] * 14))
+    task = {**TAGS, "class_weights": "balanced"}
+    options = {"files": files, "inputs": {"text": "words"}, "tokenizer": encoder}
+    data = load(**options, tasks={"tags": task}, max_length=8)
+    # Left: three times A B B B B A, and A B B B.
+    left = ["A"] * (3 * 2 + 1) + ["B"] * (3 * 4 + 3)
+    expected = compute_class_weight("balanced", classes=np.array(["A", "B"]), y=left)
+    assert data.model_arguments["tasks"]["tags"].class_weights == pytest.approx(expected)
+    assert caplog.text.count("42 of 64 tags, in 3 of 4 rows of the t") == 2  # train and test
+    caplog.clear()
+    load(**options, tasks={"tags": task}, max_length=64)
+    assert not caplog.records
+
+
+def test_a_class_that_is_cut_off_altogether(tmp_path: Path, encoder: str, caplog: pytest.LogCaptureFixture) -> None:
+    files = three_parts(long_rows(tmp_path, ["A", "B"] * 3 + ["C"] * 14))
+    options = {"files": files, "inputs": {"text": "words"}, "tokenizer": encoder, "max_length": 8}
+    load(**options, tasks={"tags": TAGS})
+    assert "data.max_length (8 tokens) leaves no tag of the class 'C' in the training part" in caplog.text
+    with pytest.raises(OptionError, match=r"class 'C' has no label, .* \(after data.max_length, 8 tokens\)"):
+        load(**options, tasks={"tags": {**TAGS, "class_weights": "balanced"}})
+
+
+def test_words_without_any_token(tmp_path: Path, encoder: str) -> None:
+    file = long_rows(tmp_path, ["A", "B"] * 10, ["\u200b", " "] * 10)
+    files = three_parts(file)
+    with pytest.raises(OptionError) as error:
+        load(files=files, inputs={"text": "words"}, tokenizer=encoder, tasks={"tags": TAGS}, max_length=8)
+    assert str(error.value) == (
+        f"data: {files['train']}: no tag of column 'tags' in the training part is left: its words have no token, or "
+        "are cut off by data.max_length (8)"
+    )
 
 
 def test_tasks_of_words_alone_have_no_labels_of_rows(tmp_path: Path, encoder: str) -> None:
