@@ -355,7 +355,7 @@ def damaged(path: Path, row: int, column: int, value: str | None) -> None:
             7,
             13,
             None,
-            "adult.data, row 8: column 'classification' is empty, expected a value (is the row cut short?)",
+            "adult.data, row 8: has 13 cells, expected 15, one for each column",
         ),
     ],
 )

@@ -40,6 +40,7 @@ _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", 
            "dev": "validation", "test": "test"}  # fmt: skip
 #: What files that are damaged, or of another kind than their names say, raise.
 _UNREADABLE = (OSError, EOFError, ValueError, LookupError, NotImplementedError, StopIteration, lzma.LZMAError)
+_LONGEST_CELL = 2**31 - 1  # that `csv` takes on every system
 _OF_PANDAS = "Error tokenizing data. C error: "
 
 
@@ -73,8 +74,8 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
     """The tables of each part that is given; `train` is among them.
 
     Raises:
-        OptionError: a pattern that means no file, a file in two parts, or one that is damaged, has no rows or is of a
-            kind that is not known.
+        OptionError: a pattern that means no file, a file in two parts, or one that is damaged, has no rows, or one with
+            too few cells, or is of a kind that is not known.
     """
     if options.hub is not None:
         return _read_hub(options.hub, options.path)
@@ -88,7 +89,12 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
     else:
         found = {"train": _find(options.files, where)}
     _check_different(found, where)
-    return {part: [read_file(file, part, options.csv, missing) for file in files] for part, files in found.items()}
+    tables = {part: [read_file(file, part, options.csv, missing) for file in files] for part, files in found.items()}
+    for file, table in zip(itertools.chain(*found.values()), itertools.chain(*tables.values()), strict=True):
+        if not file.is_dir() and _FORMATS[_ending(file)] == "csv":
+            with _reading(file):
+                _check_cells(table, options.csv)
+    return tables
 
 
 def read_table(file: Path, csv_options: CsvOptions) -> Table:
@@ -189,6 +195,7 @@ def _reading(file: Path) -> Iterator[None]:
 
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    limit = csv.field_size_limit(_LONGEST_CELL)
     try:
         yield
     except OptionError:
@@ -197,15 +204,35 @@ def _reading(file: Path) -> Iterator[None]:
         cause = " ".join(str(error.__cause__ or error).split()).removeprefix(_OF_PANDAS)
         raise OptionError(f"data: {file} cannot be read: {cause or type(error).__name__}") from None
     finally:
+        csv.field_size_limit(limit)
         datasets.logging.set_verbosity(verbosity)
 
 
 def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     """Every cell as text: what is a number, and what is missing, is decided column by column."""
     import datasets
-    import pyarrow as pa
-    import pyarrow.compute
 
+    layout, comments = _layout(file, options)
+    header, is_first_row, has_rows = _header(file, options.columns, layout, comments)
+    if not has_rows:
+        return None
+    return datasets.Dataset.from_csv(
+        str(file),
+        features=datasets.Features({name: datasets.Value("string") for name in header}),
+        names=header,
+        header=None if is_first_row else 0,
+        skiprows=comments,
+        na_filter=False,
+        encoding="utf-8-sig",
+        # A carriage return alone ends no row, where rows end with a line feed.
+        lineterminator=None if _has_windows_lines(file) else "\n",
+        dataset_name=f"file_{_state(file)}",
+        **layout,
+    )
+
+
+def _layout(file: Path, options: CsvOptions) -> tuple[dict[str, Any], int]:
+    """How the cells of a file are parted, and how many comments stand at its top."""
     tabs = _ending(file) in _TABS
     quotes = not tabs if options.quotes is None else options.quotes
     layout: dict[str, Any] = {
@@ -215,33 +242,20 @@ def _read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
     }
     with _open(file) as stream:
         comments = sum(1 for _ in itertools.takewhile(lambda line: line[:1] == options.comment, stream))
-    header, is_first_row, has_rows = _header(file, options.columns, layout, comments)
-    if not has_rows:
-        return None
+    return layout, comments
+
+
+def _check_cells(table: Table, options: CsvOptions) -> None:
+    """Raise `OptionError` for the first row of a text file that has fewer cells than there are columns."""
+    import pyarrow.compute
+
+    file, expected = Path(table.name), len(table.features)
+    last = table.rows.data.column(expected - 1)
+    if not pyarrow.compute.any(pyarrow.compute.equal(last, "")).as_py():  # pandas fills short rows with empty cells
+        return
+    layout, comments = _layout(file, options)
+    has_names = not _header(file, options.columns, layout, comments)[1]
     windows = _has_windows_lines(file)
-    rows = datasets.Dataset.from_csv(
-        str(file),
-        features=datasets.Features({name: datasets.Value("string") for name in header}),
-        names=header,
-        header=None if is_first_row else 0,
-        skiprows=comments,
-        na_filter=False,
-        encoding="utf-8-sig",
-        # A carriage return alone ends no row, where rows end with a line feed.
-        lineterminator=None if windows else "\n",
-        dataset_name=f"file_{_state(file)}",
-        **layout,
-    )
-    last = rows.data.column(len(header) - 1)
-    if pa.compute.any(pa.compute.equal(last, "")).as_py():  # pandas fills short rows with empty cells
-        _check_cells(file, layout, comments, not is_first_row, len(header), windows)
-    return rows
-
-
-def _check_cells(
-    file: Path, layout: Mapping[str, Any], comments: int, has_names: bool, expected: int, windows: bool
-) -> None:
-    """Raise `OptionError` for the first row that has fewer cells than there are columns."""
     with _open(file, newline="" if windows else "\n") as stream:
         # What ends no row for pandas shall end none for `csv`.
         lines = stream if windows else (line.replace("\r\n", "\n").replace("\r", " ") for line in stream)

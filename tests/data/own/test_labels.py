@@ -345,6 +345,13 @@ def test_values_that_training_lacks_and_empty_columns_are_said(
     ]
 
 
+def test_a_long_cell_beside_an_empty_one(tmp_path: Path) -> None:
+    """Longer than the 131,072 characters that `csv` takes unless it is told otherwise."""
+    file = write_csv(tmp_path / "a.csv", f"x,t,y\n1,{'a' * 200_000},1\n2,b,\n3,c,5")
+    data = load(files=three_parts(file), inputs={"numeric": ["x"]}, tasks={"y": {"type": "regression"}})
+    assert len(data.test) == 3
+
+
 def test_an_empty_line_at_the_top_is_passed_over(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", "x,c\n1,a\n2,b")
     Path(file).write_text("\n\n" + Path(file).read_text())
