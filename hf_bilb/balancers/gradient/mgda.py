@@ -70,6 +70,8 @@ class Mgda(GramianMethod):
         scaled, scale = normalised(array(gramian))
         if scale == 0:
             return torch.ones_like(losses)
+        if not (self._by_norm or self._by_loss):
+            return torch.from_numpy(simplex_minimum(scaled) * len(scaled))
         divisors = self._divisors(scaled, array(losses))
         # Divisors have any size: what the solver sees is of size 1 again.
         point = simplex_minimum(normalised(scaled / (divisors[:, None] * divisors))[0])

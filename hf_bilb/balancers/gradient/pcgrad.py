@@ -61,7 +61,7 @@ class Orders(torch.nn.Module):
         if self.draws is None:
             return torch.arange(len(tasks)).expand(len(tasks), -1)
         drawn = self.draws(gramian).view(self._num_tasks, self._num_tasks)
-        return drawn[tasks][:, tasks].argsort(dim=1)
+        return (drawn if len(tasks) == self._num_tasks else drawn[tasks[:, None], tasks]).argsort(dim=1)
 
     def end_step(self) -> None:
         """The next update draws again."""

@@ -24,6 +24,8 @@ _TOLERANCE = 1e-13
 _ZERO = 1e-24
 #: About how many times the weight that a task would have alone `fair_weights` gives it at most.
 _MOST = 1e4
+#: So few equations are solved here: calling LAPACK, whose code is in no cache by then, takes 100 us.
+_FEW = 4
 _NEWTON_STEPS = 100
 _EXCHANGES = 15
 
@@ -83,11 +85,15 @@ def simplex_minimum(gramian: Array, linear: Array | None = None, start: Array | 
         start: the solution of a problem nearby, to begin with its support; default: the best single task.
     """
     if linear is None:
-        linear = np.zeros(len(gramian))
-        if len(linear) > 4:  # a good guess pays
-            # The min-norm point is the minimum of 1/2 x^T G x + 1/2 (sum x - 1)^2 over x >= 0, scaled to sum 1.
-            guess, left = _exchange(gramian + 1, np.full_like(gramian[:1], -1.0))
-            start = start if len(left) else np.maximum(guess[0], 0.0) / np.maximum(guess[0], 0.0).sum()
+        # The min-norm point is the minimum of 1/2 x^T G x + 1/2 (sum x - 1)^2 over x >= 0, scaled to sum 1.
+        ones = np.ones(len(gramian))
+        inside = solved_equations(gramian + 1, ones)
+        if inside is not None and inside.min() >= 0:
+            return inside / inside.sum()
+        found, left = _exchange(gramian + 1, -ones[None])
+        if not len(left):
+            return np.maximum(found[0], 0.0) / np.maximum(found[0], 0.0).sum()
+        linear = np.zeros_like(ones)
     if start is None:
         start = np.zeros_like(linear)
         start[(gramian.diagonal() / 2 + linear).argmin()] = 1
@@ -160,11 +166,33 @@ def _solve_on(hessian: Array, linear: Array, on_simplex: bool) -> Array | None:
 
 
 def solved_equations(matrix: Array, right: Array) -> Array | None:
-    """matrix^-1 right; None where the matrix is singular."""
+    """matrix^-1 right, with one column on the right or several; None where the matrix is singular."""
+    if len(matrix) <= _FEW:
+        columns = right.reshape(len(right), -1).tolist()
+        found = _eliminated([row + on_right for row, on_right in zip(matrix.tolist(), columns, strict=True)])
+        return None if found is None else np.array(found).reshape(right.shape)
     try:
         return np.linalg.solve(matrix, right).astype(np.float64, copy=False)
     except np.linalg.LinAlgError:
         return None
+
+
+def _eliminated(rows: list[list[float]]) -> list[list[float]] | None:
+    """What is left on the right of the n equations `rows`, n numbers and those on the right each; by Gauss and Jordan
+    with the largest pivot of each column; None where they are singular."""
+    size = len(rows)
+    for i in range(size):
+        best = max(range(i, size), key=lambda j: abs(rows[j][i]))
+        rows[i], rows[best] = rows[best], rows[i]
+        pivot = rows[i][i]
+        if pivot == 0:
+            return None
+        rows[i] = [number / pivot for number in rows[i]]
+        for j in range(size):
+            if j != i:
+                factor = rows[j][i]
+                rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i], strict=True)]
+    return [row[size:] for row in rows]
 
 
 @quietly
