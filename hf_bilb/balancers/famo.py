@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import initial_values
 from hf_bilb.config.options import bounded
-from hf_bilb.engine.objective import ObjectiveValue, ProgressObjective, StepProgress
+from hf_bilb.engine.objective import Derivatives, ObjectiveValue, ProgressObjective, StepProgress
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
 
@@ -92,12 +92,23 @@ class Famo(ProgressObjective):
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks; no gradient reaches the logits."""
+        distances, weights, scale = self._terms(losses, active)
+        return ObjectiveValue(masked_sum(weights * distances.log(), active) / scale, weights=weights)
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = z_k / D_k / c."""
+        distances, weights, scale = self._terms(losses, active)
+        value = masked_sum(weights * distances.log(), active) / scale
+        coefficients = torch.where(active, (1 / scale) * weights / distances, 0.0)
+        return Derivatives(ObjectiveValue(value, weights=weights), coefficients, (torch.zeros_like(self.logits),))
+
+    def _terms(self, losses: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """D, z and c, the last two detached."""
         distances = self._distances(losses, active)
         weights = self._weights(active).detach()
         scale = masked_sum(weights / distances, active).detach()
         # Without any task the sum is zero.
-        value = masked_sum(weights * distances.log(), active) / torch.where(scale > 0, scale, 1.0)
-        return ObjectiveValue(value, weights=weights)
+        return distances, weights, torch.where(scale > 0, scale, 1.0)
 
     def progress(self, step: StepProgress) -> Tensor:
         """P = sum_k z_k stopgrad(log D_k - log D'_k), whose gradient is J^T (log D - log D')."""

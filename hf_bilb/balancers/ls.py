@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.engine.objective import Objective, ObjectiveValue
-from hf_bilb.engine.options import BalancerOptions, masked_sum
+from hf_bilb.engine.objective import Derivatives, Objective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, masked_sum, sum_in_closed_form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +34,7 @@ class LinearScalarization(Objective):
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """The sum of `losses [K]` over the `active` tasks."""
         return ObjectiveValue(masked_sum(losses, active))
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = 1."""
+        return sum_in_closed_form(losses, active)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.balancers.router import initial_values
-from hf_bilb.engine.objective import Objective, ObjectiveValue
+from hf_bilb.engine.objective import Derivatives, Objective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_sum
 
 
@@ -48,3 +48,9 @@ class Uncertainty(Objective):
         precision = torch.exp(-self.log_variance)
         value = 0.5 * masked_sum(precision * losses + self.log_variance, active)
         return ObjectiveValue(value, weights=0.5 * precision)
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = 0.5 exp(-s_k), dF/ds_k = 0.5 - 0.5 exp(-s_k) l_k."""
+        output = self(losses, active, None)
+        slopes = torch.where(active, 0.5 - 0.5 * losses * torch.exp(-self.log_variance), 0.0)
+        return Derivatives(output, torch.where(active, output.weights, 0.0), (slopes,))

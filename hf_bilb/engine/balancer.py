@@ -271,6 +271,7 @@ class LossBalancer:
             if before is not None:
                 self.rollback({**self.snapshot(), **before})
             raise NonFiniteLossError(message)
+        self.normalization.settle()  # where the device has been waited for
         (torch.Tensor.backward if backward is None else backward)(surrogate)
         return weighting.value
 
@@ -307,8 +308,9 @@ class LossBalancer:
         else:
             result = self._derivatives(whole, active, valid, micro_batches, process_group, alone)
         if balancing:
-            losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
-            if self._follower is None:  # whose parameters do not follow dF/dtheta
+            # A follower's parameters do not follow dF/dtheta.
+            if self._follower is None and result.parameter_gradients:
+                losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
                 self._optimizer.accumulate(result.parameter_gradients, whole.num_items, torch.dot(losses, losses))
             self._learns = True
         weighting, of_all = self._rules.weigh(whole, active, valid, result)
@@ -326,6 +328,8 @@ class LossBalancer:
             if self._looks_at_features or batch.losses.device != device:
                 self._checks.check(batch, device)
         whole = reduction.reduce_losses(micro_batches, self._looks_at_features, group, alone)
+        if whole.losses.dtype == dtype:
+            return whole
         return whole._replace(
             losses=whole.losses.to(dtype),
             num_items=whole.num_items.to(dtype),
@@ -638,6 +642,7 @@ class LossBalancer:
         """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
         weights, one task with over 90 % of the sum of |coefficients|, losses or gradients too large to learn from.
         Reads counters on the host: call it when logging."""
+        self.normalization.settle()
         return self._monitor.due_messages(self.task_names)
 
     def describe_invalid(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:

@@ -8,6 +8,7 @@ one task alone, one pass through the heads. The shared parameters get J^T c, for
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,25 +23,21 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_bilb.engine.balancer import LossBalancer, entries_below, entries_without
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
-from hf_bilb.engine.objective import Derivatives, ObjectiveValue, differentiate
-from hf_bilb.engine.options import masked_sum
+from hf_bilb.engine.objective import Derivatives, differentiate
 from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
 from hf_bilb.engine.task_gradients import (
     GlobalGradients,
     Rows,
     RunningGradients,
     SharedParameters,
-    given_gradients,
-    leaves_of,
     reduce_gradients,
 )
 from hf_bilb.engine.weighting import (
     Weighting,
     WindowShare,
-    connected_losses,
-    own_share,
+    of_this_rank,
     surrogate_loss,
-    with_value_of_f,
+    with_gradients,
 )
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
@@ -69,9 +66,13 @@ class GradientMemory(nn.Module):
 
     def remember(self, tasks: Tensor, weights: Tensor) -> None:
         """Keep the `weights [A]` of the `tasks [A]`."""
+        if len(tasks) == len(self.weights):
+            self.weights.copy_(weights)
+            self.known.fill_(True)
+            return
         at = tasks.to(self.weights.device)
         self.weights.index_copy_(0, at, weights.to(self.weights))
-        self.known[at] = True
+        self.known.index_fill_(0, at, True)
 
     def last_weights(self) -> Tensor:
         """The last weights `[K]`; a task that has none yet gets the mean of the others'."""
@@ -101,6 +102,23 @@ class Found(NamedTuple):
     direction: list[Tensor] | None
     slopes: Tensor
     single: bool
+
+
+class OnHost(NamedTuple):
+    """What a decision rests on, read from the device at once.
+
+    Attributes:
+        gramian: `[K, K]`, float64. slopes: dF/dl, of each task. losses: of each task, normalised.
+        active, present: of each task, the tasks that F runs over, and those with a loss in this step.
+        valid: whether the losses are such that the method can take them.
+    """
+
+    gramian: Tensor
+    slopes: list[float]
+    losses: list[float]
+    active: list[bool]
+    present: list[bool]
+    valid: bool
 
 
 class GradientBalancer(LossBalancer):
@@ -209,12 +227,7 @@ class GradientBalancer(LossBalancer):
 
     def _before_decision(self) -> dict[str, Tensor] | None:
         # Losses are observed before their gradients are known to be finite; all else is remembered afterwards.
-        observed = {"memory": self._memory, "normalization": self.normalization, "guards": self._monitor}
-        return {
-            f"{part}.{name}": tensor.clone()
-            for part, module in observed.items()
-            for name, tensor in module.state_dict().items()
-        }
+        return self._records.entries()
 
     # --- the gradients -------------------------------------------------------------------------------------------
 
@@ -226,7 +239,7 @@ class GradientBalancer(LossBalancer):
         if self.objective.needs_model and not self._shared.bound:
             raise OptionError(f"balancer {self.name!r} remembers a gradient of the model's size: balancer.bind(model)")
         self._follow_model()
-        local = [bool(here) for here in (batch.num_items > 0).tolist()]
+        local = (batch.num_items > 0).tolist()
         if any(local) and not batch.losses.requires_grad:
             raise TaskLossError(
                 "losses: none of them depends on a trainable parameter (detached, or made under torch.no_grad), "
@@ -246,7 +259,7 @@ class GradientBalancer(LossBalancer):
             # Of features the examples of a sample are nobody else's: there is one sample.
             sample = 0 if self._of_features else self._num_gathered % self.objective.samples
             running = self._running[sample] if sample < len(self._running) else RunningGradients()
-            running.add(batch, inputs, self._of_features, self.options.tasks_per_pass)
+            running.add(batch, inputs, self._of_features, self.options.tasks_per_pass, local)
             self._running[sample:] = [running, *self._running[sample + 1 :]]
         self._num_gathered += 1
         self._outputs_of_module = []
@@ -261,10 +274,11 @@ class GradientBalancer(LossBalancer):
         self._running, self._num_gathered, self.gathers_again = [], 0, False
 
     def _whole_presence(self, local: list[bool], batch: TaskLosses, group: Any, alone: bool) -> list[bool]:
-        if bool(self._shared.known.all()) and not self._looks_again():
+        if all(self._shared.known.tolist()) and not self._looks_again():
             return local  # nothing is new: nobody looks
         counts = batch.num_items if alone else all_reduce_sum(batch.num_items.detach(), group)
-        return [bool(here) for here in (counts > 0).tolist()]
+        found: list[bool] = (counts > 0).tolist()
+        return found
 
     def _features_of(self, batch: TaskLosses) -> list[Tensor | GradientEdge]:
         features = batch.shared_features or tuple(self._outputs_of_module)
@@ -284,16 +298,14 @@ class GradientBalancer(LossBalancer):
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
-        plain = self._sum_of_losses(active)
-        if plain is None:
-            plain = differentiate(self.objective, self.normalization, self._memory.last_losses, active)
+        plain = differentiate(self.objective, self.normalization, self._memory.last_losses, active)
         single = not self._running
         if not self.needs_gradients:
             self._follow_model()
             self._found = Found(None, None, plain.coefficients, single)
-            return self._weighted(
-                plain._replace(parameter_gradients=()), self._memory_of_gradients.last_weights(), active
-            )
+            known = self._memory_of_gradients.last_weights()
+            weights = torch.where(active, known.to(self.dtype), self._rules.zero)
+            return self._weighted(plain._replace(parameter_gradients=()), weights)
         if single:
             for batch in micro_batches:
                 self.gather(batch, process_group, alone)
@@ -303,18 +315,34 @@ class GradientBalancer(LossBalancer):
         single = single and self._num_gathered == 1
         self.forget_gathered()
         self._found = Found(gradients, None, plain.coefficients, single)
-        if not bool(valid):
+        host = self._read(gradients.gramian, plain.coefficients, active, whole.present, valid)
+        if not host.valid:
             self._unlearn()
             return plain._replace(coefficients=torch.zeros_like(plain.coefficients))
-        if not bool(gradients.gramian.isfinite().all()):
+        # Where the sum is finite, each of its terms is.
+        if not math.isfinite(float(host.gramian.sum())) and not host.gramian.isfinite().all():
             self._unlearn()
             # Refused: `describe_invalid` reads whose gradient it is.
-            bad = ~gradients.gramian.diagonal().isfinite().to(self.device)
-            bad = bad | ~bad.any()
+            bad = ~host.gramian.diagonal().isfinite()
+            bad = (bad | ~bad.any()).to(self.device)
             return plain._replace(coefficients=torch.where(bad, torch.nan, torch.zeros_like(plain.coefficients)))
         if self._takes_jacobian:
-            return self._decide_by_jacobian(gradients, plain, whole, active)
-        return self._decide_by_gramian(gradients, plain, whole, active)
+            return self._decide_by_jacobian(gradients, plain, host)
+        holds = len(gradients.sample_items) == 1
+        return self._decide_by_gramian(host, holds, plain)
+
+    def _read(self, gramian: Tensor, slopes: Tensor, active: Tensor, present: Tensor, valid: Tensor) -> OnHost:
+        losses = self._memory.last_losses
+        if self.normalization.kind != "none":
+            with torch.no_grad():
+                losses = self.normalization(losses)
+        parts = [gramian.to(self.device), slopes, losses, active, present, valid]
+        if self.device.type != "cpu":  # in one transfer
+            flat = torch.cat([part.double().reshape(-1) for part in parts]).cpu()
+            sizes = [part.numel() for part in parts]
+            parts = [x.view(part.shape).to(part.dtype) for x, part in zip(flat.split(sizes), parts, strict=True)]
+        on_host: list[Any] = [part.tolist() for part in parts[1:]]
+        return OnHost(parts[0], *on_host)
 
     def _unlearn(self) -> None:
         """A NaN of the losses' own makes every parameter look as if each task reached it."""
@@ -322,99 +350,89 @@ class GradientBalancer(LossBalancer):
         if self._known_before is not None:
             self._shared.restore(self._known_before)
 
-    def _sum_of_losses(self, active: Tensor) -> Derivatives | None:
-        """What `differentiate` finds where F is the plain sum of losses as they are; None where F is another."""
-        if type(self.objective).forward is not GradientMethod.forward or self.normalization.kind != "none":
-            return None
-        own = tuple(torch.zeros_like(parameter) for parameter in self.objective.parameters())
-        value = masked_sum(self._memory.last_losses, active)
-        return Derivatives(ObjectiveValue(value), active.to(self.dtype), own)
-
-    def _weighted(self, plain: Derivatives, weights: Tensor, active: Tensor) -> Derivatives:
-        weights = torch.where(active, weights.to(self.device, self.dtype), 0.0)
+    def _weighted(self, plain: Derivatives, weights: Tensor) -> Derivatives:
         return plain._replace(output=plain.output._replace(weights=weights), coefficients=weights * plain.coefficients)
 
-    def _decide_by_gramian(
-        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor
-    ) -> Derivatives:
-        assert isinstance(self.objective, GramianMethod)
-        memory = self._memory_of_gradients
-        raw = gradients.gramian.to(memory.gramian.device)
-        # With several samples the Gramian is none of one point: nothing stands in for a task that is absent.
-        holds = len(gradients.sample_items) == 1
-        here = whole.present[:, None] & whole.present
-        if self.phase == "balancing" and holds:
-            memory.gramian.copy_(torch.where(here, raw, memory.gramian))
-        given = torch.where(here, raw, memory.gramian.double()) if holds else raw
-        slopes = plain.coefficients
-        numbers = torch.cat([given.double(), torch.stack([t.double() for t in (slopes, active, whole.present)])]).cpu()
-        gramian, (slope, is_active, is_present) = numbers[: self.num_tasks], numbers[self.num_tasks :].unbind()
-        tasks = ((is_active > 0) if holds else (is_present > 0) & (is_active > 0)).nonzero().flatten()
-        found = torch.zeros(self.num_tasks, dtype=torch.float64)
-        own: tuple[Tensor, ...] = plain.parameter_gradients
-        if len(tasks):
-            chosen = (gramian * slope * slope[:, None])[tasks][:, tasks]
-            if holds and bool((is_present[tasks] == 0).any()):
-                chosen = _nearest_gramian(chosen)
-            weights, own = self._weights_of(chosen, tasks, plain)
-            found[tasks] = weights
-            if self.phase == "balancing":
-                memory.remember(tasks, weights)
-        return self._weighted(plain, found, active)._replace(parameter_gradients=own)
+    def _decide_by_gramian(self, host: OnHost, holds: bool, plain: Derivatives) -> Derivatives:
+        """From the weights of the method.
 
-    def _weights_of(self, gramian: Tensor, tasks: Tensor, plain: Derivatives) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """w `[A]`, and the gradient of the method's own parameters."""
+        Args:
+            holds: whether the last known entries stand in for those of absent tasks. With several samples the Gramian
+                is none of one point: nothing stands in.
+        """
+        memory, gramian = self._memory_of_gradients, host.gramian
+        if holds:
+            if not all(host.present):
+                here = torch.tensor(host.present)
+                gramian = torch.where(here[:, None] & here, gramian, memory.gramian.double().cpu())
+            if self.phase == "balancing":
+                memory.gramian.copy_(gramian)
+        tasks = [k for k in range(self.num_tasks) if host.active[k] and (holds or host.present[k])]
+        if not tasks:
+            return self._weighted(plain, torch.zeros_like(plain.coefficients))
+        whole = len(tasks) == self.num_tasks
+        slopes, numbers = torch.tensor(host.slopes, dtype=torch.float64), torch.tensor(tasks)
+        chosen = gramian * slopes * slopes[:, None]
+        chosen = chosen if whole else chosen[numbers[:, None], numbers]
+        if holds and not all(host.present[k] for k in tasks):
+            chosen = _nearest_gramian(chosen)
+        losses = torch.tensor([host.losses[k] for k in tasks], dtype=torch.float64)
+        weights, own = self._weights_of(chosen, losses, numbers, plain.parameter_gradients)
+        if self.phase == "balancing":
+            memory.remember(numbers, weights)
+        found = weights if whole else torch.zeros(self.num_tasks, dtype=torch.float64).index_copy_(0, numbers, weights)
+        return self._weighted(plain, found.to(self.device, self.dtype))._replace(parameter_gradients=own)
+
+    def _weights_of(
+        self, gramian: Tensor, losses: Tensor, tasks: Tensor, own: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """w `[A]`, and the gradient of the method's own parameters where it has `own` ones."""
         method = self.objective
         assert isinstance(method, GramianMethod)
-        losses = self._normalised().double().cpu()[tasks]
         with torch.no_grad():
             weights = method.weights(gramian, losses, tasks)
-        parameters = list(method.parameters())
-        if not parameters:
-            return weights, plain.parameter_gradients
+        if not own:
+            return weights, own
         with torch.enable_grad():
             loss = method.parameter_loss(gramian, losses, tasks)
             assert loss is not None, "a method with parameters has a loss for them"
-            own = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        return weights, own
+            return weights, torch.autograd.grad(loss, list(method.parameters()), materialize_grads=True)
 
-    def _normalised(self) -> Tensor:
-        with torch.no_grad():
-            return self.normalization(self._memory.last_losses)
-
-    def _decide_by_jacobian(
-        self, gradients: GlobalGradients, plain: Derivatives, whole: GlobalBatch, active: Tensor
-    ) -> Derivatives:
-        assert isinstance(self.objective, JacobianMethod)
-        memory, slopes = self._memory_of_gradients, plain.coefficients
+    def _decide_by_jacobian(self, gradients: GlobalGradients, plain: Derivatives, host: OnHost) -> Derivatives:
+        method = self.objective
+        assert isinstance(method, JacobianMethod)
         # Of the features, whatever has the same Gramian gives the same weights.
         rows = gradients.samples[0] if gradients.samples else Rows([_root(gradients.gramian)])
-        sizes = [u.shape[1] for u in rows]
-        tasks = (whole.present & active).cpu().nonzero().flatten()
+        tasks = torch.tensor([k for k in range(self.num_tasks) if host.present[k] and host.active[k]])
         if not len(tasks):
-            return self._weighted(plain, torch.zeros(self.num_tasks), active)
-        jacobian = self._whole_jacobian(rows)
-        chosen = tasks.to(jacobian.device)
-        # Priors multiply weights; where there are none, the gradients.
-        factors = slopes if self.objective.weighted else slopes * self._rules.task_priors.to(slopes)
-        present = jacobian if len(tasks) == self.num_tasks else jacobian[chosen]
-        scaled = present * factors.to(jacobian)[chosen, None]
-        losses = self._normalised().double().cpu()[tasks]
+            return self._weighted(plain, torch.zeros_like(plain.coefficients))
+        scaled = self._scaled_jacobian(rows, tasks, plain.coefficients, host)
         with torch.no_grad():
-            gradient, weights = self.objective.direction(scaled, losses, tasks)
+            gradient, weights = method.direction(scaled, torch.tensor(host.losses, dtype=torch.float64)[tasks], tasks)
         found = None
         if weights is not None:
-            found = torch.zeros(self.num_tasks, dtype=torch.float64)
-            found[tasks] = weights.double().cpu()
-        if not self.objective.weighted:
-            direction = self._by_parameter(gradient, sizes)
+            found = torch.zeros(self.num_tasks, dtype=torch.float64).index_copy_(0, tasks, weights.double().cpu())
+        if not method.weighted:
+            direction = self._by_parameter(gradient, rows.sizes)
             self._found = None if self._found is None else self._found._replace(direction=direction)
             shown = None if found is None else found.to(self.device, self.dtype)
             return plain._replace(output=plain.output._replace(weights=shown))
         assert found is not None, "a method that is weighted has weights"
         if self.phase == "balancing":
-            memory.remember(tasks, found[tasks])
-        return self._weighted(plain, found, active)
+            self._memory_of_gradients.remember(tasks, found[tasks])
+        return self._weighted(plain, found.to(self.device, self.dtype))
+
+    def _scaled_jacobian(self, rows: Rows, tasks: Tensor, slopes: Tensor, host: OnHost) -> Tensor:
+        """`[A, d]` of the normalised losses."""
+        jacobian = self._whole_jacobian(rows)
+        chosen = tasks.to(jacobian.device)
+        present = jacobian if len(tasks) == self.num_tasks else jacobian[chosen]
+        # Priors multiply weights; where there are none, the gradients.
+        by_priors = self._rules.has_priors and not self.objective.weighted
+        if not by_priors and all(host.slopes[k] == 1 for k in tasks.tolist()):
+            return present
+        factors = slopes * self._rules.task_priors if by_priors else slopes
+        return present * factors.to(jacobian)[chosen, None]
 
     def _whole_jacobian(self, rows: Rows) -> Tensor:
         """`[K, d]`: of what is looked at; for a method that remembers vectors of the model's size of all parameters,
@@ -427,7 +445,7 @@ class GradientBalancer(LossBalancer):
             )
         if rows.whole is not None:
             return rows.whole
-        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+        return torch.cat(list(rows), dim=1)
 
     def _by_parameter(self, direction: Tensor, sizes: list[int]) -> list[Tensor]:
         if not self.objective.needs_model:
@@ -450,64 +468,52 @@ class GradientBalancer(LossBalancer):
         samples = 1 if found.gradients is None else len(found.gradients.sample_items)
         if same and not direct and samples < 3:
             return surrogate_loss(batch, weighting, share)
-        shared, of_one = self._shared.of_several, self._shared.of_one
-        local = own_share(batch, weighting, share)
+        shared, rest = self._shared.of_several, self._shared.of_one
+        heads = weighting.coefficients if self.options.heads == "weights" else self._plain(found, weighting)
+        coefficients = weighting.coefficients if clip is None else weighting.coefficients * clip
+        pairs: list[tuple[nn.Parameter, Tensor | None]]
         if found.direction is not None:
             pairs = self._direction_pairs(found.direction, clip, share)
             given = {id(parameter) for parameter, _ in pairs}
             # What is shared and not looked at descends the plain sum, as the parameters of one task do.
-            rest = [*of_one, *(parameter for parameter in shared if id(parameter) not in given)]
-            return self._emit(pairs, rest, self._plain(found, weighting), local, batch, weighting, share)
-        coefficients = weighting.coefficients if clip is None else weighting.coefficients * clip
-        if direct:
+            rest = [*rest, *(parameter for parameter in shared if id(parameter) not in given)]
+        elif direct:
             assert found.gradients is not None
             part = coefficients if share is None else coefficients * share.everywhere
-            pairs = list(zip(self._shared.looked_at, found.gradients.samples[0].weighted(part), strict=True))
+            looked_at = self._shared.looked_at
+            summed = found.gradients.samples[0].weighted(part)
+            pairs = [(p, gradient.view(p.shape)) for p, gradient in zip(looked_at, summed, strict=True)]
         else:
-            of_shared = local
             if samples == 3 and found.gradients is not None:
-                of_shared = self._share_of_sample(batch, found.gradients, share)
-            gradients = _gradients_of(batch, coefficients * of_shared * weighting.ranks, shared)
-            pairs = list(zip(shared, gradients, strict=True))
-        heads = weighting.coefficients if self.options.heads == "weights" else self._plain(found, weighting)
-        return self._emit(pairs, of_one, heads, local, batch, weighting, share)
+                of_rank = coefficients * self._share_of_sample(batch, found.gradients, share) * weighting.ranks
+            else:
+                of_rank = of_this_rank(coefficients, batch, weighting, share)
+            pairs = list(zip(shared, _gradients_of(batch, of_rank, shared), strict=True))
+        # What the bound model does not have (a head in another module, a temperature) descends what heads descend.
+        rest = [*rest, *self._shared.others(batch.losses)]
+        own = _gradients_of(batch, of_this_rank(heads, batch, weighting, share), rest)
+        return with_gradients([*pairs, *zip(rest, own, strict=True)], batch, weighting, share)
 
     def _covers(self) -> bool:
         return self.options.shared_parameters is None or len(self._shared.looked_at) == len(self._shared.of_several)
 
     def _plain(self, found: Found, weighting: Weighting) -> Tensor:
-        slopes = found.slopes * self._rules.task_priors.to(found.slopes)
-        return torch.where(weighting.present, slopes, 0.0)
+        slopes = found.slopes * self._rules.task_priors if self._rules.has_priors else found.slopes
+        return torch.where(weighting.present, slopes, self._rules.zero)
 
     def _direction_pairs(
         self, direction: list[Tensor], clip: Tensor | None, share: WindowShare | None
     ) -> list[tuple[nn.Parameter, Tensor | None]]:
-        fraction: Tensor | float = 1.0 if share is None else share.fraction
-        factor = fraction if clip is None else fraction * clip
-        return [(p, d * factor) for p, d in zip(self._shared.looked_at, direction, strict=True)]
+        for factor in (clip, None if share is None else share.fraction):
+            if factor is not None:
+                direction = [part * factor for part in direction]
+        return [(p, part.view(p.shape)) for p, part in zip(self._shared.looked_at, direction, strict=True)]
 
     def _share_of_sample(self, batch: TaskLosses, gradients: GlobalGradients, share: WindowShare | None) -> Tensor:
         """`[K]`: this rank's items over those of the third sample, which alone is descended; zero for the others."""
         if share is None or share.number % 3 != 2:
             return torch.zeros_like(batch.num_items)
         return batch.num_items / gradients.sample_items[2].to(batch.num_items).clamp(min=1)
-
-    def _emit(
-        self,
-        pairs: Sequence[tuple[nn.Parameter, Tensor | None]],
-        of_one: Sequence[nn.Parameter],
-        heads: Tensor,
-        local: Tensor,
-        batch: TaskLosses,
-        weighting: Weighting,
-        share: WindowShare | None,
-    ) -> Tensor:
-        # What the bound model does not have (a head in another module, a temperature) descends what heads descend.
-        known = set(map(id, self._shared.parameters))
-        of_one = [*of_one, *(leaf for leaf in leaves_of(batch.losses) if id(leaf) not in known)]
-        own = _gradients_of(batch, heads * local * weighting.ranks, of_one)
-        given = given_gradients(weighting.value, [*pairs, *zip(of_one, own, strict=True)])
-        return with_value_of_f(given.to(batch.losses.dtype), batch, weighting, share)
 
     def _clip(self, found: Found, weighting: Weighting) -> Tensor | None:
         """What brings the gradient of the shared parameters to `max_norm`; None where it is off."""
@@ -603,12 +609,11 @@ class _OutputHook:
 
 
 def _gradients_of(batch: TaskLosses, weights: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor | None, ...]:
-    """The gradient of sum_k w_k l_k; the graph is kept."""
+    """The gradient of sum_k w_k l_k, with w_k = 0 for tasks without items here; the graph is kept."""
     if not parameters or not batch.losses.requires_grad:  # a rank without a label has nothing to go back from
         return (None,) * len(parameters)
-    connected = connected_losses(batch)
-    total = torch.dot(weights.to(connected.dtype), connected)
-    return torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
+    weights = weights.to(batch.losses.dtype)
+    return torch.autograd.grad(batch.losses, list(parameters), weights, retain_graph=True, allow_unused=True)
 
 
 def _nearest_gramian(matrix: Tensor) -> Tensor:

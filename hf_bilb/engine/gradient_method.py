@@ -14,11 +14,12 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_bilb.config.options import bounded
-from hf_bilb.engine.objective import Objective, ObjectiveValue
-from hf_bilb.engine.options import BalancerOptions, masked_sum
+from hf_bilb.engine.objective import Derivatives, Objective, ObjectiveValue
+from hf_bilb.engine.options import BalancerOptions, masked_sum, sum_in_closed_form
 from hf_bilb.errors import OptionError
 
 HeadWeights = Literal["sum", "weights"]
@@ -89,6 +90,11 @@ class GradientMethod(Objective):
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """The sum of the losses of the `active` tasks."""
         return ObjectiveValue(masked_sum(losses, active))
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = 1; parameters of the method's own are no part of F."""
+        own = tuple(torch.zeros_like(parameter) for parameter in self.parameters())
+        return sum_in_closed_form(losses, active)._replace(parameter_gradients=own)
 
     def end_step(self) -> None:
         """A step has ended, balancing or frozen; not called for one that is dropped."""

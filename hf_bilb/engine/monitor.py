@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ MIN_STEPS = 100
 #: float64 the limit is the same, where Adam would stand still for 100,000 steps.
 TOO_LARGE = 1e19
 TOO_LARGE_SQUARED = TOO_LARGE**2
-#: So many lessons are put together at a time: nothing is computed for each alone.
-LESSONS = 64
+#: So many steps, or lessons, are put together at a time: nothing is computed for each alone.
+TOGETHER = 64
 
 
 class Monitor(nn.Module):
     """Counts suspicious steps without reading the device; `due_messages` reads and words them, each kind once.
+
+    Steps wait to be counted until there are 64 of them, or somebody asks for the counts.
 
     State: `counts [4]` (steps, steps with a negative coefficient, with lambda beyond its edge, with collapsed weights)
     and `dominated [K]` (steps in which task k had over 90 % of the sum of |coefficients|). No state, as it begins again
@@ -35,6 +38,7 @@ class Monitor(nn.Module):
     learned: Tensor
     refused: Tensor
     _never: Tensor
+    _nothing: Tensor
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
@@ -43,24 +47,53 @@ class Monitor(nn.Module):
         self.register_buffer("learned", torch.zeros(()), persistent=False)
         self.register_buffer("refused", torch.zeros(num_tasks), persistent=False)
         self.register_buffer("_never", torch.zeros((), dtype=torch.bool), persistent=False)
+        self.register_buffer("_nothing", torch.zeros(()), persistent=False)
         self._counting = True
         self._lessons = 0
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         self._latest: list[tuple[Tensor, Tensor, Tensor]] = []
         self._said: set[str] = set()
 
-    @torch.no_grad()
     def observe(
         self, coefficients: Tensor, present: Tensor, valid: Tensor, edge_ratio: Tensor | None, collapsed: Tensor | None
     ) -> None:
-        """Count one step (nothing unless `valid`, a bool scalar); arguments as in `Weighting` and `ObjectiveValue`."""
-        negative = (coefficients < 0).any()
+        """Count one step (nothing unless `valid`, a bool scalar); arguments as in `Weighting` and `ObjectiveValue`.
+
+        None of them may be written into afterwards.
+        """
+        ratio = self._nothing if edge_ratio is None else edge_ratio
+        self._steps.append((coefficients, present, valid, ratio, self._never if collapsed is None else collapsed))
+        if len(self._steps) == TOGETHER:
+            self._count_steps()
+
+    @torch.no_grad()
+    def _count_steps(self) -> None:
+        if not self._steps:
+            return
+        parts = zip(*self._steps, strict=True)
+        coefficients, present, valid, ratio, collapsed = map(torch.stack, parts)
+        self._steps.clear()
         # The edge itself is a coefficient of zero: only beyond it, by more than rounding.
-        beyond = self._never if edge_ratio is None else edge_ratio > 1 + 1e-6
-        flags = torch.stack([valid, negative, beyond, self._never if collapsed is None else collapsed])
-        self.counts.add_(flags & valid)
+        flags = torch.stack([valid, (coefficients < 0).any(dim=1), ratio > 1 + 1e-6, collapsed])
+        self.counts.add_((flags & valid).sum(dim=1))
         if len(self.dominated) > 1:
             magnitudes = coefficients.abs()
-            self.dominated.add_((magnitudes > DOMINATION * magnitudes.sum()) & (present.sum() > 1) & valid)
+            dominated = magnitudes > DOMINATION * magnitudes.sum(dim=1, keepdim=True)
+            counted = (present.sum(dim=1) > 1) & valid
+            self.dominated.add_((dominated & counted[:, None]).sum(dim=0))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Monitor:
+        self._count_steps()  # where they are, before all else moves
+        self._put_together()
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._count_steps()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._steps.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def learn(self, taken: Tensor, losses: Tensor, before: Tensor | None = None) -> None:
         """Count a lesson, what the method's own step or its record was to learn from `losses [K]`, and whether it was
@@ -69,7 +102,7 @@ class Monitor(nn.Module):
             return
         self._lessons += 1
         self._latest.append((taken, losses, losses if before is None else before))
-        if len(self._latest) == LESSONS:
+        if len(self._latest) == TOGETHER:
             self._put_together()
 
     @contextmanager
@@ -85,7 +118,7 @@ class Monitor(nn.Module):
     def _put_together(self) -> None:
         if self._latest:
             parts = zip(*self._latest, strict=True)
-            taken, losses, before = (torch.stack(part).to(self.refused.device) for part in parts)
+            taken, losses, before = map(torch.stack, parts)
             losses = torch.maximum(losses.abs(), before.abs())
             # A loss that is not finite is reported, and its update dropped, elsewhere.
             taken = taken | ~losses.isfinite().all(dim=1)
@@ -96,6 +129,7 @@ class Monitor(nn.Module):
 
     def due_messages(self, task_names: Sequence[str]) -> list[str]:
         """Messages for what happened since the last call and has not been said yet. Cost: a read of 2K + 5 numbers."""
+        self._count_steps()
         self._put_together()
         everything = torch.cat([self.counts, self.dominated, self.learned.reshape(1), self.refused])
         steps, negative, beyond_edge, collapsed, *rest = everything.tolist()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.config.options import bounded, check_bounds
+from hf_bilb.engine.objective import Derivatives, ObjectiveValue
 from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.engine.weighting import CoefficientScale
 from hf_bilb.errors import OptionError
@@ -60,6 +61,11 @@ class BalancerOptions:
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
     return torch.where(mask, values, 0.0).sum()
+
+
+def sum_in_closed_form(losses: Tensor, active: Tensor) -> Derivatives:
+    """F = sum of the `losses [K]` in `active [K]`, and its derivatives."""
+    return Derivatives(ObjectiveValue(masked_sum(losses, active)), active.to(losses.dtype), ())
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ steps. A task seen late gets its l0 when it is first seen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Normalization(nn.Module):
     """Normalises the vector of K losses and keeps their references.
 
     State: `reference_losses [K]` (1 until seen), `observations [K]` (how many losses stand behind each reference),
-    `seen [K]`. Cost: a few operations on K numbers.
+    `seen [K]`. Cost: a few operations on K numbers; none to observe once all references are known to be formed.
     """
 
     reference_losses: Tensor
@@ -67,6 +67,8 @@ class Normalization(nn.Module):
         self.register_buffer("reference_losses", torch.ones(num_tasks, dtype=torch.float64))
         self.register_buffer("observations", torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+        # On the host: whether all are formed, and in how many calls that was asked for.
+        self._settled, self._asked = False, 0
         # At hand where it is needed in every step: torch makes a new one of a Python number.
         self.register_buffer("one", torch.ones((), dtype=torch.float64), persistent=False)
 
@@ -74,17 +76,32 @@ class Normalization(nn.Module):
         """With `reference: every_epoch`, let the next loss of each task replace its reference."""
         if self.every_epoch:
             self.observations.zero_()
+            self._settled, self._asked = False, 0
 
     @torch.no_grad()
     def observe(self, losses: Tensor, present: Tensor, frozen: bool = False) -> None:
         """Take the losses `[K]` of the present tasks into their references, while these are still being formed;
         `frozen`: only where there is none yet."""
+        if self._settled:
+            return
         forming = present & self._forming(frozen)
         # A window of one takes the loss itself, to the last bit.
         mean = losses if self.window == 1 else self.reference_losses.lerp(losses, 1 / (self.observations + 1))
-        torch.where(forming, mean, self.reference_losses, out=self.reference_losses)
-        self.observations.add_(forming)
-        self.seen.logical_or_(present)
+        # New tensors: whoever holds the old ones has what was known before.
+        self.reference_losses = torch.where(forming, mean, self.reference_losses)
+        self.observations = self.observations + forming
+        self.seen = self.seen | present
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Look whether all references are formed. In calls 1, 2, 4, 8, ... a host read, until they are."""
+        self._asked += 1
+        if not self._settled and self._asked & (self._asked - 1) == 0:
+            self._settled = bool((self.seen & (self.observations >= self.window)).all())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._settled, self._asked = False, 0
 
     def _forming(self, frozen: bool) -> Tensor:
         return ~self.seen if frozen else self.observations < self.window
@@ -139,8 +156,8 @@ class LossMemory(nn.Module):
     @torch.no_grad()
     def observe(self, losses: Tensor, present: Tensor) -> None:
         """Take in the losses `[K]` of the present tasks."""
-        torch.where(present, losses, self.last_losses, out=self.last_losses)
-        self.seen.logical_or_(present)
+        self.last_losses = torch.where(present, losses, self.last_losses)
+        self.seen = self.seen | present
 
 
 class Records:
@@ -165,6 +182,17 @@ class Records:
         # While frozen references stay; a task that has none yet needs one.
         self._normalization.observe(whole.losses, observed, frozen=phase == "frozen")
         return self.active(whole.present)
+
+    def entries(self) -> dict[str, Tensor]:
+        """What `observe` puts new tensors in the place of, by the names of the state's entries; no copies."""
+        normalization, memory = self._normalization, self._memory
+        return {
+            "memory.last_losses": memory.last_losses,
+            "memory.seen": memory.seen,
+            "normalization.reference_losses": normalization.reference_losses,
+            "normalization.observations": normalization.observations,
+            "normalization.seen": normalization.seen,
+        }
 
     def active(self, present: Tensor) -> Tensor:
         """Bool `[K]`, the tasks that F runs over where those of `present` have a loss."""

@@ -45,6 +45,7 @@ class GlobalBatch(NamedTuple):
         num_rows: scalar, how many rows stand behind `features`; zero without them.
         ranks: how many ranks it is over.
         has_auxiliary: whether this rank's losses bring an auxiliary one.
+        single: whether it is one micro-batch of one rank.
     """
 
     losses: Tensor
@@ -55,6 +56,7 @@ class GlobalBatch(NamedTuple):
     num_rows: Tensor
     ranks: int = 1
     has_auxiliary: bool = False
+    single: bool = False
 
 
 def reduce_losses(
@@ -92,7 +94,7 @@ def reduce_losses(
     if ranks == 1 and len(micro_batches) == 1:
         # Sum and count need no detour: the loss itself, to the last bit.
         mean, num_rows = (features[0] / features[1].clamp(min=1), features[1]) if features else (None, zero)
-        return GlobalBatch(local[0], items[0], here[0], auxiliary, mean, num_rows, ranks, has_auxiliary)
+        return GlobalBatch(local[0], items[0], here[0], auxiliary, mean, num_rows, ranks, has_auxiliary, single=True)
     num_tasks = items[0].numel()
     sums = _sum([loss * count for loss, count in zip(local, items, strict=True)])
     numbers = [sums, _sum(items), auxiliary.reshape(1)]

@@ -9,9 +9,11 @@ together, and its Gramian is a sum over micro-batches and ranks.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -62,13 +64,20 @@ class SharedParameters:
     def __init__(self, num_tasks: int, patterns: Sequence[str] | None, key: str = "shared_parameters") -> None:
         self._patterns, self._key = patterns, key
         self.parameters: list[nn.Parameter] = []
+        #: Those whose gradients the method is given; all that are reached as long as none is known to be shared.
+        self.looked_at: list[nn.Parameter] = []
+        #: Those that the weighted gradients are for.
+        self.of_several: list[nn.Parameter] = []
+        #: The rest: parameters of one task alone, and such that nobody has reached.
+        self.of_one: list[nn.Parameter] = []
         self._names: list[str] = []
+        self._ids: frozenset[int] = frozenset()
+        self._walked: list[int] = []
         self._owners: list[Tensor] = []
         self.known = torch.zeros(num_tasks, dtype=torch.bool)
         self.bound = self._said = False
         #: Whether a further look may find that more is shared.
         self.undecided = False
-        self._looked_at: list[int] = []
         self._of_several: list[int] = []
 
     def bind(self, model: nn.Module) -> bool:
@@ -78,6 +87,7 @@ class SharedParameters:
             OptionError: a pattern that fits no parameter, or no trainable one.
         """
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._walked = _trained(model)
         if self.bound and [id(p) for p in named.values()] == [id(p) for p in self.parameters]:
             return False
         check_patterns(self._patterns or (), list(named), self._key)
@@ -86,8 +96,8 @@ class SharedParameters:
         return True
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether `model` trains the parameters that are known, and no others."""
-        return [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in self.parameters]
+        """Whether `model` trains the parameters that it trained when it was bound, and no others."""
+        return _trained(model) == self._walked
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and what is read from a pickle, belongs to no model yet."""
@@ -141,12 +151,13 @@ class SharedParameters:
         ranks = 1 if alone else data_parallel_size(group)
         if not self.bound:
             self._look_for_parameters(losses, ranks)
-        new = [k for k, there in enumerate(present) if there and (again or not self.known[k])]
+        known = self.known.tolist()
+        new = [k for k, there in enumerate(present) if there and (again or not known[k])]
         if not new:
             return
         self._check()
         for k in new:
-            if here[k] and not self._mark(losses[k], k) and not alone and not self.known[k]:
+            if here[k] and not self._mark(losses[k], k) and not alone and not known[k]:
                 name = k if task_names is None else repr(task_names[k])
                 logger.warning("the loss of task %s depends on no parameter that is trained", name)
         if ranks > 1:
@@ -214,42 +225,28 @@ class SharedParameters:
         self._owners = list(agreed.split([p.numel() for p in self.parameters]))
 
     def _sort(self) -> None:
-        self._of_several = [i for i, owner in enumerate(self._owners) if len(owner) and bool(owner[0] == SHARED)]
+        """What follows from the owners, at hand for every step."""
+        owned = list(zip(self.parameters, self._owners, strict=True))
+        shared = [len(owner) > 0 and bool(owner[0] == SHARED) for owner in self._owners]
+        chosen = shared
+        if self._patterns is not None and self._names:
+            chosen = [any(matches(name, pattern) for pattern in self._patterns) for name in self._names]
+        self._of_several = [i for i in range(len(owned)) if shared[i] or chosen[i]]
         self.undecided = any(bool((owner == NOBODY).any()) for owner in self._owners)
-        if self._patterns is None or not self._names:
-            self._looked_at = self._of_several
-            return
-        chosen = [any(matches(name, pattern) for pattern in self._patterns) for name in self._names]
-        self._looked_at = [i for i, here in enumerate(chosen) if here]
-        self._of_several = [i for i in range(len(chosen)) if chosen[i] or i in self._of_several]
+        reached = [] if any(chosen) else [p for p, owner in owned if bool((owner != NOBODY).any())]
+        self.looked_at = list(compress(self.parameters, chosen)) or reached
+        self.of_several = [self.parameters[i] for i in self._of_several] or reached
+        others = set(map(id, self.of_several))
+        self.of_one = [parameter for parameter in self.parameters if id(parameter) not in others]
+        self._ids = frozenset(map(id, self.parameters))
 
-    @property
-    def looked_at(self) -> list[nn.Parameter]:
-        """Those whose gradients the method is given; all that are reached as long as none is known to be shared."""
-        return [self.parameters[i] for i in self._looked_at] or self._reached()
-
-    @property
-    def of_several(self) -> list[nn.Parameter]:
-        """Those that the weighted gradients are for."""
-        return [self.parameters[i] for i in self._of_several] or self._reached()
-
-    @property
-    def of_one(self) -> list[nn.Parameter]:
-        """The rest: parameters of one task alone, and such that nobody has reached."""
-        several = {id(parameter) for parameter in self.of_several}
-        return [parameter for parameter in self.parameters if id(parameter) not in several]
-
-    def _reached(self) -> list[nn.Parameter]:
-        return [p for p, o in zip(self.parameters, self._owners, strict=True) if bool((o != NOBODY).any())]
+    def others(self, losses: Tensor) -> list[nn.Parameter]:
+        """The parameters that the graph of `losses` leads to and that the bound model does not have."""
+        return [leaf for leaf in leaves_of(losses) if id(leaf) not in self._ids]
 
     def knowledge(self) -> dict[str, Any]:
         """What is known now, for `restore`."""
-        names = ("parameters", "_names", "_looked_at", "_of_several", "_said", "undecided", "bound")
-        return {
-            "known": self.known.clone(),
-            "_owners": list(self._owners),
-            **{name: vars(self)[name] for name in names},
-        }
+        return {**vars(self), "known": self.known.clone(), "_owners": list(self._owners)}
 
     def restore(self, knowledge: Mapping[str, Any]) -> None:
         """Forget what was found since `knowledge`."""
@@ -280,6 +277,23 @@ class SharedParameters:
         self._sort()
 
 
+def _trained(model: nn.Module) -> list[int]:
+    """Which parameters `model` trains, in some order; one that several modules have is there as often.
+
+    In every step: `model.parameters()` would take several times as long.
+    """
+    found: list[int] = []
+    modules: list[nn.Module | None] = [model]
+    seen: set[int] = set()
+    while modules:
+        module = modules.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            found += [id(p) for p in module._parameters.values() if p is not None and p.requires_grad]
+            modules += module._modules.values()
+    return found
+
+
 def leaves_of(losses: Tensor) -> list[nn.Parameter]:
     """The tensors that need a gradient and that the graph of `losses` leads to, each once, in a fixed order."""
     if losses.grad_fn is None:  # the losses are what is trained
@@ -292,10 +306,11 @@ def leaves_of(losses: Tensor) -> list[nn.Parameter]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
+        following = node.next_functions
+        if following:
+            stack += [before for before, _ in reversed(following)]
+        elif (variable := getattr(node, "variable", None)) is not None:
             found.append(variable)
-        stack.extend(following for following, _ in reversed(node.next_functions))
     return found
 
 
@@ -319,9 +334,16 @@ class RunningGradients:
         self.num_items: Tensor | None = None
         self.several = False
 
-    def add(self, batch: TaskLosses, inputs: Inputs, of_features: bool, tasks_per_pass: int | None) -> None:
-        """Take in a micro-batch."""
-        rows = gradient_rows(batch, inputs, tasks_per_pass)
+    def add(
+        self,
+        batch: TaskLosses,
+        inputs: Inputs,
+        of_features: bool,
+        tasks_per_pass: int | None,
+        here: Sequence[bool] | None = None,
+    ) -> None:
+        """Take in a micro-batch; arguments as in `gradient_rows`."""
+        rows = gradient_rows(batch, inputs, tasks_per_pass, here)
         items = batch.num_items.detach()
         if of_features:
             if not rows:
@@ -341,49 +363,64 @@ class RunningGradients:
             self.rows, self.several = self.rows.times(self.num_items), True
 
 
-class Rows(list[Tensor]):
+class Rows(Sequence[Tensor]):
     """The gradients of K tasks by parameter, `[K, n]` each.
 
     Attributes:
+        sizes: n of each parameter.
         whole: where they lie side by side, the matrix `[K, d]` of which they are parts, and which is nobody else's.
     """
 
-    def __init__(self, rows: Iterable[Tensor], whole: Tensor | None = None) -> None:
-        super().__init__(rows)
-        self.whole = whole
+    def __init__(self, rows: Iterable[Tensor]) -> None:
+        self.whole: Tensor | None = None
+        self._rows = list(rows)
+        self.sizes = [row.shape[1] for row in self._rows]
 
     @staticmethod
-    def of(whole: Tensor, sizes: Sequence[int]) -> Rows:
+    def of(whole: Tensor, sizes: list[int]) -> Rows:
         """The parts of `whole [K, d]`."""
-        return Rows(whole.split(list(sizes), dim=1), whole)
+        rows = Rows([])
+        rows.whole, rows.sizes = whole, sizes
+        return rows
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.whole is not None and not self._rows:
+            self._rows = list(self.whole.split(self.sizes, dim=1))
+        return self._rows[index]
 
     def times(self, factors: Tensor) -> Rows:
         """Each task's row times its factor."""
         if self.whole is not None:
-            return Rows.of(self.whole * factors.to(self.whole)[:, None], [row.shape[1] for row in self])
+            return Rows.of(self.whole * factors.to(self.whole)[:, None], self.sizes)
         return Rows(row * factors.to(row)[:, None] for row in self)
 
     def plus(self, other: Rows) -> Rows:
         """The sum of both."""
         if self.whole is not None and other.whole is not None:
-            return Rows.of(self.whole + other.whole, [row.shape[1] for row in self])
+            return Rows.of(self.whole + other.whole, self.sizes)
         # Not in place: a gradient may be a view of something smaller.
-        return Rows(torch._foreach_add(self, other))
+        return Rows(torch._foreach_add(list(self), list(other)))
 
     def weighted(self, weights: Tensor) -> list[Tensor]:
         """sum_k w_k g_k, by parameter `[n]`."""
         if self.whole is not None:
-            return list((weights.to(self.whole) @ self.whole).split([row.shape[1] for row in self]))
+            return list((weights.to(self.whole) @ self.whole).split(self.sizes))
         return [weights.to(row) @ row for row in self]
 
 
-def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None) -> Rows:
+def gradient_rows(
+    batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None, here: Sequence[bool] | None = None
+) -> Rows:
     """grad l_k for every task, for each input `[K, n]`, in float32 at least; zero for tasks without items here.
 
     Args:
         batch: losses, attached to the graph, and counts.
         inputs: the parameters or features.
         tasks_per_pass: so many tasks go through the graph at once; 1: one after the other; None: as `at_once` says.
+        here: which tasks have items here, where that is known on the host; None: it is read.
 
     Cost: K backward passes through the graph from the losses to the inputs, which is kept.
     """
@@ -394,7 +431,9 @@ def gradient_rows(batch: TaskLosses, inputs: Inputs, tasks_per_pass: int | None)
         return Rows(row for row in nothing if row is not None)
     size = at_once(inputs, len(batch.losses)) if tasks_per_pass is None else tasks_per_pass
     found = _batched(batch, inputs, size) if size > 1 else None
-    return _one_by_one(batch, inputs) if found is None else found
+    if found is not None:
+        return found
+    return _one_by_one(batch, inputs, (batch.num_items > 0).tolist() if here is None else here)
 
 
 def at_once(inputs: Inputs, num_tasks: int) -> int:
@@ -441,43 +480,61 @@ def _batched(batch: TaskLosses, inputs: Inputs, size: int) -> Rows | None:
     return Rows(_joined(rows) for rows in zip(*parts, strict=True) if any(row is not None for row in rows))
 
 
-def _one_by_one(batch: TaskLosses, inputs: Inputs) -> Rows:
+def _one_by_one(batch: TaskLosses, inputs: Inputs, here: Sequence[bool]) -> Rows:
     """A pass for each task, its gradients written where they stay."""
+    starts = _starts(batch.losses)
     tensors = [x for x in inputs if not isinstance(x, GradientEdge) and x.grad_fn is None]
-    kinds = {(torch.promote_types(x.dtype, torch.float32), x.device) for x in tensors}
+    kinds = {(torch.promote_types(dtype, torch.float32), device) for dtype, device in _kinds(tensors)}
     if len(tensors) < len(inputs) or len(kinds) > 1:
-        passes = [_pass(loss, inputs) for loss in connected_losses(batch).unbind()]
+        passes = [
+            _pass((loss, gradient if there else torch.zeros_like(gradient)), inputs)
+            for (loss, gradient), there in zip(starts, here, strict=True)
+        ]
         parts = [[_rows(gradient, x, 1) for gradient, x in zip(found, inputs, strict=True)] for found in passes]
         return Rows(_joined(rows) for rows in zip(*parts, strict=True) if any(row is not None for row in rows))
     sizes = [x.numel() for x in inputs]
     ((dtype, device),) = kinds
     whole = torch.empty(len(batch.losses), sum(sizes), dtype=dtype, device=device)
-    here = (batch.num_items > 0).tolist()
-    for row, loss, there in zip(whole, _each_loss(batch.losses), here, strict=True):
-        found = _pass(loss, inputs) if there and loss is not None else [None] * len(inputs)
-        places = [place.view(x.shape) for place, x in zip(row.split(sizes), inputs, strict=True)]
-        for place, gradient in zip(places, found, strict=True):
-            if gradient is None:
-                place.zero_()
-            else:
-                place.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+    for row, start, there in zip(whole.unbind(), starts, here, strict=True):
+        if not there:
+            row.zero_()
+            continue
+        found = zip(_pass(start, inputs), inputs, sizes, strict=True)
+        torch.cat([x.new_zeros(n) if gradient is None else _flat(gradient) for gradient, x, n in found], out=row)
     return Rows.of(whole, sizes)
 
 
-def _each_loss(losses: Tensor) -> Sequence[Tensor | GradientEdge | None]:
-    """Each task's loss, or its place in the graph; None for a constant.
+def _kinds(tensors: Iterable[Tensor]) -> set[tuple[torch.dtype, torch.device]]:
+    return {(x.dtype, x.device) for x in tensors}
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    return (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
+
+
+def _starts(losses: Tensor) -> list[tuple[Tensor | GradientEdge | None, Tensor]]:
+    """Where each task's pass begins, None for a constant, and with which gradient.
 
     Behind scalars that were stacked: a pass from the vector would go through the heads of all tasks, with zeros.
     """
     node = losses.grad_fn
     if node is None or type(node).__name__ != "StackBackward0":
-        return losses.unbind()
-    return [None if before is None else GradientEdge(before, number) for before, number in node.next_functions]
+        return [(losses, row) for row in _one_hot(len(losses), losses.dtype, losses.device)]
+    one = losses.new_ones(())
+    edges = node.next_functions
+    return [(None if before is None else GradientEdge(before, number), one) for before, number in edges]
 
 
-def _pass(loss: Tensor | GradientEdge, inputs: Inputs) -> Sequence[Tensor | None]:
-    one = torch.ones((), device=inputs[0].device) if isinstance(loss, GradientEdge) else None
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, one, retain_graph=True, allow_unused=True)
+@functools.lru_cache
+def _one_hot(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.eye(size, dtype=dtype, device=device).unbind()
+
+
+def _pass(start: tuple[Tensor | GradientEdge | None, Tensor], inputs: Inputs) -> Sequence[Tensor | None]:
+    loss, gradient = start
+    if loss is None:
+        return (None,) * len(inputs)
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, gradient, retain_graph=True, allow_unused=True)
     return found
 
 
@@ -501,6 +558,8 @@ def gramian_of(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     if isinstance(left, Rows) and isinstance(right, Rows) and left.whole is not None and right.whole is not None:
         left, right = left.whole.split(_BLOCK, dim=1), right.whole.split(_BLOCK, dim=1)
     products = [(a @ b.T).double() for a, b in zip(left, right, strict=True)]
+    if 0 < len(products) <= 2:
+        return functools.reduce(torch.add, products)
     return torch.stack(products).sum(0) if products else torch.zeros((), dtype=torch.float64)
 
 
@@ -558,33 +617,3 @@ def _reduced(sums: list[Rows], items: Tensor, group: Any, alone: bool) -> tuple[
         whole = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
         sums = [Rows(next(whole) for _ in rows) for rows in sums]
     return [rows.times(1 / count.clamp(min=1)) for rows, count in zip(sums, items, strict=True)], items
-
-
-# --- how the result reaches the parameters -------------------------------------------------------------------------
-
-
-class _Given(torch.autograd.Function):
-    """A value whose backward pass gives each parameter the gradient that was found for it."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.gradients
-        if any(gradient.is_sparse for gradient in gradients):
-            return (None, None, *(gradient * incoming[0].to(gradient.dtype) for gradient in gradients))
-        return (None, None, *torch._foreach_mul(gradients, incoming[0])) if gradients else (None, None)
-
-
-def given_gradients(value: Tensor, found: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Tensor:
-    """The scalar `value` whose backward pass adds to each parameter's `.grad` what was `found`, times what comes in.
-
-    So accelerate's scaling, the hooks of DistributedDataParallel and accumulation see an ordinary backward pass.
-    """
-    pairs = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
-    parameters = [parameter for parameter, _ in pairs]
-    gradients = [gradient if gradient.is_sparse else gradient.reshape(p.shape).to(p.dtype) for p, gradient in pairs]
-    return _Given.apply(value, gradients, *parameters)

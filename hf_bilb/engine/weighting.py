@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Weighting(NamedTuple):
         auxiliary_loss: scalar, mean over ranks; has_auxiliary: whether there is one.
         feature_gradient: `[D]` dF/dfeatures, or None; num_rows: scalar, rows behind the features.
         ranks: that share the batch, over which gradients are averaged.
+        single: whether it was decided on one micro-batch of one rank.
         valid: bool scalar, False when a loss or a coefficient is not finite, or a loss outside a logarithm's domain.
     """
 
@@ -63,6 +64,7 @@ class Weighting(NamedTuple):
     feature_gradient: Tensor | None
     num_rows: Tensor
     ranks: int
+    single: bool
     valid: Tensor
 
 
@@ -81,14 +83,23 @@ def surrogate_loss(batch: TaskLosses, weighting: Weighting, share: WindowShare |
         weighting: of the global batch, or on the whole accumulation window.
         share: the micro-batch's part in an accumulation window; None when the batch is the whole update.
     """
-    local = own_share(batch, weighting, share)
-    ranks = weighting.ranks
-    coefficients = weighting.coefficients if ranks == 1 else ranks * weighting.coefficients
-    per_feature = weighting.feature_gradient
-    if per_feature is not None:
-        rows = ranks if share is None else ranks * share.rows
-        per_feature = per_feature * rows / weighting.num_rows.clamp(min=1)
-    return with_value_of_f(local_share(batch, coefficients * local, per_feature), batch, weighting, share)
+    found: list[tuple[Tensor, Tensor | None]] = [
+        (batch.losses, of_this_rank(weighting.coefficients, batch, weighting, share))
+    ]
+    per_feature, features = weighting.feature_gradient, batch.router_features
+    if per_feature is not None and features is not None:
+        rows = weighting.ranks if share is None else weighting.ranks * share.rows
+        found.append((features, (per_feature * rows / weighting.num_rows.clamp(min=1)).expand_as(features)))
+    return with_gradients(found, batch, weighting, share)
+
+
+def of_this_rank(coefficients: Tensor, batch: TaskLosses, weighting: Weighting, share: WindowShare | None) -> Tensor:
+    """`[K]`: what this rank's losses are multiplied with, whose gradients are averaged over ranks: the coefficients
+    times its items of the batch over those of the whole that was decided on."""
+    if share is None and weighting.single:  # all of it: a task without items has no coefficient
+        return coefficients
+    of_all_ranks = coefficients if weighting.ranks == 1 else weighting.ranks * coefficients
+    return of_all_ranks * own_share(batch, weighting, share)
 
 
 def own_share(batch: TaskLosses, weighting: Weighting, share: WindowShare | None) -> Tensor:
@@ -96,21 +107,45 @@ def own_share(batch: TaskLosses, weighting: Weighting, share: WindowShare | None
     return batch.num_items / weighting.num_items.clamp(min=1) if share is None else share.local
 
 
+class _Given(torch.autograd.Function):
+    """A value whose backward pass gives each tensor the gradient that was found for it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        if any(gradient.is_sparse for gradient in gradients):
+            return (None, None, *(gradient * incoming[0].to(gradient.dtype) for gradient in gradients))
+        return (None, None, *torch._foreach_mul(gradients, incoming[0])) if gradients else (None, None)
+
+
+def with_gradients(
+    found: Iterable[tuple[Tensor, Tensor | None]], batch: TaskLosses, weighting: Weighting, share: WindowShare | None
+) -> Tensor:
+    """The scalar F, or the batch's part of it, whose backward pass gives each tensor the gradient of its shape that was
+    `found`, times what comes in; an auxiliary loss adds itself.
+
+    So accelerate's scaling, the hooks of DistributedDataParallel and accumulation see an ordinary backward pass.
+    """
+    value = weighting.value if share is None else _part_of_window(weighting, share)
+    pairs = [(tensor, gradient) for tensor, gradient in found if gradient is not None]
+    if batch.auxiliary_loss is not None:
+        parts = 1 if share is None else share.num_micro_batches
+        value = value + weighting.auxiliary_loss / parts
+        pairs.append((batch.auxiliary_loss, torch.ones_like(batch.auxiliary_loss) / parts))
+    tensors = [tensor for tensor, _ in pairs]
+    gradients = [gradient if gradient.dtype == x.dtype else gradient.to(x.dtype) for x, gradient in pairs]
+    return _Given.apply(value, gradients, *tensors)
+
+
 def connected_losses(batch: TaskLosses) -> Tensor:
     """`[K]`, attached to the graph; a task without items here may have any value, NaN included: it takes no part, with
     a zero gradient."""
     return torch.where(batch.num_items > 0, batch.losses, 0.0)
-
-
-def with_value_of_f(total: Tensor, batch: TaskLosses, weighting: Weighting, share: WindowShare | None) -> Tensor:
-    """The scalar `total`, whose backward pass is the tasks' part of the gradient, and the auxiliary loss as it is; its
-    value becomes F."""
-    reported = weighting.value if share is None else _part_of_window(weighting, share)
-    if batch.auxiliary_loss is not None:
-        parts = 1 if share is None else share.num_micro_batches
-        total = total + batch.auxiliary_loss.reshape(()).to(total.dtype) / parts
-        reported = reported + weighting.auxiliary_loss / parts
-    return total + (reported - total.detach())
 
 
 def _part_of_window(weighting: Weighting, share: WindowShare) -> Tensor:
@@ -180,7 +215,7 @@ class CoefficientRules(nn.Module):
             whole: the global batch. active: bool `[K]`, the tasks that F ran over. result: F and its derivatives.
             valid: bool scalar, whether the losses are such that the method can take them.
         """
-        of_all, value = self(result.coefficients, result.output.value, whole.losses, whole.present, active)
+        of_all, value = self.forward(result.coefficients, result.output.value, whole.losses, whole.present, active)
         coefficients = torch.where(whole.present, of_all, self.zero)
         weighting = Weighting(
             value=value,
@@ -195,6 +230,7 @@ class CoefficientRules(nn.Module):
             feature_gradient=result.feature_gradient,
             num_rows=whole.num_rows,
             ranks=whole.ranks,
+            single=whole.single,
             # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
             valid=valid & is_finite(coefficients.sum()),
         )

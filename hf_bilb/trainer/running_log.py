@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -34,45 +35,44 @@ class RunningLog:
         self.task_names = list(task_names)
         self._size = len(_VECTORS) * len(self.task_names) + len(_SCALARS)
         self._sums = torch.zeros(self._size, device=device, dtype=dtype)
-        self._pending = torch.zeros_like(self._sums)
+        # At hand for what a step has not.
+        self._zero = torch.zeros((), device=device, dtype=dtype)
+        self._nothing = torch.zeros(len(self.task_names), device=device, dtype=dtype)
         self._updates = 0
         self._has_weights = self._has_discrepancy = self._has_auxiliary = False
         self._run_value, self._run_updates = 0.0, 0
         self.dropped: dict[str, int] = {}
 
-    def _add(self, weighting: Weighting, value: Tensor, share: WindowShare | None) -> None:
-        """Take in one part of the step."""
-        dtype = self._sums.dtype
+    def _part(self, weighting: Weighting, value: Tensor, share: WindowShare | None) -> Tensor:
+        """What one part of the step adds to the sums."""
+        dtype, zero, nothing = self._sums.dtype, self._zero, self._nothing
         present = weighting.present.to(dtype)
         # A batch without a label has no F.
-        fraction = weighting.present.any().to(dtype) * (1.0 if share is None else share.fraction)
-        parts = 1 if share is None else share.num_micro_batches
-        zero = present.new_zeros(())
-        nothing = torch.zeros_like(present)
+        fraction, auxiliary = weighting.present.any().to(dtype), weighting.auxiliary_loss
+        if share is not None:
+            fraction, auxiliary = fraction * share.fraction, auxiliary / share.num_micro_batches
         # None while the method is warming up: then there is nothing to take a mean of.
         weight, weighted = (nothing, nothing) if weighting.weights is None else (weighting.weights * present, present)
         discrepancy, balanced = (
             (zero, zero) if weighting.discrepancy is None else (weighting.discrepancy * fraction, fraction)
         )
         # The mean loss of the update follows in `commit`, from its sums.
-        scalars = [value.to(dtype), zero, discrepancy, weighting.auxiliary_loss / parts, balanced, fraction]
+        scalars = [value.to(dtype), zero, discrepancy, auxiliary, balanced, fraction]
         per_step = torch.cat([weighting.coefficients, present, weight, weighted]).to(dtype) * fraction
         items = weighting.num_items.to(dtype)
-        self._pending += torch.cat([weighting.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
         self._has_weights |= weighting.weights is not None
         self._has_discrepancy |= weighting.discrepancy is not None
         self._has_auxiliary |= weighting.has_auxiliary
+        return torch.cat([weighting.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
 
     def commit(self, parts: Sequence[Part]) -> None:
         """A step took place: its micro-batches count."""
-        for part in parts:
-            self._add(*part)
+        step = functools.reduce(torch.add, [self._part(*part) for part in parts])
         num_tasks = len(self.task_names)
-        sums, items = self._pending[:num_tasks], self._pending[num_tasks : 2 * num_tasks]
+        sums, items = step[:num_tasks], step[num_tasks : 2 * num_tasks]
         losses = sums / items.clamp(min=torch.finfo(items.dtype).tiny)
-        self._pending[_LOSS_MEAN] = losses.sum() / (items > 0).sum().clamp(min=1)
-        self._sums += self._pending
-        self._pending.zero_()
+        step[_LOSS_MEAN] = losses.sum() / (items > 0).sum().clamp(min=1)
+        self._sums += step
         self._updates += 1
 
     def drop(self, task: str) -> None:
@@ -150,7 +150,6 @@ class RunningLog:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore `state()`."""
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        self._pending.zero_()
         self._updates, self._run_value, self._run_updates = state["updates"], state["run_value"], state["run_updates"]
         self._has_weights, self._has_discrepancy, self._has_auxiliary = state["has"]
         self.dropped = dict(state["dropped"])
@@ -158,7 +157,6 @@ class RunningLog:
     def reset(self) -> None:
         """Start a run from nothing."""
         self._sums.zero_()
-        self._pending.zero_()
         self._updates, self._run_value, self._run_updates, self.dropped = 0, 0.0, 0, {}
         self._has_weights = self._has_discrepancy = self._has_auxiliary = False
 

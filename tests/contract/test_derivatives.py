@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_bilb import build_balancer
 from hf_bilb.balancers import LossBalancer
-from hf_bilb.engine.objective import differentiate
-from tests.contract.cases import CASES, Case, Tilted, advance, features_for, random_losses
+from hf_bilb.balancers.ls import LinearScalarization
+from hf_bilb.balancers.registry import GRADIENT_METHODS
+from hf_bilb.engine.objective import Objective, ObjectiveValue, differentiate
+from tests.contract.cases import CASES, GRADIENT_CASES, Case, Tilted, advance, features_for, random_losses
 from tests.contract.frozen import Frozen, central_differences
 from tests.products import in_turn
 
@@ -73,6 +76,55 @@ def test_gradient_of_own_parameters(case: Case, absent: int | None) -> None:
         scale = max(float(expected.abs().max()), 1e-3)
         deviation = float((gradient - expected).abs().max())
         assert deviation <= 1e-6 * scale, f"{name}: {gradient} instead of {expected}"
+
+
+CLOSED = [
+    case for case in [*CASES, *GRADIENT_CASES] if type(case.build(K).objective).closed_form is not Objective.closed_form
+]
+MASKS = [[True] * K, [True, False] * 3, [False] * 4 + [True, False], [False] * K]
+
+
+def test_who_has_a_closed_form() -> None:
+    assert {case.name for case in CLOSED} == {"ls", "uw", "famo", *GRADIENT_METHODS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [case for case in CLOSED if case.option("normalization") in (None, "none")], ids=str)
+def test_a_closed_form_is_what_autograd_finds(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    balancer = case.build(K, dtype)
+    with torch.no_grad():
+        for parameter in balancer.objective.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    points = random_losses(K, len(MASKS)).to(dtype)
+    given = [(point, torch.tensor(mask)) for point, mask in zip(points, MASKS, strict=True)]
+    arguments = [(balancer.objective, balancer.normalization, point, active) for point, active in given]
+    found = [differentiate(*once) for once in arguments]
+    monkeypatch.setattr(type(balancer.objective), "closed_form", Objective.closed_form)
+    for one, again in zip(found, arguments, strict=True):
+        other = differentiate(*again)
+        # To the last bit: a run that was begun with the one goes on with the other.
+        assert torch.equal(one.coefficients, other.coefficients)
+        assert one.coefficients.dtype == dtype and not one.coefficients.requires_grad
+        for ours, theirs in zip(one.parameter_gradients, other.parameter_gradients, strict=True):
+            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(one.output, other.output, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or (torch.equal(ours, theirs) and not ours.requires_grad)
+
+
+def test_the_closed_form_of_a_class_is_not_that_of_one_with_another_f() -> None:
+    class Squares(LinearScalarization):
+        def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
+            return ObjectiveValue(torch.where(active, losses.square(), 0.0).sum())
+
+    class Named(LinearScalarization):
+        pass
+
+    ls = build_balancer("ls", 2)
+    point, active = torch.tensor([1.0, 3.0]), torch.tensor([True, True])
+    squares, named = Squares(2, ls.options), Named(2, ls.options)  # type: ignore[arg-type]
+    assert differentiate(squares, ls.normalization, point, active).coefficients.tolist() == [2.0, 6.0]
+    assert named.closed_form(point, active) is not None
 
 
 WITH_FEATURES = [case for case in CASES if case.option("num_features")]

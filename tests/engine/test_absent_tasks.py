@@ -241,3 +241,24 @@ def test_features_of_lone_tasks() -> None:
     other = features_for(alone).requires_grad_()
     alone.backward(losses.clone().requires_grad_(), items(1), router_features=other)
     assert features.grad.any() and not torch.allclose(features.grad, other.grad, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["ls", "mgda"])
+def test_a_task_that_no_micro_batch_has_in_a_loop_of_one_s_own(name: str) -> None:
+    # Several micro-batches, one decision, each part applied without a share of a window.
+    counts = [items(0, 2), items(2, 3), items(0, 3)]
+    model = Tilted(K, torch.float64)
+    row = random_losses(K, 1)[0]
+    gradients = []
+    for parts in (counts, [sum(counts)]):
+        balancer = build_balancer(name, K, dtype=torch.float64, absent_tasks="skip").bind(model)
+        model.zero_grad()
+        # A loss of NaN whose gradient is not.
+        batches = [TaskLosses(model(row) + torch.where(n > 0, 0.0, torch.nan), n) for n in parts]
+        weighting = balancer.decide(batches)
+        for batch in batches:
+            balancer.apply(batch, weighting).backward()
+        balancer.step()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[0].isfinite().all() and gradients[0].any()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)

@@ -105,6 +105,27 @@ def test_a_refused_step_is_not_counted() -> None:
     assert balancer.state_dict()["guards.counts"].tolist() == [0.0] * 4
 
 
+def test_steps_that_are_counted_together_are_those_of_every_step() -> None:
+    # 64 steps are put together at a time; the state, and a look, have those that wait, too.
+    balancer, negative = celeba(10.0, absent_tasks="skip"), 0
+    for t in range(1, 151):
+        if t % 3:
+            advance(balancer, APART)
+        else:
+            advance(balancer, losses(1.0, 1.0, 2.0), torch.tensor([1.0, 0.0, 0.0]))  # alone no task descends too far
+        negative += bool((balancer.coefficients < 0).any())
+        if t in (1, 63, 64, 65, 150):
+            assert balancer.state_dict()["guards.counts"][:2].tolist() == [t, negative]
+        if t == 70:
+            balancer.to(dtype=torch.float64)
+            balancer.to(dtype=torch.float32)
+    assert negative == 100
+    before = balancer.snapshot()
+    advance(balancer, APART)
+    balancer.rollback(before)
+    assert balancer.state_dict()["guards.counts"][:2].tolist() == [150.0, 100.0]
+
+
 def test_counters_are_state() -> None:
     first, second = build_balancer("si", 2), build_balancer("si", 2)
     for _ in range(60):

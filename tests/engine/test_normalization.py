@@ -146,3 +146,43 @@ def test_power_keeps_the_digits_of_float32() -> None:
     normalization(losses).sum().backward()
     exact = [(loss / 2) ** -0.5 / 2 for loss in losses.tolist()]
     assert losses.grad.tolist() == pytest.approx(exact, rel=3e-7)
+
+
+@pytest.mark.parametrize(("reference", "steps"), [("first_step", 1), (MeanOf(3), 3), ("every_epoch", 1)])
+def test_references_that_are_formed_are_settled_until_something_new_comes(reference: str | MeanOf, steps: int) -> None:
+    asked, not_asked = build("initial", reference), build("initial", reference)
+
+    def observe(losses: Tensor, present: Tensor = ALL) -> None:
+        for normalization in (asked, not_asked):
+            normalization.observe(losses, present)
+        asked.settle()
+        ours, theirs = asked.state_dict(), not_asked.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    late = torch.tensor([True, False, True])
+    fresh = {name: tensor.clone() for name, tensor in asked.state_dict().items()}
+    for t in range(9):
+        observe(vector(1.0 + t, 2.0 - t / 10, 3.0), late)  # the second task is still to come: nothing is settled
+    for t in range(9):
+        observe(vector(5.0 + t, 6.0, 7.0))
+    assert asked.reference_losses[1] == 6.0
+    for normalization in (asked, not_asked):
+        normalization.begin_epoch()
+    for t in range(9):
+        observe(vector(8.0 + t, 9.0, 10.0))
+    assert (asked.reference_losses[1] == 9.0) == (reference == "every_epoch")
+    for normalization in (asked, not_asked):
+        normalization.load_state_dict(fresh)
+    for _ in range(steps):
+        observe(vector(0.5, 0.5, 0.5))
+    assert asked.reference_losses.tolist() == [0.5] * 3
+
+
+def test_settled_references_cost_nothing() -> None:
+    normalization = build("initial")
+    for _ in range(4):
+        normalization.observe(vector(1.0, 2.0, 3.0), ALL)
+        normalization.settle()
+    references = normalization.reference_losses
+    normalization.observe(vector(4.0, 5.0, 6.0), ALL)
+    assert normalization.reference_losses is references

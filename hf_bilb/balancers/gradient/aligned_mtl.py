@@ -14,10 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import normalised
+from hf_bilb.balancers.gradient.solvers import array, normalised
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod, HeadWeights
 
@@ -51,11 +52,12 @@ class AlignedMtl(GramianMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """w `[A]`. It does not change with the scale of G."""
-        scaled, scale = normalised(gramian)
+        scaled, scale = normalised(array(gramian))
         if scale == 0:
             return torch.ones_like(losses)
-        values, vectors = torch.linalg.eigh(scaled)
-        kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        values, vectors = np.linalg.eigh(scaled)
+        kept = values > values[-1] * len(values) * np.finfo(values.dtype).eps
         values, vectors = values[kept], vectors[:, kept]
-        chosen = {"min": values[0], "median": values.median(), "rmse": values.mean()}[self._scale_mode]
-        return vectors @ (vectors.sum(dim=0) * (chosen / values).sqrt())
+        # Of an even number the median is the lower one, as in torch.
+        chosen = {"min": values[0], "median": values[(len(values) - 1) // 2], "rmse": values.mean()}[self._scale_mode]
+        return torch.from_numpy(vectors @ (vectors.sum(axis=0) * np.sqrt(chosen / values)))

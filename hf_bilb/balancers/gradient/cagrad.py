@@ -20,10 +20,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import nonnegative_minimum, normalised, simplex_minimum
+from hf_bilb.balancers.gradient.solvers import (
+    Array,
+    Mask,
+    array,
+    nonnegative_minimum,
+    normalised,
+    quietly,
+    simplex_minimum,
+    solved_equations,
+)
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.config.options import bounded
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod, HeadWeights
@@ -64,27 +74,29 @@ class CaGrad(GramianMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """The weights `[A]` of K d over the divisor, with the number of tasks in the step as K."""
-        return (1 + len(gramian) * conflict_averse(gramian, self._c)) / self._divisor
+        moves = conflict_averse(array(gramian), self._c)
+        return torch.from_numpy((1 + len(gramian) * moves) / self._divisor)
 
 
-def conflict_averse(gramian: Tensor, c: float) -> Tensor:
+@quietly
+def conflict_averse(gramian: Array, c: float) -> Array:
     """The weights `[A]` of x = d - g0."""
     gramian = normalised(gramian)[0]
-    linear = gramian.mean(dim=1)
-    radius = c * float(linear.mean().clamp_min(0)) ** 0.5
+    linear = gramian.mean(axis=1)
+    radius = c * max(float(linear.mean()), 0.0) ** 0.5
     if radius <= 1e-12 * c:  # the mean is zero up to rounding errors, or c is
-        return torch.zeros_like(linear)
+        return np.zeros_like(linear)
     low, high = 0.0, 1 / radius
     ratio = min(1 / c, high)
-    support: Tensor | None = None
-    weights: Tensor | None = None
+    support: Mask | None = None
+    weights: Array | None = None
     for _ in range(_ROUNDS):
         weights = simplex_minimum(gramian, ratio * linear, weights)
-        norm = float((weights @ gramian @ weights).clamp_min(0)) ** 0.5
+        norm = max(float(weights @ gramian @ weights), 0.0) ** 0.5
         low, high = (ratio, high) if norm > radius * ratio else (low, ratio)
         before, support = support, weights > 0
         fitting = [t for t in _fitting_ratios(gramian, linear, radius, support) if low < t < high]
-        if before is not None and torch.equal(before, support) and abs(norm - radius * ratio) <= 1e-14 * norm:
+        if before is not None and np.array_equal(before, support) and abs(norm - radius * ratio) <= 1e-14 * norm:
             break
         if not fitting and high - low <= 1e-15 * high:
             break
@@ -94,15 +106,16 @@ def conflict_averse(gramian: Tensor, c: float) -> Tensor:
     return weights * (radius / norm)
 
 
-def _fitting_ratios(gramian: Tensor, linear: Tensor, radius: float, support: Tensor) -> list[float]:
+def _fitting_ratios(gramian: Array, linear: Array, radius: float, support: Mask) -> list[float]:
     """The t with |g_w| = r t, where w(t) is the minimum with this support, a line; two at most."""
-    index = support.nonzero().flatten()
+    index = support.nonzero()[0]
     block = gramian[index[:, None], index]
-    right = torch.stack([torch.ones_like(linear[index]), -linear[index]], dim=1)
-    solved = torch.linalg.solve_ex(block + 1, right).result
+    solved = solved_equations(block + 1, np.stack([np.ones(len(index)), -linear[index]], axis=1))
+    if solved is None:
+        return []
     start, slope = solved[:, 0] / solved[:, 0].sum(), solved[:, 1]
     slope = slope - start * slope.sum()
-    line = torch.stack([start, slope])
+    line = np.stack([start, slope])
     (square, mixed), (_, curve) = (line @ block @ line.T).tolist()
     # (curve - r^2) t^2 + 2 mixed t + square = 0
     leading = curve - radius**2
@@ -112,8 +125,8 @@ def _fitting_ratios(gramian: Tensor, linear: Tensor, radius: float, support: Ten
     return [square / (sign * root - mixed) for sign in (1, -1) if sign * root != mixed]
 
 
-def _nearest_without_conflict(gramian: Tensor, linear: Tensor, radius: float) -> Tensor:
+def _nearest_without_conflict(gramian: Array, linear: Array, radius: float) -> Array:
     """x of the direction nearest to g0 along which no loss grows, at most `radius` away from it."""
     moves = nonnegative_minimum(gramian, linear)
-    norm = float((moves @ gramian @ moves).clamp_min(0)) ** 0.5
+    norm = max(float(moves @ gramian @ moves), 0.0) ** 0.5
     return moves * min(1.0, radius / norm) if norm > 0 else moves

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import fair_weights
+from hf_bilb.balancers.gradient.solvers import array, fair_weights
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.config.options import bounded
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod, HeadWeights
@@ -51,4 +51,4 @@ class FairGrad(GramianMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """K w `[A]`, all > 0, with the number of tasks in the step as K."""
-        return fair_weights(gramian, self._power) * len(gramian)
+        return torch.from_numpy(fair_weights(array(gramian), self._power) * len(gramian))

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_bilb.balancers.gradient.pcgrad import Order, Orders
+from hf_bilb.balancers.gradient.solvers import Array, array, quietly
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.config.options import bounded
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod, HeadWeights
@@ -70,38 +72,39 @@ class GradVac(GramianMethod, HistoryObjective):
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """w `[A]`."""
         known = self.targets.to(gramian)
-        targets = known[tasks[:, None], tasks]
-        rows, cosines = vaccine(gramian, targets, self.orders(gramian, tasks))
+        targets = array(known)[array(tasks)[:, None], array(tasks)]
+        rows, cosines = vaccine(array(gramian), targets, array(self.orders(gramian, tasks)))
         if self.training:
-            known[tasks[:, None], tasks] = targets + self._beta * (cosines - targets)
+            array(known)[array(tasks)[:, None], array(tasks)] = targets + self._beta * (cosines - targets)
             self.targets.copy_(known)
-        return rows.sum(dim=0)
+        return torch.from_numpy(rows).sum(dim=0)
 
     def end_step(self) -> None:
         """The next update draws again."""
         self.orders.end_step()
 
 
-def vaccine(gramian: Tensor, targets: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+@quietly
+def vaccine(gramian: Array, targets: Array, order: Array) -> tuple[Array, Array]:
     """The rows `[A, A]` of the corrected gradients, and the cosines that were met, the target where there was none."""
     size = len(gramian)
-    rows = torch.eye(size, dtype=gramian.dtype)
-    products = gramian.clone()  # of the corrected gradients with the given ones
-    norms = gramian.diagonal().clamp_min(0).sqrt()
-    asked = targets.clamp_max(_MOST)
-    slants = (1 - asked.square()).clamp_min(0).sqrt()
-    cosines = targets.clone()
-    itself = torch.arange(size)[:, None]
-    for met in order.T[:, :, None]:
-        own = (rows * products).sum(dim=1, keepdim=True).clamp_min(0).sqrt()
+    rows = np.eye(size)
+    products = gramian.copy()  # of the corrected gradients with the given ones
+    norms = np.sqrt(np.maximum(gramian.diagonal(), 0.0))
+    asked = np.minimum(targets, _MOST)
+    slants = np.sqrt(np.maximum(1 - asked * asked, 0.0))
+    cosines = targets.copy()
+    each = np.arange(size)
+    for met in order.T:
+        own = np.sqrt(np.maximum((rows * products).sum(axis=1), 0.0))
         scale = own * norms[met]
-        counts = (scale > 0) & (met != itself)
-        cosine = (products.gather(1, met) / torch.where(counts, scale, 1.0)).clamp(-1, 1)
-        target, slant = asked.gather(1, met), slants.gather(1, met)
-        sine = (1 - cosine.square()).sqrt()
-        wanted = own * (target * sine - cosine * slant) / torch.where(counts, norms[met] * slant, 1.0)
-        factor = torch.where(counts & (cosine < target), wanted, 0.0)
-        cosines.scatter_(1, met, torch.where(counts, cosine, targets.gather(1, met)))
-        rows.scatter_add_(1, met, factor)
-        products += factor * gramian[met[:, 0]]
+        counts = (scale > 0) & (met != each)
+        cosine = np.minimum(np.maximum(products[each, met] / np.where(counts, scale, 1.0), -1.0), 1.0)
+        target, slant = asked[each, met], slants[each, met]
+        sine = np.sqrt(1 - cosine * cosine)
+        wanted = own * (target * sine - cosine * slant) / np.where(counts, norms[met] * slant, 1.0)
+        factor = np.where(counts & (cosine < target), wanted, 0.0)
+        cosines[each, met] = np.where(counts, cosine, targets[each, met])
+        rows[each, met] += factor
+        products += factor[:, None] * gramian[met]
     return rows, cosines

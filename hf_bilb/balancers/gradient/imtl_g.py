@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import without_zero_gradients
+from hf_bilb.balancers.gradient.solvers import Array, array, quietly, without_zero_gradients
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod
 
@@ -45,21 +46,21 @@ class ImtlG(GramianMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """w `[A]`."""
-        if not (gramian.diagonal() > 0).any():
+        if not (array(gramian).diagonal() > 0).any():
             return torch.full_like(losses, 1 / len(losses))
-        return without_zero_gradients(gramian, equal_projections)
+        return torch.from_numpy(without_zero_gradients(array(gramian), equal_projections))
 
 
-def equal_projections(gramian: Tensor) -> Tensor:
+@quietly
+def equal_projections(gramian: Array) -> Array:
     """w with sum 1 whose sum of gradients has equal projections on them; none of these may be zero."""
-    norms = gramian.diagonal().sqrt()
-    cosines = gramian / norms[:, None] / norms
-    values, vectors = torch.linalg.eigh(cosines)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    norms = np.sqrt(gramian.diagonal())
+    values, vectors = np.linalg.eigh(gramian / norms[:, None] / norms)
+    kept = values > values[-1] * len(values) * np.finfo(values.dtype).eps
+    inverse = np.where(kept, 1 / values, 0.0)
     # In units of the smallest norm: the sum decides the scale in any case.
-    found = (vectors @ (inverse * vectors.sum(dim=0))) * (norms.min() / norms)
+    found: Array = (vectors @ (inverse * vectors.sum(axis=0))) * (norms.min() / norms)
     total = found.sum()
-    if total.abs() <= _CANCELLED * found.abs().sum():
-        return torch.full_like(found, 1 / len(found))
+    if abs(total) <= _CANCELLED * np.abs(found).sum():
+        return np.full_like(found, 1 / len(found))
     return found / total

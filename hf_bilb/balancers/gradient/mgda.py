@@ -20,10 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import normalised, simplex_minimum
+from hf_bilb.balancers.gradient.solvers import Array, array, normalised, simplex_minimum
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod
 
@@ -66,20 +67,22 @@ class Mgda(GramianMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """w `[A]`."""
-        scaled, scale = normalised(gramian)
+        scaled, scale = normalised(array(gramian))
         if scale == 0:
             return torch.ones_like(losses)
-        divisors = self._divisors(scaled, losses)
+        if not (self._by_norm or self._by_loss):
+            return torch.from_numpy(simplex_minimum(scaled) * len(scaled))
+        divisors = self._divisors(scaled, array(losses))
         # Divisors have any size: what the solver sees is of size 1 again.
         point = simplex_minimum(normalised(scaled / (divisors[:, None] * divisors))[0])
         if self._apply_to == "normalized":
             # The norms are those of the given gradients, not of the scaled ones.
             point = point / (divisors * scale**0.5 if self._by_norm else divisors)
-        return point * len(point)
+        return torch.from_numpy(point * len(point))
 
-    def _divisors(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        divisors = losses if self._by_loss else torch.ones_like(losses)
+    def _divisors(self, gramian: Array, losses: Array) -> Array:
+        divisors = losses if self._by_loss else np.ones_like(losses)
         if self._by_norm:
-            norms = gramian.diagonal().clamp_min(0).sqrt()
-            divisors = divisors * torch.where(norms > 0, norms, 1.0)
+            norms = np.sqrt(np.maximum(gramian.diagonal(), 0.0))
+            divisors = divisors * np.where(norms > 0, norms, 1.0)
         return divisors

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import project_to_simplex
+from hf_bilb.balancers.gradient.solvers import Array, array, project_to_simplex
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.config.options import bounded
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod, HeadWeights
@@ -49,18 +50,16 @@ class SharesMethod(GramianMethod):
         super().__init__()
         self.register_buffer("shares", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
 
-    def known_shares(self, gramian: Tensor, tasks: Tensor) -> Tensor:
-        """Those of `tasks`, scaled to sum 1; equal ones where all of them are zero."""
-        known = self.shares.to(gramian)[tasks]
+    def known_shares(self, tasks: Tensor) -> tuple[Array, float]:
+        """Those of `tasks`, scaled to sum 1, equal ones where all of them are zero; and their sum before."""
+        known = array(self.shares.to("cpu", torch.float64))[array(tasks)]
         total = known.sum()
-        return known / total if total > 0 else torch.full_like(known, 1 / len(known))
+        return (known / total if total > 0 else np.full_like(known, 1 / len(known))), total
 
-    def remember(self, shares: Tensor, tasks: Tensor) -> None:
-        """Keep the new shares of `tasks`, with the sum that these had; not where the method is frozen."""
+    def remember(self, shares: Array, tasks: Tensor, total: float) -> None:
+        """Keep the new shares of `tasks`, with the sum `total` that these had; not where the method is frozen."""
         if self.training:
-            known = self.shares.to(shares)
-            known[tasks] = shares * known[tasks].sum()
-            self.shares.copy_(known)
+            self.shares.index_copy_(0, tasks.to(self.shares.device), torch.from_numpy(shares * total).to(self.shares))
 
 
 @register_balancer(
@@ -79,7 +78,7 @@ class MoDo(SharesMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """a `[A]` after its step, for the third sample."""
-        known = self.known_shares(gramian, tasks)
-        shares = project_to_simplex(known - self._gamma * (gramian @ known + self._rho * known))
-        self.remember(shares, tasks)
-        return shares
+        known, total = self.known_shares(tasks)
+        shares = project_to_simplex(known - self._gamma * (array(gramian) @ known + self._rho * known))
+        self.remember(shares, tasks, total)
+        return torch.from_numpy(shares)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import fair_weights
+from hf_bilb.balancers.gradient.solvers import array, fair_weights
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod
 
@@ -47,4 +47,4 @@ class NashMtl(GramianMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """a `[A]`, all > 0."""
-        return fair_weights(gramian, 1.0)
+        return torch.from_numpy(fair_weights(array(gramian), 1.0))

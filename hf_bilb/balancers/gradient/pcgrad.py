@@ -18,9 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_bilb.balancers.gradient.solvers import Array, array
 from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod, HeadWeights
@@ -59,7 +61,7 @@ class Orders(torch.nn.Module):
         if self.draws is None:
             return torch.arange(len(tasks)).expand(len(tasks), -1)
         drawn = self.draws(gramian).view(self._num_tasks, self._num_tasks)
-        return drawn[tasks][:, tasks].argsort(dim=1)
+        return (drawn if len(tasks) == self._num_tasks else drawn[tasks[:, None], tasks]).argsort(dim=1)
 
     def end_step(self) -> None:
         """The next update draws again."""
@@ -83,21 +85,22 @@ class PcGrad(GramianMethod, HistoryObjective):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """w `[A]`."""
-        return surgery(gramian, self.orders(gramian, tasks)).sum(dim=0)
+        return torch.from_numpy(surgery(array(gramian), array(self.orders(gramian, tasks)))).sum(dim=0)
 
     def end_step(self) -> None:
         """The next update draws again, balancing or frozen: nothing is learned that could stay."""
         self.orders.end_step()
 
 
-def surgery(gramian: Tensor, order: Tensor) -> Tensor:
+def surgery(gramian: Array, order: Array) -> Array:
     """M `[A, A]`, whose rows are the projected gradients; row i meets the tasks in the order of `order[i]`."""
-    rows = torch.eye(len(gramian), dtype=gramian.dtype)
-    products = gramian.clone()  # of the projected gradients with the given ones
-    squares = gramian.diagonal()
-    for met in order.T[:, :, None]:
+    each = np.arange(len(gramian))
+    rows = np.eye(len(gramian))
+    products = gramian.copy()  # of the projected gradients with the given ones
+    squares = np.maximum(gramian.diagonal(), np.finfo(gramian.dtype).tiny)
+    for met in order.T:
         # A product below zero is one with a gradient that is not.
-        factor = products.gather(1, met).clamp_max(0) / squares[met].clamp_min(torch.finfo(gramian.dtype).tiny)
-        rows.scatter_add_(1, met, -factor)
-        products -= factor * gramian[met[:, 0]]
+        factor = np.minimum(products[each, met], 0.0) / squares[met]
+        rows[each, met] -= factor
+        products -= factor[:, None] * gramian[met]
     return rows

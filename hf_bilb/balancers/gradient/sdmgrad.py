@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_bilb.balancers.gradient.modo import SharesMethod
-from hf_bilb.balancers.gradient.solvers import project_to_simplex
+from hf_bilb.balancers.gradient.solvers import array, project_to_simplex
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.config.options import bounded
 from hf_bilb.engine.gradient_method import GradientOptions, HeadWeights
@@ -64,16 +65,16 @@ class SdmGrad(SharesMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """(a + lambda / A) / (1 + lambda) `[A]`, for the third sample."""
-        options = self._options
-        scale = gramian.diagonal().clamp_min(0).sqrt().mean().square()
+        options, products = self._options, array(gramian)
+        scale = np.sqrt(np.maximum(products.diagonal(), 0.0)).mean() ** 2
         # Independent samples may disagree in every sign: then the largest entry stands in.
-        scale = scale if scale > 0 else gramian.abs().max()
-        matrix = gramian / torch.where(scale > 0, scale, 1.0)
-        shares = self.known_shares(gramian, tasks)
+        scale = scale if scale > 0 else np.abs(products).max()
+        matrix = products / (scale if scale > 0 else 1.0)
+        shares, total = self.known_shares(tasks)
         even = options.regularization / len(shares)
-        velocity = torch.zeros_like(shares)
+        velocity = np.zeros_like(shares)
         for _ in range(options.iterations):
             velocity = options.momentum * velocity + matrix @ (shares + even)
             shares = project_to_simplex(shares - options.step_size * velocity)
-        self.remember(shares, tasks)
-        return (shares + even) / (1 + options.regularization)
+        self.remember(shares, tasks, total)
+        return torch.from_numpy((shares + even) / (1 + options.regularization))

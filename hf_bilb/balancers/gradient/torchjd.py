@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import normalised, smallest_above
+from hf_bilb.balancers.gradient.solvers import array, normalised, smallest_above
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.config.options import nearest, shown, unknown_name
 from hf_bilb.engine.gradient_method import Direction, GradientOptions, HeadWeights, JacobianMethod
@@ -220,11 +221,11 @@ def _construct(name: str, arguments: dict[str, Any], num_tasks: int) -> Any:
 
 def _project(bounds: Tensor, gramian: Tensor) -> Tensor:
     """torchjd's `DualConeProjector`: argmin of v^T G v over v >= u for each row u of `bounds`, or for it itself."""
-    scaled, scale = normalised(gramian.double())
-    identity = torch.eye(len(gramian), dtype=torch.float64)
+    scaled, scale = normalised(array(gramian.double()))
     matrix = scaled / scaled.trace() if scale > 0 else scaled
-    rows = bounds.double().reshape(-1, len(gramian))
-    return smallest_above(matrix + _REGULARIZATION * identity, rows).reshape(bounds.shape).to(bounds)
+    rows = array(bounds.double().reshape(-1, len(gramian)))
+    found = smallest_above(matrix + _REGULARIZATION * np.eye(len(gramian)), rows)
+    return torch.from_numpy(found).reshape(bounds.shape).to(bounds)
 
 
 def _gramian(jacobian: Tensor) -> Tensor:

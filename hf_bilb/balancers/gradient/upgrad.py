@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.gradient.solvers import normalised, smallest_above
+from hf_bilb.balancers.gradient.solvers import array, normalised, smallest_above
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.config.options import bounded
 from hf_bilb.engine.gradient_method import GradientOptions, GramianMethod, HeadWeights
@@ -51,9 +52,9 @@ class UpGrad(GramianMethod):
     @torch.no_grad()
     def weights(self, gramian: Tensor, losses: Tensor, tasks: Tensor) -> Tensor:
         """w `[A]`, each at least 1 / A."""
-        scaled, scale = normalised(gramian)
-        identity = torch.eye(len(gramian), dtype=gramian.dtype)
+        scaled, scale = normalised(array(gramian))
+        identity = np.eye(len(gramian))
         if scale == 0:
-            return identity.mean(dim=0)
+            return torch.from_numpy(identity.mean(axis=0))
         matrix = scaled / scaled.trace() + self._regularization * identity
-        return smallest_above(matrix, identity / len(identity)).sum(dim=0)
+        return torch.from_numpy(smallest_above(matrix, identity / len(identity)).sum(axis=0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,7 @@ import torch
 from scipy.optimize import brentq, nnls
 from torch import Tensor
 
-from hf_bilb.balancers.gradient import solvers
-from hf_bilb.balancers.gradient.cagrad import conflict_averse
+from hf_bilb.balancers.gradient import cagrad, solvers
 from tests.balancers.gradient.reference import gradients
 
 #: (K, d), the last ones with more gradients than numbers in them.
@@ -20,16 +21,38 @@ shapes = pytest.mark.parametrize(("num_tasks", "size"), SHAPES)
 INDEPENDENT = [(k, d) for k, d in SHAPES if k <= d]
 
 
+def of_tensors(solver: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The solver, given tensors and returning one, which does not write into what it is given."""
+
+    def solve(*given: Any) -> Tensor:
+        arrays = [one.numpy() if isinstance(one, Tensor) else one for one in given]
+        for one in arrays:
+            if isinstance(one, np.ndarray):
+                one.flags.writeable = False
+        found = solver(*arrays)
+        return torch.from_numpy(found[0] if isinstance(found, tuple) else found)
+
+    return solve
+
+
+normalised = of_tensors(solvers.normalised)
+simplex_minimum = of_tensors(solvers.simplex_minimum)
+smallest_above = of_tensors(solvers.smallest_above)
+fair_weights = of_tensors(solvers.fair_weights)
+project_to_simplex = of_tensors(solvers.project_to_simplex)
+conflict_averse = of_tensors(cagrad.conflict_averse)
+
+
 def gramian_of(num_tasks: int, size: int, seed: int = 0, spread: float = 0.5) -> Tensor:
     jacobian = gradients(num_tasks, size, seed, spread)
-    return solvers.normalised(jacobian @ jacobian.T)[0]
+    return normalised(jacobian @ jacobian.T)
 
 
 @shapes
 @pytest.mark.parametrize("seed", range(3))
 def test_the_min_norm_point_keeps_the_conditions_of_an_optimum(num_tasks: int, size: int, seed: int) -> None:
     gramian = gramian_of(num_tasks, size, seed)
-    point = solvers.simplex_minimum(gramian)
+    point = simplex_minimum(gramian)
     assert (point >= 0).all() and abs(point.sum() - 1) < 1e-12
     slope = gramian @ point
     # Nowhere smaller than where the weight is: the point lies in front of all gradients.
@@ -43,8 +66,8 @@ def test_the_min_norm_point_is_that_of_nonnegative_least_squares(num_tasks: int,
         torch.cat([jacobian.T, torch.ones(1, num_tasks, dtype=torch.float64)]).numpy(), np.eye(size + 1)[-1]
     )
     expected = torch.from_numpy(found / found.sum()) @ jacobian
-    gramian, _ = solvers.normalised(jacobian @ jacobian.T)
-    torch.testing.assert_close(solvers.simplex_minimum(gramian) @ jacobian, expected, rtol=1e-7, atol=1e-7)
+    gramian = normalised(jacobian @ jacobian.T)
+    torch.testing.assert_close(simplex_minimum(gramian) @ jacobian, expected, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("num_tasks", [2, 3])
@@ -63,11 +86,11 @@ def test_the_minimum_with_a_linear_part_is_the_best_of_all_supports(num_tasks: i
             w = torch.linalg.solve(equations, right)[:count]
             if (w >= 0).all():
                 best = min(best, float(w @ equations[:count, :count] @ w / 2 + linear[index] @ w))
-    found = solvers.simplex_minimum(gramian, linear)
+    found = simplex_minimum(gramian, linear)
     assert abs(float(found @ gramian @ found / 2 + linear @ found) - best) < 1e-13
     # From a wrong start it ends at the same.
     start = torch.full_like(linear, 1 / num_tasks)
-    torch.testing.assert_close(solvers.simplex_minimum(gramian, linear, start), found, rtol=0, atol=1e-12)
+    torch.testing.assert_close(simplex_minimum(gramian, linear, start), found, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -77,11 +100,11 @@ def test_nearly_equal_gradients_end_the_search_near_the_optimum(seed: int) -> No
     jacobian = gradients(num_tasks, size, seed, spread=(seed % 3) / 2)
     half = num_tasks // 2
     jacobian[half : 2 * half] = jacobian[:half] * (1 + 10.0 ** -(4 + seed % 13) * gradients(half, size, seed + 1))
-    gramian, _ = solvers.normalised(jacobian @ jacobian.T)
+    gramian = normalised(jacobian @ jacobian.T)
     linear = gradients(1, num_tasks, seed)[0] / 10
     for point, slope in (
-        (w := solvers.simplex_minimum(gramian), gramian @ w),
-        (w := solvers.simplex_minimum(gramian, linear), gramian @ w + linear),
+        (w := simplex_minimum(gramian), gramian @ w),
+        (w := simplex_minimum(gramian, linear), gramian @ w + linear),
     ):
         assert (point >= 0).all() and abs(point.sum() - 1) < 1e-12
         assert float(point @ slope - slope.min()) < 1e-8
@@ -94,7 +117,7 @@ def test_projections_on_the_dual_cone_are_scipy_s(num_tasks: int, size: int, see
     gramian = gramian_of(num_tasks, size, seed)
     gramian = gramian / gramian.trace() + 1e-4 * torch.eye(num_tasks, dtype=torch.float64)
     bounds = torch.eye(num_tasks, dtype=torch.float64) / num_tasks
-    found = solvers.smallest_above(gramian, bounds)
+    found = smallest_above(gramian, bounds)
     root = torch.linalg.cholesky(gramian).T.numpy()
     for row, bound in zip(found, bounds, strict=True):
         moves, _ = nnls(root, -root @ bound.numpy())
@@ -104,9 +127,9 @@ def test_projections_on_the_dual_cone_are_scipy_s(num_tasks: int, size: int, see
 def test_rows_that_do_not_come_to_rest_are_solved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     gramian = gramian_of(11, 50) + 1e-4 * torch.eye(11, dtype=torch.float64)
     bounds = torch.eye(11, dtype=torch.float64)
-    expected = solvers.smallest_above(gramian, bounds)
+    expected = smallest_above(gramian, bounds)
     monkeypatch.setattr(solvers, "_EXCHANGES", 1)
-    torch.testing.assert_close(solvers.smallest_above(gramian, bounds), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(smallest_above(gramian, bounds), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("num_tasks", "size"), INDEPENDENT)
@@ -114,7 +137,7 @@ def test_rows_that_do_not_come_to_rest_are_solved_one_by_one(monkeypatch: pytest
 def test_fair_weights_solve_their_equation(num_tasks: int, size: int, power: float) -> None:
     jacobian = gradients(num_tasks, size)
     gramian = jacobian @ jacobian.T
-    weights = solvers.fair_weights(gramian, power)
+    weights = fair_weights(gramian, power)
     assert (weights > 0).all()
     # To 1e-12 of the terms that are added up, which cancel where gradients conflict.
     terms = gramian.abs() @ weights
@@ -130,7 +153,7 @@ def test_fair_weights_of_two_tasks_by_bisection(power: float, factor: float) -> 
     first = (a + b * t) ** (-1 / (1 + power))
     expected = torch.tensor([first, t * first], dtype=torch.float64)
     gramian = torch.tensor([[a, b], [b, c]], dtype=torch.float64)
-    torch.testing.assert_close(solvers.fair_weights(gramian, power), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fair_weights(gramian, power), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("power", [0.1, 0.5, 1.0, 2.0, 10.0])
@@ -138,7 +161,7 @@ def test_fair_weights_of_two_tasks_by_bisection(power: float, factor: float) -> 
 def test_fair_weights_are_bounded_where_there_is_no_solution(power: float, num_tasks: int, size: int) -> None:
     jacobian = gradients(num_tasks, size, spread=0.0)
     jacobian[1] = -jacobian[0]
-    weights = solvers.fair_weights(jacobian @ jacobian.T, power)
+    weights = fair_weights(jacobian @ jacobian.T, power)
     alone = jacobian.norm(dim=1) ** (-2 / (1 + power))
     assert (weights > 0).all()
     assert (weights <= 1.01 * solvers._MOST * num_tasks * alone).all()
@@ -192,7 +215,7 @@ def test_the_projection_on_the_simplex_is_the_nearest_point(num_tasks: int) -> N
     generator = torch.Generator().manual_seed(num_tasks)
     for scale in (1e-3, 1.0, 1e20):
         point = scale * torch.randn(num_tasks, generator=generator, dtype=torch.float64)
-        found = solvers.project_to_simplex(point)
+        found = project_to_simplex(point)
         assert (found >= 0).all() and abs(found.sum() - 1) < 1e-12
         # (point - found) . (v - found) <= 0 for every vertex v
         gap = point - found
