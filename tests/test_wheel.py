@@ -53,7 +53,7 @@ def test_the_wheel_has_every_module_and_recipe_and_nothing_else(installed: Path)
     assert len(recipes) > 45
     found = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
     package = {path for path in found if ".dist-info/" not in path}
-    assert package == files_of("hf_bilb", ".py", ".typed") | recipes
+    assert package == files_of("hf_bilb", ".py", ".typed", ".css", ".js") | recipes
 
 
 def test_the_source_distribution_has_them_too(built: Path) -> None:

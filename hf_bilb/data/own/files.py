@@ -111,7 +111,7 @@ def check_there(file: Path) -> None:
     """Raise `OptionError` where there is no such file; names the nearest one in its folder."""
     if not file.exists():
         near = [one.name for one in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise OptionError(f"there is no file {shown(str(file))}{nearest(file.name, near)}")
+        raise OptionError(f"there is no file {str(file)!r}{nearest(file.name, near)}")
 
 
 # --- which files --------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def _matching(pattern: str, where: str) -> list[Path]:
     if not found:
         near = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise OptionError(
-            f"{where}: {shown(pattern)} matches no file{nearest(path.name, near)}, seen from {str(Path.cwd())!r}"
+            f"{where}: {pattern!r} matches no file{nearest(path.name, near)}, seen from {str(Path.cwd())!r}"
         )
     return found
 
