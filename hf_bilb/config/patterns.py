@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from hf_bilb.config.options import nearest
 from hf_bilb.errors import OptionError
 
+_LISTED = 12
+
 
 def matches(name: str, pattern: str) -> bool:
     """Whether `pattern` means the parameter `name`: the name itself, or a module that it is in, at any depth.
@@ -29,7 +31,15 @@ def check_patterns(patterns: Iterable[str], names: Sequence[str], path: str) -> 
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             parts = {part for name in names for part in _paths(name)}
-            raise OptionError(f"{path}: {pattern!r} means no parameter of the model{nearest(pattern, sorted(parts))}")
+            hint = nearest(pattern, sorted(parts)) or _first_parts(names)
+            raise OptionError(f"{path}: {pattern!r} means no parameter of the model{hint}")
+
+
+def _first_parts(names: Sequence[str]) -> str:
+    """What the model consists of: the outermost modules, at most `_LISTED`."""
+    parts = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    more = ", ..." if len(parts) > _LISTED else ""
+    return f" (its parts: {', '.join(parts[:_LISTED])}{more})"
 
 
 def _paths(name: str) -> list[str]:

@@ -130,7 +130,9 @@ class Standardizer:
         stds = np.nanstd(values, axis=0)
         # Their computed deviation may be a rounding error, not 0.
         constant = np.nanmin(values, axis=0) == np.nanmax(values, axis=0)
-        return cls(means=np.nanmean(values, axis=0), stds=np.where(constant, 1.0, stds))
+        # So may the mean be: of equal numbers near 1e20 it is off by more than 1e4.
+        means = np.where(constant, np.nanmin(values, axis=0), np.nanmean(values, axis=0))
+        return cls(means=means, stds=np.where(constant, 1.0, stds))
 
     def standardize(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
         """`[N, D]` -> `[N, D]` with the training rows' mean 0 and standard deviation 1."""

@@ -79,6 +79,7 @@ def training_facts(trainer: BilevelMTLTrainer, metrics: Mapping[str, float], che
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     return {
         "steps": state.global_step,
+        "planned_steps": state.max_steps,
         "epochs": finite(state.epoch),
         "seconds": round(metrics["train_runtime"], 2),
         "resumed_from": None if checkpoint is None else Path(checkpoint).name,

@@ -77,7 +77,9 @@ def write_run(recipe: Recipe, results: RunResults, history: list[dict[str, Any]]
         plots = plot_run(history, tasks, folder, title=f"{recipe.name} ({results.balancer})")
     what = "results" if any(metric.higher_is_better for metric in results.metrics) else "errors"
     click.echo(f"\n{results.split} {what} of {recipe.name} ({results.balancer}):\n\n{runs_text(table)}")
-    click.echo(f"{results.training['steps']} steps in {results.training['seconds']:.0f} s; all files are in {folder}")
+    steps, planned = results.training["steps"], results.training.get("planned_steps")
+    of = f" of {planned} (stopped early)" if planned is not None and steps < planned else ""
+    click.echo(f"{steps} steps{of} in {results.training['seconds']:.0f} s; all files are in {folder}")
     return plots
 
 

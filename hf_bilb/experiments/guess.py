@@ -122,6 +122,10 @@ def different(column: Column) -> str:
     return f"{len(column.counts):,} different values"
 
 
+#: Whole numbers from here on are no longer told apart as floats: account numbers, not quantities.
+_NO_QUANTITY = 2**53
+
+
 def is_id(column: Column) -> bool:
     """Whether it numbers the rows, by its name or by its values."""
     if _ID_NAME.search(column.name):
@@ -129,6 +133,8 @@ def is_id(column: Column) -> bool:
     if column.numbers is None or not column.are_whole or column.known < FEW_ROWS:
         return False
     known = column.numbers[~np.isnan(column.numbers)]
+    if np.abs(known).max() >= _NO_QUANTITY:
+        return True
     return len(column.counts) == column.known == known.max() - known.min() + 1
 
 

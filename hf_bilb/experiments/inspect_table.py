@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.own.columns import Lists, Words, has_lists, holds_images, lists, numbers, words, words_of
 from hf_bilb.data.own.csv_options import CsvOptions
-from hf_bilb.data.own.files import Table, read_tables
+from hf_bilb.data.own.files import Table, other_delimiter, read_tables
 from hf_bilb.data.own.options import InputOptions, SourceOptions, SplitOptions
 from hf_bilb.data.own.words import PERHAPS_MISSING
 from hf_bilb.errors import OptionError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MOST_ROWS = 20_000
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _CODE = re.compile(r"0\d+")  # a postal code, a number of a phone: no quantity
-_OTHER_DELIMITERS = (";", "\t", "|", ",")
 
 T = TypeVar("T")
 
@@ -145,12 +144,8 @@ def inspect_table(path: str | Path) -> InspectedTable:
     Cost: the whole file is read, into the cache of `datasets`, from where training reads it; the first 20,000 rows are
     looked at.
     """
-    csv = CsvOptions()
+    csv = CsvOptions(delimiter=other_delimiter(Path(path).expanduser()))
     table = _read(path, csv)
-    if len(names := table.rows.column_names) == 1:
-        other = next((one for one in _OTHER_DELIMITERS if one in names[0]), None)
-        csv = CsvOptions(delimiter=other)
-        table = _read(path, csv)
     missing = _missing_words(columns := _columns(table))
     if missing:
         csv = replace(csv, missing=missing)

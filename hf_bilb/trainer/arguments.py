@@ -62,8 +62,9 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             that means a parameter counts, `learning_rate` is that of all others; schedules hold for all. A pattern is
             the name of a parameter or of a module that it is in, with `*` (`hf_bilb.config.patterns`).
         freeze: patterns of the parameters that are not trained.
-        early_stopping: `{patience, threshold}`, or a number, the patience: stop after so many evaluations in which
-            `metric_for_best_model` was not better than before by more than `threshold`; null = train to the end.
+        early_stopping: `{patience, threshold}` (in Python also a number, the patience): stop after so many evaluations
+            in which `metric_for_best_model` was not better than before by more than `threshold`; null = train to the
+            end.
 
     Raises:
         OptionError: one line with the key, the value and what was expected.

@@ -35,3 +35,11 @@ def test_a_pattern_that_means_nothing_names_the_nearest_part() -> None:
         OptionError, match=r'^freeze: \'encodr\' means no parameter of the model \(did you mean "encoder"\?\)'
     ):
         check_patterns(["head_*", "encodr"], NAMES, "freeze")
+
+
+def test_a_pattern_near_to_nothing_lists_the_parts_of_the_model() -> None:
+    names = [f"part_{i}.weight" for i in range(14)]
+    with pytest.raises(OptionError) as error:
+        check_patterns(["zzz"], names, "freeze")
+    listed = ", ".join(f"part_{i}" for i in range(12))
+    assert str(error.value) == f"freeze: 'zzz' means no parameter of the model (its parts: {listed}, ...)"

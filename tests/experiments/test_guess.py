@@ -42,6 +42,7 @@ def cycle(*values: Any) -> list[Any]:
         ("x", [100 + i for i in range(ROWS)], "regression", None),  # counted through
         ("x", [100 + 2 * i for i in range(ROWS)], "regression", "numeric"),
         ("user_id", cycle(3, 8, 9), "classification", None),
+        ("x", cycle(*(70_000_000_000_000_000_000 + i for i in range(25))), "classification", None),  # account numbers
         ("x", cycle("a", "b", "c"), "classification", "categorical"),
         ("x", cycle(True, False), "classification", "categorical"),
         ("x", cycle("2024", "2024x", "2025"), "classification", "categorical"),  # few: no spoilt numbers
@@ -194,3 +195,18 @@ def test_codes_with_leading_zeros_are_words(tmp_path: Path) -> None:
     column = table_of(tmp_path, {"zip": codes, "price": ["0", "10", "0.5", "7"] * 10}).columns[0]
     assert column.kind == "words"
     assert guess_input(column).what == "categorical" and guess_task(column).what == "classification"
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_another_delimiter_is_found_though_texts_hold_commas(delimiter: str, tmp_path: Path) -> None:
+    rows = [["id", "text", "label"], *([i, f"one, two, {i}", i % 2] for i in range(40))]
+    (tmp_path / "t.csv").write_text("\n".join(delimiter.join(map(str, row)) for row in rows))
+    table = inspect_table(tmp_path / "t.csv")
+    assert table.csv.delimiter == delimiter
+    assert [column.name for column in table.columns] == ["id", "text", "label"]
+
+
+def test_a_file_that_is_no_utf_8_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("a,b\nüber,1\n".encode("cp1252"))
+    with pytest.raises(OptionError, match=r"t.csv cannot be read: 'utf-8' codec .*; save it as UTF-8$"):
+        inspect_table(tmp_path / "t.csv")

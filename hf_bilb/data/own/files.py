@@ -202,7 +202,8 @@ def _reading(file: Path) -> Iterator[None]:
         raise
     except (*_UNREADABLE, csv.Error, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(str(error.__cause__ or error).split()).removeprefix(_OF_PANDAS)
-        raise OptionError(f"data: {file} cannot be read: {cause or type(error).__name__}") from None
+        advice = "; save it as UTF-8" if isinstance(error.__cause__ or error, UnicodeError) else ""
+        raise OptionError(f"data: {file} cannot be read: {cause or type(error).__name__}{advice}") from None
     finally:
         csv.field_size_limit(limit)
         datasets.logging.set_verbosity(verbosity)
@@ -269,10 +270,25 @@ def _wrong_number(file: Path, row: int, found: int, expected: int, hint: str = "
     return OptionError(f"data: {file}, row {row}: has {found} cells, expected {expected}, one for each column{hint}")
 
 
+def other_delimiter(file: Path) -> str | None:
+    """The delimiter of a text file whose first line is a single name with the usual one; None: it is the usual one, or
+    no such file."""
+    if not file.is_file() or _FORMATS.get(_ending(file)) != "csv":
+        return None
+    with _reading(file), _open(file) as stream:
+        layout, _ = _layout(file, CsvOptions())
+        return _delimiter_in(next(filter(None, _cells(stream, layout)), []))
+
+
 def delimiter_hint(names: Sequence[str]) -> str:
     """For a file that became one column because it has another delimiter."""
-    other = next((character for character in ";\t|," if character in names[0]), None)
-    return f"; is data.csv.delimiter {other!r}?" if len(names) == 1 and other else ""
+    other = _delimiter_in(names)
+    return f"; is data.csv.delimiter {other!r}?" if other else ""
+
+
+def _delimiter_in(names: Sequence[str]) -> str | None:
+    """A delimiter in the only name that a first line seems to have."""
+    return next((one for one in ";\t|," if one in names[0]), None) if len(names) == 1 else None
 
 
 def _cells(lines: Iterable[str], layout: Mapping[str, Any]) -> Iterator[list[str]]:
