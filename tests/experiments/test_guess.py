@@ -42,7 +42,7 @@ def cycle(*values: Any) -> list[Any]:
         ("x", [100 + i for i in range(ROWS)], "regression", None),  # counted through
         ("x", [100 + 2 * i for i in range(ROWS)], "regression", "numeric"),
         ("user_id", cycle(3, 8, 9), "classification", None),
-        ("x", cycle(*(70_000_000_000_000_000_000 + i for i in range(25))), "classification", None),  # account numbers
+        ("x", cycle(*(70_000_000_000_000_000_000 + i for i in range(25))), "regression", None),  # account numbers
         ("x", cycle("a", "b", "c"), "classification", "categorical"),
         ("x", cycle(True, False), "classification", "categorical"),
         ("x", cycle("2024", "2024x", "2025"), "classification", "categorical"),  # few: no spoilt numbers

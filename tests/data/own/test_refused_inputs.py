@@ -253,7 +253,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "no UTF-8": (
         {"test.csv": "body,stars,topic\ncaf\udce9,1,cats\n"}, {},
         "data: {dir}/test.csv cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 20: invalid "
-        "continuation byte",
+        "continuation byte; save it as UTF-8",
     ),
     "damaged archive": (
         {"test.csv.gz": "no archive"}, {"files": {**PARTS, "test": "{dir}/test.csv.gz"}},
