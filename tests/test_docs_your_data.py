@@ -70,6 +70,14 @@ def test_a_network_of_ones_own_trains_on_that_file(flats: Path) -> None:
     assert values["price_mae"].value < values["price_mae"].trivial
 
 
+def test_the_first_commands_after_installing_run(tmp_path: Path) -> None:
+    lines = [line for block in blocks("install.md", "sh") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("hf-bilb")]
+    assert commands == ["hf-bilb --help", "hf-bilb recipes", "hf-bilb balancers"]
+    printed = [run(tmp_path, command) for command in commands]
+    assert "train" in printed[0] and "qm9/bilb_small.yaml" in printed[1] and "nash_mtl" in printed[2]
+
+
 def test_extras_on_the_page_are_those_of_the_package() -> None:
     page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M))
