@@ -49,7 +49,7 @@ class BilevelMTLTrainingArguments(TrainingArguments):
             they are (it goes on weighting with them); null = never.
         balancer_init_from: a checkpoint, or a run's folder, whose balancer's parameters, moments, references and last
             losses this run begins with; same method, same tasks. A resumed run goes on with its own.
-        diagnostics: what is measured every n updates beside the training, which goes on as without; null = nothing.
+        diagnostics: what is measured every n updates; training goes on as without it; null = nothing.
             `{gradients: {every_n_steps, parameters}}`: norms and cosines of the tasks' gradients, with any balancer
             (`hf_bilb.trainer.gradient_diagnostics`). `{lower_level: {every_n_steps, inner_steps,
             inner_learning_rate}}`, or these keys without `lower_level`: the term that the single loop of a bilevel

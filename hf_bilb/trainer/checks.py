@@ -118,7 +118,7 @@ def check_settings(trainer: Trainer) -> None:
 def check_losses(trainer: TaskLossTrainer) -> None:
     """Raise `OptionError` for what Trainer's own loss would be made of, where the tasks' losses take its place, and for
     a `task_loss_func` that cannot be called; say what may have been forgotten."""
-    where = "with several tasks" if len(trainer.task_names) > 1 else "beside a task_loss_func"
+    where = "with several tasks" if len(trainer.task_names) > 1 else "with a task_loss_func"
     if len(trainer.task_names) == 1 and trainer.task_loss_func is None:
         _say_one_task(trainer)
         return

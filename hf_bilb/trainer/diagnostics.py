@@ -75,7 +75,7 @@ class _Written(LowerLevelOptions):
 def parse_diagnostics(values: Any, path: str) -> DiagnosticsOptions:
     """`{lower_level: {...}, gradients: {...}}`, either or both, checked.
 
-    The keys of the lower level may also stand without a section, alone or beside `gradients`; `{}` is the lower level
+    The keys of the lower level may also stand without a section, alone or with `gradients`; `{}` is the lower level
     with its defaults.
 
     Args:
@@ -90,7 +90,7 @@ def parse_diagnostics(values: Any, path: str) -> DiagnosticsOptions:
     flat = {key: getattr(written, key) for key in values if key not in sections}
     if flat and "lower_level" in values:
         key = next(iter(flat))
-        raise OptionError(f"{path}.{key}: stands beside {path}.lower_level, expected in it")
+        raise OptionError(f"{path}.{key}: stands next to {path}.lower_level, expected in it")
     lower_level = written.lower_level
     if flat or not values:
         lower_level = LowerLevelOptions(**flat)

@@ -434,7 +434,7 @@ def test_forms(given: Any, lower: Any, gradients: Any, tmp_path: Path) -> None:
         ),
         (
             {"lower_level": {}, "inner_steps": 5},
-            "diagnostics.inner_steps: stands beside diagnostics.lower_level, expected in it",
+            "diagnostics.inner_steps: stands next to diagnostics.lower_level, expected in it",
         ),
     ],
 )
