@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ class HubTrainer(AtomicCheckpointTrainer):
         repository = Repository(
             str(self.hub_model_id), None, self.args.hub_revision, self.args.hub_token, "hub_model_id"
         )
-        job = HfApi().run_as_future(push_files, repository, files, message, replaced)
+        job = self._background.run_as_future(push_files, repository, files, message, replaced)
         if self._is_pushing():
             self.push_in_progress.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])
+
+    @cached_property
+    def _background(self) -> HfApi:
+        # The jobs of one HfApi run one after the other. Those of two may overtake each other, and an older checkpoint
+        # would replace a newer one.
+        return HfApi()
 
     def _is_pushing(self) -> bool:
         return self.push_in_progress is not None and not self.push_in_progress.is_done()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from hf_bilb.hub.paths import without_machine
+from hf_bilb.hub.repository import push_files
+from hf_bilb.trainer import hub_trainer
 from tests.hub.runs import REPO, error_line, run, use, write_recipe
 from tests.hub.server import TOKEN, Hub
 
@@ -126,6 +130,24 @@ def test_strategies_of_trainers(hub: Hub, tmp_path: Path, strategy: str) -> None
     local = {file.name: file.read_bytes() for file in (tmp_path / "run" / "checkpoint-30").iterdir()}
     there = {path: content for path, content in hub.repos[REPO].items() if place and path.startswith(f"{place}/")}
     assert there == ({f"{place}/{name}": content for name, content in local.items()} if place else {})
+
+
+def test_a_slow_push_is_not_overtaken(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def push_slowly_at_first(*given: Any) -> Any:
+        begun.append(given)
+        time.sleep(2.0 if len(begun) == 1 else 0.0)
+        return push_files(*given)
+
+    monkeypatch.setattr(hub_trainer, "push_files", push_slowly_at_first)
+    settings = {"push_to_hub": "true", "hub_model_id": REPO, "hub_strategy": "checkpoint", "hub_always_push": "true"}
+    done = run("train", write_recipe(tmp_path), *(f"trainer.{key}={value}" for key, value in settings.items()))
+    assert done.exit_code == 0, done.output
+    steps = [message.partition(", step ")[2] for _, message, _ in hub.commits]
+    assert steps == ["10, checkpoint", "20, checkpoint", "30, checkpoint", ""]
+    newest = (tmp_path / "run" / "checkpoint-30" / "trainer_state.json").read_bytes()
+    assert hub.repos[REPO]["last-checkpoint/trainer_state.json"] == newest
 
 
 NETWORK = """
