@@ -53,10 +53,11 @@ class MixedLosses:
         OptionError: no task, an empty name, a weight that is not above 0, or weights of a regression task; a task of
             pixels with the name of another column.
 
-    Cost: some twenty kernels, and five per type, whatever K is. Classes are padded to the most that a task has, `[B, tasks, most
-    classes]`, of tokens `[B T, tasks, most classes]`. Tasks of pixels are computed one by one: their tensors are large,
-    and padding them would cost more than it saves. No device synchronisation, but that the first batch on a device
-    copies some indices to it.
+    State: some indices for each device, made by its first batch.
+
+    Cost: some twenty kernels, and five per type, whatever K is. Classes are padded to the most that a task has,
+    `[B, tasks, most classes]`, of tokens `[B T, tasks, most classes]`. Tasks of pixels are computed one by one: their
+    tensors are large, and padding them would cost more than it saves. No device synchronisation but by the first batch.
     """
 
     def __init__(self, tasks: Mapping[str, TaskType]) -> None:
