@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
+import hf_bilb
 from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
 from hf_bilb.config.options import parse_options
 from hf_bilb.errors import CheckpointError, OptionError
+from hf_bilb.experiments.recipe import read_recipe
+from hf_bilb.experiments.train import run_recipe
 from hf_bilb.losses.mixed import MixedLosses
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models import DenseBackboneModel, DenseBackboneOptions
 from hf_bilb.models.dense.backbone import build_dense_backbone
 from hf_bilb.models.lora import LoraOptions
 from hf_bilb.storage.adapter_weights import save_beside
+from tests.data.own.masks import write_scenes
 
 SIZE, B = 14, 4
 TASKS = {
@@ -30,7 +35,7 @@ TASKS = {
     "depth": TaskType("dense_regression"),
 }
 #: What the data dictate: tasks of one's own, and the papers'.
-DICTATED = {
+DICTATED: dict[str, dict[str, Any]] = {
     "own": {"tasks": TASKS, "image_size": SIZE},
     "papers": {"task_names": ["scene", "segmentation", "depth"], "num_classes": 3, "image_tasks": {"scene": 4}},
 }
@@ -49,7 +54,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def build(encoder: Path, tasks: str = "own", **lora: object) -> PeftModel:
+def build(encoder: Path, tasks: str = "own", **lora: Any) -> PeftModel:
     torch.manual_seed(0)
     options = DenseBackboneOptions(str(encoder), decoder_size=8, lora=LoraOptions(r=2, **lora))
     model = build_dense_backbone(options, **DICTATED[tasks])
@@ -192,3 +197,35 @@ def test_layers_and_machines_that_do_not_do_are_one_line(encoders: Path, monkeyp
     options = DenseBackboneOptions("nowhere", lora=LoraOptions(), quantization="8bit")
     with pytest.raises(OptionError, match=r"^model\.quantization: 8bit needs a CUDA GPU, and there is none"):
         build_dense_backbone(options, **DICTATED["own"])
+
+
+RECIPE = """
+data:
+  name: table
+  files: {folder}/scenes.csv
+  cache_dir: {folder}/cache
+  split: {{validation: 0.2, test: 0.2}}
+  inputs: {{image: image}}
+  image_size: 28
+  tasks:
+    road: {{type: segmentation, column: mask, classes: [sky, road, tree]}}
+    scene: {{type: classification}}
+model: {{name: dense_backbone, encoder: {encoder}, decoder_size: 8, lora: {{r: 2, target_modules: all-linear}}}}
+balancer: bilb
+trainer: {{output_dir: {folder}/run, num_train_epochs: 2, per_device_train_batch_size: 4, report_to: none}}
+evaluation: {{plots: false}}
+"""
+
+
+def test_the_run_of_a_recipe_is_loaded(encoders: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path, count=20)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path, encoder=encoders / "dinov2"))
+    results = run_recipe(read_recipe(tmp_path / "recipe.yaml", ()))
+    assert results.training["trained_parameters"] < results.training["parameters"]
+    run = tmp_path / "run"
+    assert (run / "adapter_model.safetensors").is_file() and not (run / "model.safetensors").exists()
+    loaded, again = hf_bilb.load(run).model, DenseBackboneModel.from_pretrained(run)
+    assert isinstance(loaded, PeftModel) and isinstance(again, PeftModel)
+    pixels = torch.rand(2, 3, 28, 28)
+    assert all(map(torch.equal, loaded(pixels).logits, again(pixels).logits))
+    assert list(again.get_base_model().config.task_types) == ["road", "scene"]
