@@ -20,6 +20,7 @@ the part of the positive labels, as `pos_weight` of `torch.nn.BCEWithLogitsLoss`
 from __future__ import annotations
 
 import functools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from torch.nn import functional
 
 from hf_bilb.errors import OptionError, TaskLossError
 from hf_bilb.losses.contract import check_task_names, short_names
-from hf_bilb.losses.masked import MISSING_INTEGER, valid_labels
+from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.pixels import check_pixel_outputs, pixel_items, pixel_loss
 from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType, pixel_tasks
 
@@ -52,10 +53,11 @@ class MixedLosses:
         OptionError: no task, an empty name, a weight that is not above 0, or weights of a regression task; a task of
             pixels with the name of another column.
 
-    Cost: some ten kernels per type, whatever K is. Classes are padded to the most that a task has, `[B, tasks, most
-    classes]`, of tokens `[B T, tasks, most classes]`. Tasks of pixels are computed one by one: their tensors are large,
-    and padding them would cost more than it saves. No device synchronisation, but that the first batch on a device
-    copies some indices to it.
+    State: some indices for each device, made by its first batch.
+
+    Cost: some twenty kernels, and five per type, whatever K is. Classes are padded to the most that a task has,
+    `[B, tasks, most classes]`, of tokens `[B T, tasks, most classes]`. Tasks of pixels are computed one by one: their
+    tensors are large, and padding them would cost more than it saves. No device synchronisation but by the first batch.
     """
 
     def __init__(self, tasks: Mapping[str, TaskType]) -> None:
@@ -68,6 +70,7 @@ class MixedLosses:
         self._pixels = tuple(pixel_tasks(tasks).items())
         self._pixel_numbers = [list(tasks).index(name) for name, _ in self._pixels]
         self._width = sum(task.label_width for task in tasks.values())
+        self._kept: dict[tuple[bool, torch.device], _Columns] = {}
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Losses of a model's `logits`, with the labels of the batch.
@@ -125,20 +128,16 @@ class MixedLosses:
             # At least float32: sums over a batch in half precision are wrong in the second digit.
             flat = outputs.flatten(0, -2).to(torch.promote_types(outputs.dtype, torch.float32))
             targets = self._targets(labelled, outputs.shape[:-1], of_tokens, outputs.device)
-            for group in _groups(self._tasks, of_tokens, outputs.device):
-                columns = group.columns(targets)
-                valid = group.valid(columns)
-                if columns.device.type == "cpu":
-                    group.check(columns, valid)
-                values = group.values(flat, columns, valid)
-                sums.append(torch.where(valid, values, 0).sum(dim=0))
-                counts.append(group.counts(columns, valid))
-                owners.append(group.owners)
+            columns = self._columns(of_tokens, outputs.device)
+            of_columns, items = columns.losses(flat, targets)
+            sums.append(of_columns)
+            counts.append(items)
+            owners += columns.owners
         for number, (name, task), part in zip(self._pixel_numbers, self._pixels, pixels, strict=True):
             total, count = pixel_loss(name, task, part, (pixel_labels or {}).get(name))
             sums.append(total[None])
             counts.append(count[None])
-            owners.append(_owner(number, total.device))
+            owners.append(number)
         totals = self._by_task(sums, owners)
         num_items = self._by_task(counts, owners).to(totals.dtype)
         return totals / num_items.clamp(min=1), num_items
@@ -154,18 +153,25 @@ class MixedLosses:
             labelled = batch.get(name)
             if labelled is None or not (self.token_sizes if of_tokens else self.row_sizes):
                 continue
-            targets = self._targets(labelled, labelled.shape[:-1], of_tokens, labelled.device)
-            for group in _groups(self._tasks, of_tokens, labelled.device):
-                columns = group.columns(targets)
-                counts.append(group.counts(columns, group.valid(columns)))
-                owners.append(group.owners)
+            columns = self._columns(of_tokens, labelled.device)
+            counts.append(columns.count(self._targets(labelled, labelled.shape[:-1], of_tokens, labelled.device)))
+            owners += columns.owners
         for number, (name, task) in zip(self._pixel_numbers, self._pixels, strict=True):
             if (labelled := batch.get(name)) is not None:
                 counts.append(pixel_items(task, labelled)[None])
-                owners.append(_owner(number, labelled.device))
+                owners.append(number)
         if not counts:
             raise TaskLossError(f"{LABELS}: the batch has no column of labels (it has {', '.join(batch)})")
         return self._by_task(counts, owners)
+
+    def _columns(self, of_tokens: bool, device: torch.device) -> _Columns:
+        """Those of the tasks of rows, or of tokens. Kept, because a copy from the host waits for the device."""
+        columns = self._kept.get((of_tokens, device))
+        if columns is None:
+            with torch.inference_mode(False):  # what is made in inference mode cannot be used in training
+                columns = _Columns(self._tasks, of_tokens, device)
+            self._kept[of_tokens, device] = columns
+        return columns
 
     def _targets(self, labels: Tensor | None, size: Sequence[int], of_tokens: bool, device: torch.device) -> Tensor:
         """The labels of all rows, or of all tokens: `[N, W]` or `[N, M]`."""
@@ -180,10 +186,11 @@ class MixedLosses:
             )
         return labels.flatten(0, -2)
 
-    def _by_task(self, columns: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
+    def _by_task(self, columns: Sequence[Tensor], owners: Sequence[int]) -> Tensor:
         """`[K]`: the sum of the columns of each task."""
-        values = torch.cat(list(columns))
-        return values.new_zeros(len(self._tasks)).index_add(0, torch.cat(list(owners)), values)
+        values = columns[0] if len(columns) == 1 else torch.cat(list(columns))
+        places = _places(tuple(owners), len(self._tasks), values.device)
+        return values if places is None else values.new_zeros(len(self._tasks)).index_add(0, places, values)
 
 
 def _check_weights(name: str, task: TaskType) -> None:
@@ -204,7 +211,7 @@ def _check_outputs(outputs: Tensor | None, sizes: Sequence[int], dimensions: int
         raise TaskLossError(f"logits: got {got}, expected {expected}")
 
 
-# --- one type of task ---------------------------------------------------------------------------------------------
+# --- columns of labels, and the losses of one type of task --------------------------------------------------------
 
 
 class _Member(NamedTuple):
@@ -217,128 +224,179 @@ class _Member(NamedTuple):
     output: int
 
 
-class _Group(ABC):
-    """Tasks of one type: E columns of labels, and what the model says about each.
+class _Columns:
+    """The tasks of rows, or of tokens, on a device: E columns of labels, those of one type one after the other.
 
     Attributes:
-        names: `[E]`, the name of each column's task.
-        owners: `[E]`, its number.
+        owners: the number of each column's task.
     """
 
-    def __init__(self, members: Sequence[_Member], width: int, device: torch.device) -> None:
-        columns = [(member, column) for member in members for column in range(member.task.label_width or 1)]
-        self.names = [member.name for member, _ in columns]
-        self.owners = torch.tensor([member.number for member, _ in columns], device=device)
-        self._labels = _selection([member.label + column for member, column in columns], width, device)
+    def __init__(self, tasks: Sequence[tuple[str, TaskType]], of_tokens: bool, device: torch.device) -> None:
+        members: dict[str, list[_Member]] = {}
+        label = output = 0
+        for number, (name, task) in enumerate(tasks):
+            if task.items == ("tokens" if of_tokens else "rows"):
+                members.setdefault(task.type, []).append(_Member(number, name, task, label, output))
+                label, output = label + (task.label_width or 1), output + task.size
+        self._groups = [_TYPES[kind](of_kind, device) for kind, of_kind in members.items()]
+        ordered = [member for of_kind in members.values() for member in of_kind]
+        self._owned = [member for member in ordered for _ in range(member.task.label_width or 1)]
+        self.owners = [member.number for member in self._owned]
+        places = [member.label + column for member in ordered for column in range(member.task.label_width or 1)]
+        self._labels = _selection(places, label, device)
+        self._outputs = _selection([place for group in self._groups for place in group.outputs], output, device)
+        self._label_sizes = [group.num_columns for group in self._groups]
+        self._output_sizes = [len(group.outputs) for group in self._groups]
+        self._weighted = any(group.weighted for group in self._groups)
+        # -100 is a number like any other, and nothing equals NaN.
+        missing = [torch.nan if member.task.type == "regression" else MISSING_INTEGER for member in self._owned]
+        self._missing = torch.tensor(missing, device=device)
+        if device.type == "cpu":
+            bounds = [_bounds(member.task) for member in self._owned]
+            self._lowest, self._highest = torch.tensor(bounds, dtype=torch.float64).T
+            self._whole = torch.tensor([member.task.has_classes for member in self._owned])
 
-    def columns(self, labels: Tensor) -> Tensor:
-        """`[N, E]` of the labels of all tasks."""
-        return _selected(labels, self._labels)
+    def losses(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`[E]` sums of losses and `[E]` items, from the outputs and the labels of all tasks.
 
-    def valid(self, columns: Tensor) -> Tensor:
-        """`[N, E]`: which labels are there."""
-        return valid_labels(columns)
+        Raises:
+            TaskLossError: on a CPU, a label that is none.
+        """
+        missing, targets = self._filled(labels)
+        if targets.device.type == "cpu":
+            self._check(targets)
+        of_groups = zip(
+            self._groups,
+            _selected(outputs, self._outputs).split(self._output_sizes, dim=1),
+            targets.split(self._label_sizes, dim=1),
+            strict=True,
+        )
+        values = _joined([group.values(logits, columns) for group, logits, columns in of_groups])
+        if not self._weighted:
+            return values.masked_fill(missing, 0).sum(dim=0), (~missing).sum(dim=0)
+        weights = self._item_weights(targets)
+        weighted = (values * weights.to(values.dtype)).masked_fill(missing, 0)
+        return weighted.sum(dim=0), weights.masked_fill(missing, 0).sum(dim=0)
 
-    def counts(self, columns: Tensor, valid: Tensor) -> Tensor:
-        """`[E]`: items."""
-        return valid.sum(dim=0)
+    def count(self, labels: Tensor) -> Tensor:
+        """`[E]`: the items alone."""
+        missing, targets = self._filled(labels)
+        return (self._item_weights(targets).masked_fill(missing, 0) if self._weighted else ~missing).sum(dim=0)
 
-    @abstractmethod
-    def check(self, columns: Tensor, valid: Tensor) -> None:
-        """Raise `TaskLossError` for a label that is none; waits for the device."""
+    def _filled(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, E]` each: which labels are missing, and the labels with 0 in their place."""
+        columns = _selected(labels, self._labels)
+        missing = columns.eq(self._missing)
+        if columns.is_floating_point():
+            missing = missing | columns.isnan()
+        return missing, columns.masked_fill(missing, 0)
 
-    @abstractmethod
-    def values(self, outputs: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
-        """`[N, E]`: the loss of each label from the outputs of all tasks; whatever is finite where there is none."""
+    def _item_weights(self, targets: Tensor) -> Tensor:
+        """`[N, E]`, the weight of each label."""
+        parts = zip(self._groups, targets.split(self._label_sizes, dim=1), strict=True)
+        return _joined([group.item_weights(columns) for group, columns in parts])
 
-    def _refuse(self, wrong: Tensor, columns: Tensor, expected: Sequence[str]) -> None:
+    def _check(self, targets: Tensor) -> None:
+        wrong = targets.clamp(self._lowest, self._highest).ne(targets)
+        wrong = wrong | (self._whole & targets.floor().ne(targets))
         if wrong.any():
             row, column = wrong.nonzero()[0].tolist()
-            missing = "NaN" if columns.is_floating_point() else str(MISSING_INTEGER)
+            owner = self._owned[column]
             raise TaskLossError(
-                f"labels: {columns[row, column].item():g} of task {self.names[column]!r} is none, expected "
-                f"{expected[column]}, or {missing} where it is missing"
+                f"labels: {targets[row, column].item():g} of task {owner.name!r} is none, expected "
+                f"{_expected(owner.task)}, or {'NaN' if targets.is_floating_point() else MISSING_INTEGER} where it is "
+                "missing"
             )
+
+
+def _bounds(task: TaskType) -> tuple[float, float]:
+    """The lowest and the highest label."""
+    if task.type == "regression":
+        return -sys.float_info.max, sys.float_info.max
+    return 0, task.size - 1 if task.has_classes else 1
+
+
+def _expected(task: TaskType) -> str:
+    if task.type == "regression":
+        return "a finite number"
+    return f"a class from 0 to {task.size - 1}" if task.has_classes else "0 to 1"
+
+
+class _Group(ABC):
+    """Tasks of one type: n of the columns of labels.
+
+    Attributes:
+        outputs: which of all outputs they read, those of a column together.
+        num_columns: n.
+        weighted: whether some label is not one item.
+    """
+
+    weighted = False
+
+    def __init__(self, members: Sequence[_Member], device: torch.device) -> None:
+        self.outputs = [member.output + i for member in members for i in range(member.task.size)]
+        self.num_columns = sum(member.task.label_width or 1 for member in members)
+
+    @abstractmethod
+    def values(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """`[N, n]`: the loss of each label, without the weight of its class."""
+
+    def item_weights(self, labels: Tensor) -> Tensor:
+        """`[N, n]`: how many items each label is, in the precision to sum in."""
+        return torch.ones_like(labels, dtype=_wide(labels.device))
 
 
 class _Numbers(_Group):
     """Regression."""
 
-    def __init__(self, members: Sequence[_Member], width: int, num_outputs: int, device: torch.device) -> None:
-        super().__init__(members, width, device)
-        self._outputs = _selection(_outputs_of(members), num_outputs, device)
-
-    def valid(self, columns: Tensor) -> Tensor:
-        return ~columns.isnan()  # -100 is a number like any other
-
-    def check(self, columns: Tensor, valid: Tensor) -> None:
-        self._refuse(columns.isinf(), columns, ["a finite number"] * len(self.names))
-
-    def values(self, outputs: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
-        return (_selected(outputs, self._outputs) - torch.where(valid, columns, 0)).square()
+    def values(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (outputs - labels).square()
 
 
 class _Labels(_Group):
     """Multi-label."""
 
-    def __init__(self, members: Sequence[_Member], width: int, num_outputs: int, device: torch.device) -> None:
-        super().__init__(members, width, device)
-        self._outputs = _selection(_outputs_of(members), num_outputs, device)
+    def __init__(self, members: Sequence[_Member], device: torch.device) -> None:
+        super().__init__(members, device)
         weights = [weight for member in members for weight in member.task.class_weights or (1.0,) * member.task.size]
         self._weights = _weights(weights, device)
 
-    def check(self, columns: Tensor, valid: Tensor) -> None:
-        self._refuse(valid & ((columns < 0) | (columns > 1)), columns, ["0 to 1"] * len(self.names))
-
-    def values(self, outputs: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
-        logits = _selected(outputs, self._outputs)
-        weights = None if self._weights is None else self._weights.to(logits.dtype)
-        targets = torch.where(valid, columns, 0).to(logits.dtype)
-        return functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+    def values(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        weights = None if self._weights is None else self._weights.to(outputs.dtype)
+        return functional.binary_cross_entropy_with_logits(
+            outputs, labels.to(outputs.dtype), pos_weight=weights, reduction="none"
+        )
 
 
 class _Classes(_Group):
-    """Classification, of rows or of tokens: E tasks, C the most classes of one."""
+    """Classification, of rows or of tokens: n tasks, C the most classes of one."""
 
-    def __init__(self, members: Sequence[_Member], width: int, num_outputs: int, device: torch.device) -> None:
-        super().__init__(members, width, device)
+    def __init__(self, members: Sequence[_Member], device: torch.device) -> None:
+        super().__init__(members, device)
         sizes = [member.task.size for member in members]
         most = max(sizes)
         # A class that a task does not have reads some output, and is masked.
-        outputs = [member.output + min(c, member.task.size - 1) for member in members for c in range(most)]
-        self._outputs = _selection(outputs, num_outputs, device)
-        self._sizes = torch.tensor(sizes, device=device)
-        self._absent = torch.arange(most, device=device) >= self._sizes[:, None] if min(sizes) < most else None
+        self.outputs = [member.output + min(c, member.task.size - 1) for member in members for c in range(most)]
+        self._absent = None
+        if min(sizes) < most:
+            self._absent = torch.arange(most, device=device) >= torch.tensor(sizes, device=device)[:, None]
         self._places = torch.arange(len(sizes), device=device)
         scaled = [_scaled_weights(member.task, most) for member in members]
         weights = _weights([weight for row in scaled for weight in row], device)
         self._weights = None if weights is None else weights.view(len(sizes), most)
+        self.weighted = weights is not None
 
-    def counts(self, columns: Tensor, valid: Tensor) -> Tensor:
-        weights = self._weights_of(columns, valid)
-        return valid.sum(dim=0) if weights is None else torch.where(valid, weights, 0).sum(dim=0)
-
-    def check(self, columns: Tensor, valid: Tensor) -> None:
-        wrong = valid & ((columns < 0) | (columns >= self._sizes) | (columns != columns.floor()))
-        self._refuse(wrong, columns, [f"a class from 0 to {size - 1}" for size in self._sizes.tolist()])
-
-    def values(self, outputs: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
-        num_tasks = len(self.names)
-        logits = _selected(outputs, self._outputs).view(len(outputs), num_tasks, -1)
+    def values(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        logits = outputs.view(len(outputs), self.num_columns, -1)
         if self._absent is not None:
             logits = logits.masked_fill(self._absent, -torch.inf)
-        targets = torch.where(valid, columns, MISSING_INTEGER).long()
-        values = functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=MISSING_INTEGER, reduction="none"
-        ).view_as(targets)
-        weights = self._weights_of(columns, valid)
-        return values if weights is None else values * weights.to(values.dtype)
+        targets = labels.long()
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
-    def _weights_of(self, columns: Tensor, valid: Tensor) -> Tensor | None:
-        """`[N, E]`, the weight of each label; None: all are 1."""
+    def item_weights(self, labels: Tensor) -> Tensor:
         if self._weights is None:
-            return None
-        return self._weights[self._places, torch.where(valid, columns, 0).long()]
+            return super().item_weights(labels)
+        return self._weights[self._places, labels.long()]
 
 
 _TYPES: dict[str, type[_Numbers | _Labels | _Classes]] = {
@@ -347,32 +405,6 @@ _TYPES: dict[str, type[_Numbers | _Labels | _Classes]] = {
     "classification": _Classes,
     "token_classification": _Classes,
 }
-
-
-@functools.lru_cache(maxsize=64)
-def _groups(
-    tasks: tuple[tuple[str, TaskType], ...], of_tokens: bool, device: torch.device
-) -> list[_Numbers | _Labels | _Classes]:
-    """The groups of the tasks of rows, or of tokens, on a device. Kept, because a copy from the host waits for it."""
-    members: dict[str, list[_Member]] = {}
-    label = output = 0
-    for number, (name, task) in enumerate(tasks):
-        if task.items == ("tokens" if of_tokens else "rows"):
-            members.setdefault(task.type, []).append(_Member(number, name, task, label, output))
-            label, output = label + (task.label_width or 1), output + task.size
-    with torch.inference_mode(False):  # what is made in inference mode cannot be used in training
-        return [_TYPES[kind](of_kind, label, output, device) for kind, of_kind in members.items()]
-
-
-@functools.lru_cache(maxsize=64)
-def _owner(number: int, device: torch.device) -> Tensor:
-    """`[1]`, a task's number on a device. Kept, because a copy from the host waits for it."""
-    with torch.inference_mode(False):
-        return torch.tensor([number], device=device)
-
-
-def _outputs_of(members: Sequence[_Member]) -> list[int]:
-    return [member.output + i for member in members for i in range(member.task.size)]
 
 
 def _selection(columns: list[int], total: int, device: torch.device) -> Tensor | None:
@@ -384,11 +416,30 @@ def _selected(values: Tensor, columns: Tensor | None) -> Tensor:
     return values if columns is None else values.index_select(1, columns)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(owners: tuple[int, ...], num_tasks: int, device: torch.device) -> Tensor | None:
+    """The numbers of the columns' tasks; None for one column of each task in order.
+
+    Kept, because a copy from the host waits for the device.
+    """
+    with torch.inference_mode(False):  # what is made in inference mode cannot be used in training
+        return None if owners == tuple(range(num_tasks)) else torch.tensor(owners, device=device)
+
+
 def _weights(weights: list[float], device: torch.device) -> Tensor | None:
     """On the device, in the precision to sum in; None where all are 1."""
     if all(weight == 1.0 for weight in weights):
         return None
-    return torch.tensor(weights, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    return torch.tensor(weights, dtype=_wide(device), device=device)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The precision to sum weights in."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _scaled_weights(task: TaskType, num_classes: int) -> list[float]:

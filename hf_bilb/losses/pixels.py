@@ -45,7 +45,7 @@ def pixel_loss(name: str, task: TaskType, outputs: Tensor, labels: Tensor | None
         zero = outputs[:0].sum()
         return zero, zero.detach()
     _check_shapes(name, task, outputs, labels)
-    known = known_labels(task, labels)
+    known = _known(task, labels)
     if labels.device.type == "cpu":
         _check_values(name, task, labels)
     if task.type == "segmentation":
@@ -55,18 +55,21 @@ def pixel_loss(name: str, task: TaskType, outputs: Tensor, labels: Tensor | None
     else:
         errors = (outputs - torch.where(known, labels, 0).to(outputs.dtype)).abs()
         total = torch.where(known, errors, 0).sum()
-    return total, pixel_items(task, labels)
+    return total, _items(task, labels, known)
 
 
 def pixel_items(task: TaskType, labels: Tensor) -> Tensor:
     """Number of the items of a batch's labels, a scalar; with weights of classes their sum."""
-    known = known_labels(task, labels)
+    return _items(task, labels, _known(task, labels))
+
+
+def _items(task: TaskType, labels: Tensor, known: Tensor) -> Tensor:
     wide = torch.float32 if labels.device.type == "mps" else torch.float64
     weights = _scaled_weights(task, wide, labels.device)
     return known.sum() if weights is None else torch.where(known, weights[labels.clamp(min=0).long()], 0).sum()
 
 
-def known_labels(task: TaskType, labels: Tensor) -> Tensor:
+def _known(task: TaskType, labels: Tensor) -> Tensor:
     """Bool mask of the labels that are there, of their shape."""
     return labels >= 0 if task.type == "segmentation" else ~labels.isnan()
 

@@ -56,7 +56,7 @@ class TaskType:
         names: of the D numbers, the C classes or the M labels; empty: they have none.
         class_weights: factors of the losses, above 0, by class `[C]`; of `multi_label`, of the positive labels `[M]`.
             Empty: 1. The loss is the weighted mean, as that of `torch.nn.CrossEntropyLoss`.
-        unit: of the labels of a (dense) regression task.
+        unit: of the labels of a (dense) regression task, one for all D numbers: metrics are means over them.
         means, stds: `[D]`, what was taken off the labels of a (dense) regression task, and what they were divided by
             after it: `output * std + mean` is in the unit. Empty: the labels are as they were.
 

@@ -11,9 +11,11 @@
 | dense_regression | `mae`, `rmse` | `r2`, `mse`, `nmse`, `pearson` |
 
 `mae` and `rmse` are in the task's unit, `mse` in its square. A task of D numbers or M labels has the mean over those of
-its columns in which the metric is defined. `f1_macro` is the mean over classes or tags, `balanced_accuracy` the mean
-of their recalls. `miou` is the mean, over the classes that labels or predictions of the set hold, of intersection over
-union; it and all metrics of pixels are over all labelled pixels of the set, each of which counts once.
+its columns in which the metric is defined. So the D numbers of one task should have one unit: the mean of an error in
+metres and one in degrees has none, and the larger one decides it. Numbers of different units are better one task each.
+`f1_macro` is the mean over classes or tags, `balanced_accuracy` the mean of their recalls. `miou` is the mean, over the
+classes that labels or predictions of the set hold, of intersection over union; it and all metrics of pixels are over
+all labelled pixels of the set, each of which counts once.
 """
 
 from __future__ import annotations

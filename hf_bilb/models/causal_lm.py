@@ -32,7 +32,7 @@ from hf_bilb.models.quantization import (
 )
 from hf_bilb.models.spec import PlainModelSpec
 from hf_bilb.models.token_influence import check_causal, check_packing
-from hf_bilb.storage.adapter_weights import BESIDE, load_adapters, with_adapters
+from hf_bilb.storage.adapter_weights import with_adapters
 from hf_bilb.storage.tensor_files import Differences
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -194,10 +194,7 @@ def load_causal_lm(folder: str | Path) -> PreTrainedModel | PeftModel:
     except OptionError as error:
         cause = str(error).removeprefix("model.model: ")
         raise OptionError(f"{folder}: the model that its adapters belong to, {cause}") from None
-    adapted = with_adapters(base, folder)
-    if (Path(folder) / BESIDE).is_file():
-        load_adapters(adapted, folder)
-    return adapted.eval()
+    return with_adapters(base, folder)
 
 
 def _whole(folder: str | Path) -> PreTrainedModel:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -140,7 +139,7 @@ class MultiTaskImageModel(EncoderModel, TypedTasksModel):
     config_class = MultiTaskImageConfig
     base_model_prefix = "image_encoder"
     main_input_name = "pixel_values"
-    encoder_arguments = ("image_size", "pooling", "dropout")
+    encoder_arguments = ("tasks", "task_names", "image_size", "pooling", "dropout")
 
     def __init__(self, config: MultiTaskImageConfig) -> None:
         super().__init__(config)
@@ -241,15 +240,6 @@ def build_multi_task_image(
         dropout=options.dropout,
     )
     return model if options.lora is None else add_encoder_lora(model, options.lora)
-
-
-def load_multi_task_image(folder: str | Path) -> MultiTaskImageModel | PeftModel:
-    """Load what a run left in its folder: the whole model, or the adapters on top of the encoder they were made for.
-
-    As `AutoModel.from_pretrained` does. Raises as `MultiTaskImageModel.from_pretrained`.
-    """
-    model: MultiTaskImageModel | PeftModel = MultiTaskImageModel.from_pretrained(folder)
-    return model
 
 
 # --- the pretrained encoder ---------------------------------------------------------------------------------------

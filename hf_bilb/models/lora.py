@@ -6,13 +6,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
 from transformers.utils import CONFIG_NAME, find_adapter_config_file
@@ -20,14 +20,16 @@ from transformers.utils import CONFIG_NAME, find_adapter_config_file
 from hf_bilb.config.options import bounded, check_bounds, nearest
 from hf_bilb.errors import CheckpointError, MissingPackageError, OptionError
 from hf_bilb.models.base import check_dropout
-from hf_bilb.models.heads import head_name
 from hf_bilb.models.pretrained import EncoderModel
 from hf_bilb.models.quantization import Quantization, quantization_config
-from hf_bilb.storage.adapter_weights import BESIDE, load_adapters, with_adapters
+from hf_bilb.storage.adapter_weights import with_adapters
 
 logger = logging.getLogger(__name__)
 
-_ADAPTED = (nn.Linear, Conv1D, nn.Conv2d)
+_LINEAR = (nn.Linear, Conv1D)
+_ADAPTED = (*_LINEAR, nn.Conv2d)
+#: peft's word for every linear layer but a language model's last one.
+ALL_LINEAR = "all-linear"
 
 #: Fields of `LoraConfig` that something else says.
 _DECIDED = {
@@ -35,7 +37,7 @@ _DECIDED = {
     "lora_alpha": "is said by alpha",
     "lora_dropout": "is said by dropout",
     "target_modules": "is said by target_modules",
-    "modules_to_save": "the heads are saved; nothing else is trained in full",
+    "modules_to_save": "the heads are saved, and a decoder; nothing else is trained in full",
     "task_type": "follows from the model",
     "inference_mode": "a run trains",
     "base_model_name_or_path": "follows from the model",
@@ -52,8 +54,9 @@ class LoraOptions:
         r: rank.
         alpha: scale.
         dropout: before A, in [0, 1).
-        target_modules: ends of the names of the linear or convolution layers that are adapted; null = peft's choice
-            for the architecture (query and value of the attention, mostly). It has none for most image models.
+        target_modules: ends of the names of the linear or convolution layers that are adapted; `all-linear`, alone or
+            in the list: every linear layer, but for the last one of a language model; null = peft's choice for the
+            architecture (query and value of the attention, mostly). It has none for most image models.
         config: any other field of `peft.LoraConfig` and its value, such as `use_dora`, `use_rslora`, `bias`,
             `rank_pattern` (`{layer: rank}`), `alpha_pattern`, `exclude_modules`, `layers_to_transform`.
     """
@@ -61,7 +64,7 @@ class LoraOptions:
     r: int = bounded(8, at_least=1, expected="1 or more")
     alpha: float = bounded(16.0, above=0)
     dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,7 +82,7 @@ class LoraOptions:
 
 def lora_config(
     options: LoraOptions,
-    adapted: nn.Module,
+    adapted: PreTrainedModel,
     kind: str,
     task_type: str | None = None,
     modules_to_save: Sequence[str] | None = None,
@@ -97,22 +100,26 @@ def lora_config(
         OptionError: `adapted` has no layer of such a name, or peft knows none for it; peft refuses `config`.
     """
     targets = options.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+    targets = (targets,) if isinstance(targets, str) else targets
     names = [name for name, _ in adapted.named_modules()]
     linear = {name.rpartition(".")[2] for name, part in adapted.named_modules() if isinstance(part, _ADAPTED)}
     listed = ", ".join(sorted(linear))
     if targets is None:
         raise OptionError(f"model.lora.target_modules: peft has no choice for {kind!r}, expected some of {listed}")
+    layers: list[str] = []
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
+        found = _linear_layers(adapted) if target == ALL_LINEAR else [target]
+        if not any(f".{name}".endswith(f".{end}") for name in names for end in found):
             near = nearest(target, linear)
             raise OptionError(f"model.lora.target_modules: {target!r} is no layer of {kind!r}{near}; it has {listed}")
+        layers += found
     try:
         return LoraConfig(
             task_type=task_type,
             r=options.r,
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
-            target_modules=list(targets),
+            target_modules=layers,
             modules_to_save=None if modules_to_save is None else list(modules_to_save),
             **options.config,
         )
@@ -120,11 +127,16 @@ def lora_config(
         raise OptionError(f"model.lora.config: peft refuses it: {error}") from error
 
 
-# --- models with an encoder and a head for each task --------------------------------------------------------------
+def _linear_layers(adapted: PreTrainedModel) -> list[str]:
+    last = adapted.get_output_embeddings()
+    return [name for name, part in adapted.named_modules() if isinstance(part, _LINEAR) and part is not last]
+
+
+# --- models around an encoder -------------------------------------------------------------------------------------
 
 
 def add_encoder_lora(model: EncoderModel, options: LoraOptions) -> PeftModel:
-    """Freeze the encoder, add adapters to its layers, and train and save the heads in addition to them.
+    """Freeze the encoder, add adapters to its layers, and train and save all other layers in addition to them.
 
     Raises:
         OptionError: the encoder has no layer of such a name, or peft knows none for it.
@@ -132,10 +144,17 @@ def add_encoder_lora(model: EncoderModel, options: LoraOptions) -> PeftModel:
     # By these peft chooses the layers for quantised weights.
     for key in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         setattr(model, key, getattr(model.encoder, key, False))
-    heads = [head_name(task) for task in model.config.task_names]
-    return get_peft_model(
-        model, lora_config(options, model.encoder, model.config.encoder_config.model_type, modules_to_save=heads)
-    )
+    kind = model.config.encoder_config.model_type
+    return get_peft_model(model, lora_config(options, model.encoder, kind, modules_to_save=_outside_the_encoder(model)))
+
+
+def _outside_the_encoder(model: EncoderModel) -> list[str]:
+    """The layers with weights that are not the encoder's: heads, decoder. Of a list each layer, as peft wraps none."""
+    layers: list[str] = []
+    for name, part in model.named_children():
+        if part is not model.encoder and any(True for _ in part.parameters()):
+            layers += [f"{name}.{i}" for i in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
+    return layers
 
 
 def adapter_folder(name: str | Path, asked: Mapping[str, Any]) -> Path | None:
@@ -163,14 +182,10 @@ def load_adapted(model_class: Any, folder: Path) -> PeftModel:
     model = model_class.from_encoder(
         config.encoder_name,
         path=f"{folder}: the encoder of its adapters",
-        tasks=config.task_types,
         quantization=_quantization_here(config),
         **{key: getattr(config, key) for key in model_class.encoder_arguments},
     )
-    adapted = with_adapters(model, folder)
-    if (folder / BESIDE).is_file():
-        load_adapters(adapted, folder)
-    return adapted.eval()
+    return with_adapters(model, folder)
 
 
 def _quantization_here(config: PretrainedConfig) -> Quantization | None:

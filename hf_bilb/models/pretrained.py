@@ -26,7 +26,7 @@ class EncoderModel(MultiTaskModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    #: What `from_encoder` takes of the config, in addition to `tasks`.
+    #: What `from_encoder` takes of the config.
     encoder_arguments: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from peft import PeftModel
@@ -125,7 +124,7 @@ class MultiTaskTextModel(EncoderModel, TypedTasksModel):
     config_class = MultiTaskTextConfig
     base_model_prefix = "multi_task_text"
     main_input_name = "input_ids"
-    encoder_arguments = ("pooling", "dropout")
+    encoder_arguments = ("tasks", "task_names", "pooling", "dropout")
 
     def __init__(self, config: MultiTaskTextConfig) -> None:
         super().__init__(config)
@@ -208,7 +207,7 @@ class MultiTaskTextModel(EncoderModel, TypedTasksModel):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-# --- what a recipe builds, and how it is loaded again -------------------------------------------------------------
+# --- what a recipe builds -----------------------------------------------------------------------------------------
 
 
 def build_multi_task_text(
@@ -248,16 +247,6 @@ def build_multi_task_text(
             f"{options.encoder!r}"
         )
     return model if options.lora is None else add_encoder_lora(model, options.lora)
-
-
-def load_multi_task_text(folder: str | Path) -> MultiTaskTextModel | PeftModel:
-    """Load what a run left in its folder: the whole model, or the adapters on top of the encoder they were made for.
-
-    As `AutoModel.from_pretrained` does; adapters need the encoder of the config's `encoder_name` again. Raises as
-    `MultiTaskTextModel.from_pretrained`.
-    """
-    model: MultiTaskTextModel | PeftModel = MultiTaskTextModel.from_pretrained(folder)
-    return model
 
 
 SPEC = ModelSpec(MultiTaskTextConfig, MultiTaskTextModel, options=MultiTaskTextOptions, build=build_multi_task_text)

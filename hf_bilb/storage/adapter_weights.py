@@ -87,7 +87,7 @@ def _load_prompt(model: nn.Module, folder: Path, name: str) -> None:
 
 
 def with_adapters(model: nn.Module, folder: str | Path) -> PeftModel:
-    """`model` with the adapters in `folder`, not to be trained.
+    """`model` with the adapters in `folder`, and what was trained in addition to them, not to be trained.
 
     Raises:
         CheckpointError: they do not match the model.
@@ -97,7 +97,9 @@ def with_adapters(model: nn.Module, folder: str | Path) -> PeftModel:
     except (RuntimeError, KeyError) as error:  # other shapes; a module to save that is not there
         raise _refused(folder, error) from None
     check_adapters(adapted, folder)
-    return adapted
+    if (Path(folder) / BESIDE).is_file():
+        load_adapters(adapted, folder)
+    return adapted.eval()
 
 
 def _refused(folder: str | Path, error: Exception) -> CheckpointError:

@@ -20,7 +20,7 @@ from hf_bilb.cli import main
 from hf_bilb.data.text.glue import load_glue
 from hf_bilb.experiments.build import resolve_data_options, training_arguments
 from hf_bilb.experiments.recipe import read_recipe
-from hf_bilb.models.text_encoder import load_multi_task_text
+from hf_bilb.models import MultiTaskTextModel
 from hf_bilb.reporting.results import read_results
 from tests.data.glue_files import write_encoder, write_tsv
 
@@ -120,7 +120,7 @@ def test_lora_from_recipe_to_reloaded_adapters(folder):
     assert next(metric for metric in results.metrics if metric.key == "sst2_accuracy").value > 0.9
     assert not (folder / "run" / "model.safetensors").exists()
     assert (folder / "run" / "adapter_model.safetensors").stat().st_size < 100_000
-    model = load_multi_task_text("run")
+    model = MultiTaskTextModel.from_pretrained("run")
     assert isinstance(model, PeftModel)
     batch = AutoTokenizer.from_pretrained("run")(["the good film .", "the bad film ."], return_tensors="pt")
     assert model(**batch).logits[0].argmax(1).tolist() == [1, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -235,16 +236,36 @@ def test_the_device_is_not_waited_for() -> None:
 def test_what_is_computed_in_inference_mode_first_can_be_trained_afterwards() -> None:
     tasks = {"a": TaskType("classification", 2), "only here": TaskType("classification", 11, class_weights=(2,) * 11)}
     logits, batch = made_up(tasks)
+    losses = MixedLosses(tasks)
     with torch.inference_mode():
-        MixedLosses(tasks)({"logits": logits}, batch)
-    MixedLosses(tasks)({"logits": logits}, batch)[0].sum().backward()
+        losses({"logits": logits}, batch)
+    losses({"logits": logits}, batch)[0].sum().backward()
     assert logits[1].grad is not None
 
 
 def test_it_can_be_copied_and_pickled() -> None:
     logits, batch = made_up(TASKS)
     losses = MixedLosses(TASKS)
-    assert torch.equal(copy.deepcopy(losses)({"logits": logits}, batch)[0], losses({"logits": logits}, batch)[0])
+    expected = losses({"logits": logits}, batch)[0]
+    for other in (copy.deepcopy(losses), pickle.loads(pickle.dumps(losses))):
+        assert torch.equal(other({"logits": logits}, batch)[0], expected)
+
+
+def test_minus_a_hundred_is_a_number_and_no_class() -> None:
+    tasks = {"a": TaskType("classification", 2), "b": TaskType("regression"), "c": TaskType("multi_label")}
+    logits, batch = made_up(tasks, missing=0.0)
+    batch["labels"][0] = -100.0
+    losses, num_items = MixedLosses(tasks)({"logits": logits}, batch)
+    assert num_items.tolist() == [ROWS - 1, ROWS, ROWS - 1] == MixedLosses(tasks).count(batch).tolist()
+    expected = nn.MSELoss()(logits[1], batch["labels"][:, 1:2].double())
+    torch.testing.assert_close(losses[1], expected, rtol=1e-12, atol=0)
+
+
+def test_the_counts_of_the_first_tasks_alone_are_in_their_places() -> None:
+    tasks = {"a": TaskType("regression"), "b": TaskType("regression"), "c": TaskType("token_classification", 2)}
+    _, batch = made_up(tasks, missing=0.0)
+    del batch["tag_labels"]
+    assert MixedLosses(tasks).count(batch).tolist() == [ROWS, ROWS, 0]
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

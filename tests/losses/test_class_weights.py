@@ -28,3 +28,5 @@ def test_what_has_no_weight() -> None:
         balanced_class_weights([0, 0, 2], 3, names=("news", "sport", "arts"))
     with pytest.raises(OptionError, match=r"^class_weights: label 3 is no class, expected 0 to 2$"):
         balanced_class_weights([0, 1, 2, 3], 3)
+    with pytest.raises(OptionError, match=r"^class_weights: label 0\.5 is no class, expected 0 to 1$"):
+        balanced_class_weights([0, 1, 0.5], 2)

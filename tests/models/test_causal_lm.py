@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_bilb.config.options import parse_options
@@ -229,6 +229,20 @@ def test_lora_freezes_the_model_and_chooses_layers(pretrained: str) -> None:
     )
     with pytest.raises(OptionError, match=wrong):
         build_causal_lm(CausalLmOptions(model=pretrained, lora=parse_lora(target_modules=["q_prj"])), **dictated)
+
+
+@pytest.mark.parametrize("given", ["all-linear", ["all-linear"]], ids=str)
+def test_every_linear_layer_but_the_last_is_adapted_as_by_peft_itself(given: object) -> None:
+    model = add_adapters(model_of(), parse_lora(r=2, target_modules=given))
+    theirs = get_peft_model(model_of(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    ours, expected = ({n for n, _ in one.named_parameters() if ".lora_" in n} for one in (model, theirs))
+    assert ours == expected and not any("lm_head" in name for name in ours)
+    more = add_adapters(model_of(), parse_lora(r=2, target_modules=["all-linear", "lm_head"]))
+    assert {n for n, _ in more.named_parameters() if ".lora_" in n and n not in ours} == {
+        f"base_model.model.lm_head.lora_{part}.default.weight" for part in "AB"
+    }
+    with pytest.raises(OptionError, match=r"^model\.lora\.target_modules: 'all-liner' is not valid, .*all-linear"):
+        parse_lora(target_modules="all-liner")
 
 
 def test_adapters_train_on_packed_rows_as_on_padded_ones(tmp_path: Path) -> None:

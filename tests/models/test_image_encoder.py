@@ -26,7 +26,7 @@ from hf_bilb.config.options import parse_options
 from hf_bilb.errors import MissingPackageError, OptionError
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models import MODELS, MultiTaskImageConfig, MultiTaskImageModel, MultiTaskImageOptions
-from hf_bilb.models.image_encoder import build_multi_task_image, load_multi_task_image
+from hf_bilb.models.image_encoder import build_multi_task_image
 from hf_bilb.models.lora import LoraOptions
 from hf_bilb.storage.adapter_weights import save_beside
 from tests.models.files import saved_and_loaded
@@ -280,7 +280,7 @@ def test_lora_trains_adapters_and_heads_and_they_load_again(
     model.eval().save_pretrained(tmp_path)
     save_beside(model, tmp_path)  # ResNet's running statistics, as the Trainer does
     model.get_base_model().config.save_pretrained(tmp_path)
-    loaded = load_multi_task_image(tmp_path)
+    loaded = MultiTaskImageModel.from_pretrained(tmp_path)
     assert isinstance(loaded, PeftModel) and torch.equal(loaded(pixels).logits, model(pixels).logits)
 
 
@@ -289,10 +289,10 @@ def test_layers_for_lora_have_to_be_named_where_peft_has_no_choice(encoders: Pat
         lora_model(encoders / "vit")
 
 
-def test_a_whole_model_is_loaded_by_the_same_function(encoders: Path, tmp_path: Path) -> None:
+def test_a_whole_model_is_loaded(encoders: Path, tmp_path: Path) -> None:
     model = build(encoders / "vit").eval()
     model.save_pretrained(tmp_path)
-    assert torch.equal(load_multi_task_image(tmp_path)(_batch()[0]).logits, model(_batch()[0]).logits)
+    assert torch.equal(MultiTaskImageModel.from_pretrained(tmp_path)(_batch()[0]).logits, model(_batch()[0]).logits)
 
 
 def test_quantised_weights_are_refused_before_anything_is_loaded() -> None:

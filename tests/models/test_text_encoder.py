@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -34,7 +35,7 @@ from hf_bilb.errors import CheckpointError, OptionError, TaskLossError
 from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models import MODELS, MultiTaskTextConfig, MultiTaskTextModel, MultiTaskTextOptions
 from hf_bilb.models.lora import LoraOptions, add_encoder_lora
-from hf_bilb.models.text_encoder import build_multi_task_text, load_multi_task_text
+from hf_bilb.models.text_encoder import build_multi_task_text
 from tests.data.glue_files import write_encoder
 
 #: Task -> classes; 1: a score. The rows of a batch are of one task each.
@@ -397,7 +398,7 @@ def test_saved_and_loaded_bit_for_bit_without_the_original(tmp_path: Path, dtype
     shutil.rmtree(encoder)
     batch = batch_of()
     batch["input_ids"] = batch["input_ids"] % 25
-    for load in (AutoModel.from_pretrained, MultiTaskTextModel.from_pretrained, load_multi_task_text):
+    for load in (AutoModel.from_pretrained, MultiTaskTextModel.from_pretrained):
         loaded = load(tmp_path / "saved")
         assert type(loaded) is MultiTaskTextModel and not loaded.training
         weights, expected = loaded.state_dict(), model.state_dict()
@@ -428,14 +429,14 @@ def test_adapters_with_a_tensor_missing_are_refused(tmp_path: Path) -> None:
     model = lora_model(tmp_path)
     model.save_pretrained(tmp_path / "run")
     model.get_base_model().config.save_pretrained(tmp_path / "run")
-    load_multi_task_text(tmp_path / "run")
+    MultiTaskTextModel.from_pretrained(tmp_path / "run")
     file = tmp_path / "run" / "adapter_model.safetensors"
     state = load_file(file)
     gone = next(name for name in state if "head_" in name)
     del state[gone]
     save_file(state, file)
     with pytest.raises(CheckpointError, match=f"do not match the model: .*{re.escape(gone)}"):
-        load_multi_task_text(tmp_path / "run")
+        MultiTaskTextModel.from_pretrained(tmp_path / "run")
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def test_saved_adapters_reload_bit_for_bit(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     model.get_base_model().config.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "model.safetensors").exists()
-    loaded = load_multi_task_text(tmp_path / "saved")
+    loaded = MultiTaskTextModel.from_pretrained(tmp_path / "saved")
     assert isinstance(loaded, PeftModel)
     assert all(map(torch.equal, loaded(**batch).logits, model(**batch).logits))
     assert not torch.equal(loaded(**batch).logits[0], untrained)
@@ -502,7 +503,33 @@ def test_adapters_without_a_known_encoder_are_one_line(tmp_path: Path) -> None:
     add_encoder_lora(MultiTaskTextModel(config_of(bert())), LoraOptions()).save_pretrained(tmp_path)
     config_of(bert()).save_pretrained(tmp_path)
     with pytest.raises(OptionError, match="does not say which encoder"):
-        load_multi_task_text(tmp_path)
+        MultiTaskTextModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        ("all-linear", {"query", "key", "value", "dense"}),
+        (["all-linear"], {"query", "key", "value", "dense"}),
+        (["all-linear", "word_embeddings"], {"query", "key", "value", "dense", "word_embeddings"}),
+        (["value"], {"value"}),
+    ],
+    ids=str,
+)
+def test_every_linear_layer_can_be_adapted_by_one_word(tmp_path: Path, given: object, ends: set[str]) -> None:
+    values = {"encoder": "x", "lora": {"target_modules": given}}
+    targets = parse_options(MultiTaskTextOptions, values, "model").lora.target_modules
+    model = lora_model(tmp_path, target_modules=targets)
+    adapted = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert {name.rpartition(".")[2] for name in adapted} == ends
+    assert all(name.startswith("base_model.model.encoder.") for name in adapted)
+    linear = [name for name, part in model.named_modules() if isinstance(part, LoraLinear)]
+    assert len(linear) == 2 * (len(ends & {"query", "key", "value"}) + 3 * ("dense" in ends))
+    batch = train_a_little(model)
+    model.save_pretrained(tmp_path / "saved")
+    model.get_base_model().config.save_pretrained(tmp_path / "saved")
+    loaded = MultiTaskTextModel.from_pretrained(tmp_path / "saved")
+    assert all(map(torch.equal, loaded(**batch).logits, model(**batch).logits))
 
 
 @pytest.mark.parametrize(

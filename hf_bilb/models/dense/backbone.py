@@ -33,18 +33,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 
 from hf_bilb.config.options import unknown_name
-from hf_bilb.errors import OptionError, TaskLossError
+from hf_bilb.errors import MissingPackageError, OptionError, TaskLossError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.dense import DENSE_TASKS, IMAGE_LABELS, check_dense_task, labels_by_task
 from hf_bilb.losses.mixed import MixedLosses
 from hf_bilb.losses.task_types import LABELS, PIXEL_TYPES, ROW_TYPES, TaskType, have_one_output, pixel_tasks
 from hf_bilb.models.base import check_size
 from hf_bilb.models.dense.layers import DenseModel, TaskConv2d, TaskOutputs, finished
+from hf_bilb.models.lora import LoraOptions, add_encoder_lora
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
     EncoderModel,
@@ -55,7 +57,9 @@ from hf_bilb.models.pretrained import (
     normalized,
     read_encoder_config,
     read_image_processor,
+    take_encoder,
 )
+from hf_bilb.models.quantization import Quantization, check_needs_lora, loading_arguments, quantization_config
 from hf_bilb.models.spec import ModelSpec
 from hf_bilb.models.tasks import Tasks, TasksConfig
 
@@ -75,14 +79,22 @@ class DenseBackboneOptions:
             a mapping with `model_type` and that config's arguments, for fresh weights.
         stages: of the encoder whose maps the decoder reads; null: all of up to four, else four equally far apart.
         decoder_size: channels D of the decoder and of each task's branch.
+        lora: options of LoRA, with which only the adapters, the decoder and the heads are trained; null = everything
+            is. For most image models `target_modules` has to name the layers; without it an error lists them.
+        quantization: `4bit` or `8bit`, of the encoder's weights under LoRA; needs a CUDA GPU and bitsandbytes.
     """
 
     encoder: str | dict[str, Any]
     stages: tuple[str, ...] | None = None
     decoder_size: int = 128
+    lora: LoraOptions | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_size("decoder_size", self.decoder_size)
+        if self.lora is not None and not isinstance(self.encoder, str):
+            raise OptionError("lora: adapters need pretrained weights to stand on, expected null for a fresh encoder")
+        check_needs_lora(self.quantization, self.lora)
 
 
 class DenseBackboneConfig(TasksConfig):
@@ -98,7 +110,8 @@ class DenseBackboneConfig(TasksConfig):
             and without a decoder it is the only one.
         decoder_size: channels D; 2 at least with image tasks.
         image_mean, image_std: of each colour, that the encoder wants taken off and divided by; pixels are in [0, 1].
-        encoder_name: where the encoder's weights came from.
+        encoder_name: where the encoder's weights came from; with LoRA they are not saved, and come from there again.
+        quantization: that they were loaded with.
         tasks: name -> type, or that as a dict, of rows (images) and pixels; None or empty: the tasks are the papers'.
         image_size: height and width of the images that it is trained on, where they are all the same.
         kwargs: what `PretrainedConfig` takes.
@@ -126,6 +139,7 @@ class DenseBackboneConfig(TasksConfig):
         image_mean: Sequence[float] = (0.0, 0.0, 0.0),
         image_std: Sequence[float] = (1.0, 1.0, 1.0),
         encoder_name: str | None = None,
+        quantization: Quantization | None = None,
         tasks: Tasks | None = None,
         image_size: int | None = None,
         **kwargs: Any,
@@ -156,6 +170,7 @@ class DenseBackboneConfig(TasksConfig):
         self.decoder_size = decoder_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.encoder_name = encoder_name
+        self.quantization = quantization
         self.num_router_features = len(self.task_names) * decoder_size
         super().__init__(**kwargs)
 
@@ -229,6 +244,9 @@ class DenseBackboneModel(EncoderModel, DenseModel):
 
     config_class = DenseBackboneConfig
     base_model_prefix = "dense_backbone"
+    encoder_arguments = (
+        "tasks", "task_names", "num_classes", "image_tasks", "image_size", "stages", "decoder_size",
+    )  # fmt: skip
 
     def __init__(self, config: DenseBackboneConfig) -> None:
         super().__init__(config)
@@ -252,7 +270,9 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         self.post_init()
 
     @classmethod
-    def from_encoder(cls, encoder: str, path: str = "encoder", **arguments: Any) -> DenseBackboneModel:
+    def from_encoder(
+        cls, encoder: str, path: str = "encoder", quantization: Quantization | None = None, **arguments: Any
+    ) -> DenseBackboneModel:
         """A model with the pretrained weights of `encoder` in float32, and a fresh decoder and heads.
 
         Its image processor's mean and standard deviation are taken over where there is one; else pixels stay in [0, 1].
@@ -260,20 +280,26 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         Args:
             encoder: a name on the hub, a folder, or `package:<module>`.
             path: the option it stands in, for messages.
+            quantization: of its weights.
             arguments: of `DenseBackboneConfig`, but for the encoder's.
 
         Raises:
-            OptionError: one line, when it cannot be loaded or is no backbone of `AutoBackbone`.
-            MissingPackageError: its package is not installed.
+            OptionError: one line, when it cannot be loaded, is no backbone of `AutoBackbone`, or cannot be quantised
+                here.
+            MissingPackageError: its package, or bitsandbytes, is not installed.
         """
+        quantized = quantization_config(quantization, "quantization")
         folder, encoder_config = read_encoder_config(encoder, path)
         facts: dict[str, Any] = {**normalization_of(read_image_processor(folder)), **arguments}
-        config = DenseBackboneConfig(encoder_config, encoder_name=encoder, **facts)
+        config = DenseBackboneConfig(encoder_config, encoder_name=encoder, quantization=quantization, **facts)
         model = cls(config)
         # Not by `AutoBackbone.from_pretrained`, which takes every folder for a model of timm.
         backbone_class = AutoBackbone._model_mapping[type(config.encoder_config)]
-        pretrained = load_pretrained(backbone_class, encoder, folder, config.encoder_config, path, _NEW_LAYERS)
-        model.encoder.load_state_dict(pretrained.state_dict())
+        loading = loading_arguments(quantized)
+        pretrained = load_pretrained(
+            backbone_class, encoder, folder, config.encoder_config, path, _NEW_LAYERS, **loading
+        )
+        take_encoder(model, pretrained, quantized is not None)
         return model
 
     def forward(
@@ -383,7 +409,7 @@ def build_dense_backbone(
     task_names: Sequence[str] | None = None,
     num_classes: int = 13,
     image_tasks: Mapping[str, int] | None = None,
-) -> DenseBackboneModel:
+) -> DenseBackboneModel | PeftModel:
     """The model of a recipe.
 
     Args:
@@ -391,8 +417,9 @@ def build_dense_backbone(
         tasks, image_size, task_names, num_classes, image_tasks: of `DenseBackboneConfig`, from the data.
 
     Raises:
-        OptionError: an encoder that cannot be loaded or is no backbone, stages that it does not have.
-        MissingPackageError: its package is not installed.
+        OptionError: an encoder that cannot be loaded or is no backbone; stages, or layers for LoRA, that it does not
+            have; quantised weights without a GPU.
+        MissingPackageError: its package, or bitsandbytes, is not installed.
     """
     arguments: dict[str, Any] = {
         "tasks": tasks,
@@ -405,12 +432,14 @@ def build_dense_backbone(
     }
     try:
         if isinstance(options.encoder, str):
-            return DenseBackboneModel.from_encoder(options.encoder, **arguments)
-        if "model_type" not in options.encoder:
+            model = DenseBackboneModel.from_encoder(options.encoder, quantization=options.quantization, **arguments)
+        elif "model_type" in options.encoder:
+            model = DenseBackboneModel(DenseBackboneConfig(options.encoder, **arguments))
+        else:
             raise OptionError(f"encoder.model_type: is required, got {', '.join(options.encoder) or 'nothing'}")
-        return DenseBackboneModel(DenseBackboneConfig(options.encoder, **arguments))
-    except OptionError as error:
-        raise OptionError(f"model.{error}") from None
+    except (OptionError, MissingPackageError) as error:
+        raise type(error)(f"model.{error}") from None
+    return model if options.lora is None else add_encoder_lora(model, options.lora)
 
 
 SPEC = ModelSpec(DenseBackboneConfig, DenseBackboneModel, options=DenseBackboneOptions, build=build_dense_backbone)
