@@ -401,7 +401,7 @@ def _read_hub(hub: str, path: str) -> dict[str, list[Table]]:
     import datasets
 
     name, _, config = hub.partition(":")
-    with loading_from_hub(f"{path}.hub: {hub!r} cannot be loaded"):
+    with loading_from_hub(name, f"{path}.hub: {hub!r} cannot be loaded"):
         splits = datasets.load_dataset(name, config or None)
     return _parts_of(splits, hub, f"{path}.hub", Path(), MISSING, "train")
 
