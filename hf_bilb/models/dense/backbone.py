@@ -210,10 +210,10 @@ def _set_stages(encoder_config: PretrainedConfig, stages: Sequence[str] | None) 
     return list(encoder_config.out_features)
 
 
-def _backbone_stages(encoder_config: PretrainedConfig) -> Sequence[str]:
+def _backbone_stages(encoder_config: PretrainedConfig, path: str = "encoder") -> Sequence[str]:
     if type(encoder_config) not in AutoBackbone._model_mapping:
         raise OptionError(
-            f"encoder: {encoder_config.model_type!r} is no backbone of transformers' AutoBackbone, expected one "
+            f"{path}: {encoder_config.model_type!r} is no backbone of transformers' AutoBackbone, expected one "
             "such as resnet, convnext, swin, dinov2, pvt_v2"
         )
     names: Sequence[str] = encoder_config.stage_names
@@ -252,6 +252,13 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         self.post_init()
 
     @classmethod
+    def read_encoder(cls, encoder: str, path: str) -> tuple[str, PretrainedConfig]:
+        """As `EncoderModel.read_encoder`, of a backbone of `AutoBackbone`."""
+        folder, config = read_encoder_config(encoder, path)
+        _backbone_stages(config, path)
+        return folder, config
+
+    @classmethod
     def from_encoder(cls, encoder: str, path: str = "encoder", **arguments: Any) -> DenseBackboneModel:
         """A model with the pretrained weights of `encoder` in float32, and a fresh decoder and heads.
 
@@ -266,7 +273,7 @@ class DenseBackboneModel(EncoderModel, DenseModel):
             OptionError: one line, when it cannot be loaded or is no backbone of `AutoBackbone`.
             MissingPackageError: its package is not installed.
         """
-        folder, encoder_config = read_encoder_config(encoder, path)
+        folder, encoder_config = cls.read_encoder(encoder, path)
         facts: dict[str, Any] = {**normalization_of(read_image_processor(folder)), **arguments}
         config = DenseBackboneConfig(encoder_config, encoder_name=encoder, **facts)
         model = cls(config)
