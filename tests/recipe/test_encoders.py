@@ -43,8 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (IMAGE, "texts", "model.encoder: 'texts' takes input_ids, expected an image encoder"),
         (DENSE, "images", "model.encoder: 'vit' is no backbone of transformers' AutoBackbone, expected one such as "
                           "resnet, convnext, swin, dinov2, pvt_v2"),
-        (TEXT, "package:no_such_model_1", "model.encoder: 'package:no_such_model_1': the package no_such_model_1 is not "
-                                          "installed, install it with: pip install \"no-such-model-1\""),
+        (TEXT, "package:no_such_model_1", "model.encoder: 'package:no_such_model_1': the package no_such_model_1 is "
+                                          "not installed, install it with: pip install \"no-such-model-1\""),
     ],
 )  # fmt: skip
 def test_an_encoder_that_does_not_do_is_one_line_before_data_are_loaded(
