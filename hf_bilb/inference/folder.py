@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from hf_bilb.config.options import nearest, shown
+from hf_bilb.config.options import shown
+from hf_bilb.config.pretrained import is_hub_name, no_folder
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.inference.saved import FILE, SavedModel, read_saved
 from hf_bilb.inference.without_file import described_by_config
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
 
 
@@ -29,20 +28,15 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise OptionError(f"{shown(str(name))}: is a file, expected the folder of a run")
-    if not _HUB_NAME.fullmatch(str(name)) or str(name).startswith("."):
-        raise _no_folder(path)
+    if not is_hub_name(str(name)):
+        raise OptionError(no_folder(str(path)))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(name), revision=revision, ignore_patterns=["checkpoint-*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise OptionError(f"{_no_folder(path)}, and the hub gives none: {_first_line(error)}") from None
-
-
-def _no_folder(path: Path) -> OptionError:
-    near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
-    return OptionError(f"there is no folder {shown(str(path))}{nearest(path.name, near)}")
+        raise OptionError(f"{no_folder(str(path))}, and the hub gives none: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

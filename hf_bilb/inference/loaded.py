@@ -80,7 +80,13 @@ class LoadedModel:
         return Predictions.of(self.tasks, found, encoded.words)
 
     def columns(self, all_classes: bool = False) -> list[str]:
-        """The names in `Predictions.to_columns`."""
+        """The names in `Predictions.to_columns`.
+
+        Raises:
+            OptionError: the model reads no rows.
+        """
+        if isinstance(self.format.inputs, NoInputs):
+            raise self.format.inputs.refusal()
         empty = {name: [torch.empty(0, task.size)] for name, task in self.tasks.items() if task.label_width}
         none: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
         return list(Predictions.of(self.tasks, {**none, **empty}, []).to_columns(all_classes))

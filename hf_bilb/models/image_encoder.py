@@ -34,7 +34,6 @@ from hf_bilb.models.pretrained import (
     normalization_of,
     normalized,
     pooler_argument,
-    read_encoder_config,
     read_image_processor,
     take_encoder,
 )
@@ -170,11 +169,9 @@ class MultiTaskImageModel(EncoderModel, TypedTasksModel):
             MissingPackageError: its package, or bitsandbytes, is not installed.
         """
         quantized = quantization_config(quantization)
-        folder, encoder_config = read_encoder_config(encoder, path)
+        folder, encoder_config = cls.read_encoder(encoder, path)
         with_pooler = arguments["pooling"] == "pooler"
         pretrained = load_encoder(encoder, folder, encoder_config, path, with_pooler, quantized)
-        if pretrained.main_input_name != "pixel_values":
-            raise OptionError(f"{path}: {encoder!r} takes {pretrained.main_input_name}, expected an image encoder")
         config = MultiTaskImageConfig(
             encoder_config,
             num_features=_count_features(pretrained, encoder, arguments["pooling"], arguments["image_size"]),

@@ -17,6 +17,9 @@ from hf_bilb.errors import OptionError
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.quantization import loading_arguments
 
+#: What an encoder takes, and the word for such encoders.
+_KINDS = {"input_ids": "a text", "pixel_values": "an image"}
+
 
 class EncoderModel(MultiTaskModel):
     """A model around an encoder, its attribute `encoder`; what that supports is supported."""
@@ -47,6 +50,20 @@ class EncoderModel(MultiTaskModel):
             return load_adapted(cls, folder)
         return super().from_pretrained(*args, output_loading_info=output_loading_info, **kwargs)
 
+    @classmethod
+    def read_encoder(cls, encoder: str, path: str) -> tuple[str, PretrainedConfig]:
+        """As `read_encoder_config`, of an encoder that this model can have.
+
+        Raises:
+            OptionError: as there; or it takes other inputs.
+        """
+        folder, config = read_encoder_config(encoder, path)
+        encoder_class = _encoder_class(config)
+        if encoder_class is not None and encoder_class.main_input_name != cls.main_input_name:
+            kind = _KINDS[cls.main_input_name]
+            raise OptionError(f"{path}: {encoder!r} takes {encoder_class.main_input_name}, expected {kind} encoder")
+        return folder, config
+
 
 def as_encoder_config(given: PretrainedConfig | Mapping[str, Any] | None, model_type: str) -> PretrainedConfig:
     """A config, a mapping with its `model_type`, or None for the default of `model_type`."""
@@ -57,7 +74,7 @@ def as_encoder_config(given: PretrainedConfig | Mapping[str, Any] | None, model_
 
 
 def read_encoder_config(encoder: str, path: str) -> tuple[str, PretrainedConfig]:
-    """Where the encoder lies, and its config, for float32.
+    """Where the encoder lies, and its config, for float32; its weights are not looked at.
 
     Args:
         encoder: a name on the hub, a folder, or `package:<module>`.
@@ -140,9 +157,16 @@ def load_pretrained(
 
 def pooler_argument(config: PretrainedConfig, with_pooler: bool) -> dict[str, bool]:
     """The argument that leaves out a pooling layer with weights, which nothing would train, where there is one."""
-    encoder_class = AutoModel._model_mapping[type(config)]
+    encoder_class = _encoder_class(config)
+    assert encoder_class is not None  # of a config that AutoModel has loaded
     takes_it = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
     return {"add_pooling_layer": with_pooler} if takes_it else {}
+
+
+def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """What `AutoModel` makes of a config; None: it does not know it."""
+    found = AutoModel._model_mapping.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 # --- images -------------------------------------------------------------------------------------------------------

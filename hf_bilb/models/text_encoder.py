@@ -29,7 +29,6 @@ from hf_bilb.models.pretrained import (
     as_encoder_config,
     load_encoder,
     pooler_argument,
-    read_encoder_config,
     take_encoder,
 )
 from hf_bilb.models.quantization import Quantization, check_needs_lora, quantization_config
@@ -150,7 +149,7 @@ class MultiTaskTextModel(EncoderModel, TypedTasksModel):
             MissingPackageError: its package, or bitsandbytes, is not installed.
         """
         quantized = quantization_config(quantization)
-        folder, encoder_config = read_encoder_config(encoder, path)
+        folder, encoder_config = cls.read_encoder(encoder, path)
         if getattr(encoder_config, "vocab_size", None) is None:
             raise OptionError(f"{path}: {encoder!r} has no vocabulary, expected a text encoder")
         pretrained = load_encoder(encoder, folder, encoder_config, path, with_pooler=False, quantization=quantized)

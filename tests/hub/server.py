@@ -1,4 +1,5 @@
-"""A Hub on 127.0.0.1: as much of its API as `huggingface_hub` asks for to create, push to and download a model."""
+"""A Hub on 127.0.0.1: as much of its API as `huggingface_hub` asks for to create, push to and download a model, and as
+`datasets` asks for to load a data set."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import json
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -29,7 +30,7 @@ class Hub:
 
     Attributes:
         endpoint: for the environment variable `HF_ENDPOINT`.
-        repos: repo id -> path -> content, the head of `main`.
+        repos: repo id (of a data set with `datasets/` before it) -> path -> content, the head of `main`.
         branches: (repo id, branch) -> path -> content, of the others.
         private: ids of those that are.
         commits: (repo id, message, paths) in order.
@@ -158,9 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = self._parts
         with self.hub.lock:
-            if not self._is_known():
+            if parts[:2] == ["api", "datasets"]:  # reading, though by POST
+                self._read_set("/".join(parts[1:4]), parts[4:], parse_qs(body.decode()))
+            elif not self._is_known():
                 return
-            if parts == ["api", "repos", "create"]:
+            elif parts == ["api", "repos", "create"]:
                 self._create(json.loads(body))
             elif parts == ["api", "validate-yaml"]:
                 errors = card_errors(json.loads(body)["content"])
@@ -241,6 +244,11 @@ class _Handler(BaseHTTPRequestHandler):
             elif parts == ["api", "whoami-v2"]:
                 if self._is_known():
                     self._answer(200, {"type": "user", "name": USER, "orgs": [{"name": ORGANIZATION}]})
+            elif parts[:2] == ["api", "datasets"]:
+                self._read_set("/".join(parts[1:4]), parts[4:], {})
+            elif parts[0] == "datasets" and parts[3:4] == ["resolve"]:
+                if self._is_seen("/".join(parts[:3])):
+                    self._download("/".join(parts[:3]), parts[4], "/".join(parts[5:]))
             elif parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in self.hub.repos:
                 repo = "/".join(parts[2:4])
                 revision = parts[5] if len(parts) > 5 else "main"
@@ -256,6 +264,49 @@ class _Handler(BaseHTTPRequestHandler):
                 self._download("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
             else:
                 self._refuse()
+
+    def _is_seen(self, repo: str) -> bool:
+        """Whether the repository is there for whoever asks; answers where it is not, as the Hub does: a private one is
+        none without a token."""
+        has_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if repo in self.hub.repos and (has_token or repo not in self.hub.private):
+            return True
+        said = "Repository not found" if has_token else "Invalid username or password."
+        self._answer(404 if has_token else 401, {"error": said}, {"X-Error-Code": "RepoNotFound"})
+        return False
+
+    def _read_set(self, repo: str, asked: list[str], form: dict[str, list[str]]) -> None:
+        if not self._is_seen(repo):
+            return
+        action, revision = asked[0] if asked else "revision", asked[1] if len(asked) > 1 else "main"
+        if action == "revision":
+            self._describe(repo, revision)
+        elif action == "tree":
+            self._list_folder(repo, revision, "/".join(asked[2:]))
+        elif action == "paths-info":
+            known = self._files_and_folders(repo, revision)
+            self._answer(200, [known[path] for path in form["paths"] if path in known])
+        else:
+            self._refuse()
+
+    def _files_and_folders(self, repo: str, revision: str) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for path, content in self.hub.files(repo, revision).items():
+            oid = hashlib.sha1(content).hexdigest()
+            found[path] = {"type": "file", "path": path, "size": len(content), "oid": oid}
+            for folder in list(PurePosixPath(path).parents)[:-1]:
+                found[str(folder)] = {"type": "directory", "path": str(folder), "oid": oid}
+        return found
+
+    def _list_folder(self, repo: str, revision: str, folder: str) -> None:
+        known = self._files_and_folders(repo, revision)
+        if folder and folder not in known:
+            self._answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+            return
+        deep = parse_qs(urlsplit(self.path).query).get("recursive") in (["True"], ["true"])
+        own = PurePosixPath(folder)
+        inside = [path for path in map(PurePosixPath, known) if own in path.parents if deep or path.parent == own]
+        self._answer(200, [known[str(path)] for path in inside])
 
     def _describe(self, repo: str, revision: str) -> None:
         files = [{"rfilename": path} for path in sorted(self.hub.files(repo, revision))]

@@ -14,6 +14,7 @@ import yaml
 from hf_bilb.hub.paths import without_machine
 from hf_bilb.hub.repository import push_files
 from hf_bilb.trainer import hub_trainer
+from tests.data.glue_files import write_encoder
 from tests.hub.runs import REPO, error_line, run, use, write_recipe
 from tests.hub.server import TOKEN, Hub
 
@@ -244,7 +245,7 @@ def test_a_token_in_a_recipe_is_refused_and_not_shown(tmp_path: Path) -> None:
 
 
 def test_adapters_on_a_model_of_this_machine(hub: Hub, tmp_path: Path) -> None:
-    (tmp_path / "encoder").mkdir()
+    write_encoder(tmp_path / "encoder")
     model = f"model={{name: multi_task_text, encoder: {tmp_path}/encoder, lora: {{r: 4}}}}"
     code, line = refused(tmp_path, model, "data.inputs={text: job}")
     assert code == 2 and "nobody else could load them" in line and hub.repos == {}

@@ -120,6 +120,26 @@ def tags_run(root: Path) -> Run:
     return finished(root, {"name": "multi_task_text", "encoder": str(write_encoder(root / "encoder"))}, data, test)
 
 
+def groups_run(root: Path) -> Run:
+    """Classes that several words mean, of rows, of lists and of tokens; -100 and words of `csv.missing` are none."""
+    generator = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(61):
+        words = generator.choice(WORDS, generator.integers(2, 9)).tolist()
+        stars = -100 if number % 7 == 3 else "-9.0" if number % 7 == 5 else 1 + words.count("good") + number % 3
+        rows.append({"words": words, "tags": words, "stars": str(stars), "about": words[::2]})
+    files, test = files_of(root, "groups", rows)
+    sense = {"thing": ["film", "book", "story", "plot"], "word": ["good", "bad", "great", "dull"]}
+    tasks = {
+        "stars": {"type": "classification", "classes": {"low": [1, 2], "high": list(range(3, 12))}},
+        "about": {"type": "multi_label", "classes": sense},
+        "tags": {"type": "token_classification", "classes": sense},
+    }
+    data = {"name": "table", "files": files, "inputs": {"text": "words"}, "tasks": tasks, "max_length": 12,
+            "csv": {"missing": ["-9.0"]}}  # fmt: skip
+    return finished(root, {"name": "multi_task_text", "encoder": str(write_encoder(root / "encoder"))}, data, test)
+
+
 def people(root: Path) -> tuple[dict[str, Any], Path]:
     generator = np.random.default_rng(0)
     rows = []

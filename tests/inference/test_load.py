@@ -83,7 +83,7 @@ def test_a_language_model_answers_as_the_run_s(name: str, run_of: Callable[[str]
         loaded.predict(["a"], num_beems=3)
 
 
-@pytest.mark.parametrize("name", ["text", "table", "image", "tags"])
+@pytest.mark.parametrize("name", ["text", "table", "image", "tags", "groups"])
 def test_metrics_are_the_run_s(name: str, run_of: Callable[[str], Run]) -> None:
     run = run_of(name)
     measured = run.trainer.evaluate(run.data.test, metric_key_prefix="test")

@@ -371,7 +371,7 @@ def test_options_of_a_recipe() -> None:
     [
         ("bert", r"^model\.encoder: 'bert' is no backbone of transformers' AutoBackbone, expected one such as resnet"),
         ("vit", r"^model\.encoder: 'vit' is no backbone of transformers' AutoBackbone"),
-        ("nothing", r"^model\.encoder: '.*nothing' cannot be loaded: "),
+        ("nothing", r"^model\.encoder: there is no folder '.*nothing'$"),
     ],
 )
 def test_encoders_that_do_not_do_are_one_line(encoders: Path, encoder: str, message: str) -> None:

@@ -183,7 +183,7 @@ def test_a_package_with_a_model(encoders: Path, monkeypatch: pytest.MonkeyPatch)
         ("vit_without_pooler", 16, "pooler", "model.encoder: '{}/vit_without_pooler' cannot be loaded: its files lack "
          "pooler.dense.bias, pooler.dense.weight; with pooling: mean it needs no pooler"),
         ("bert", 16, "mean", "model.encoder: '{}/bert' takes input_ids, expected an image encoder"),
-        ("nowhere", 16, "mean", "model.encoder: '{}/nowhere' cannot be loaded: "),
+        ("nowhere", 16, "mean", "model.encoder: there is no folder '{}/nowhere'"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(

@@ -359,7 +359,7 @@ def read_hub(name: str, task_names: Sequence[str]) -> Faces:
 def _load_splits(name: str) -> Mapping[str, datasets.Dataset]:
     import datasets
 
-    with loading_from_hub(f"data.hub: {name!r} cannot be loaded"):
+    with loading_from_hub(name, f"data.hub: {name!r} cannot be loaded"):
         if (Path(name) / "dataset_dict.json").is_file():
             return datasets.DatasetDict.load_from_disk(name)
         splits: Any = datasets.load_dataset(name)

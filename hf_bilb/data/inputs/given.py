@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.own.csv_options import CsvOptions
-from hf_bilb.data.own.files import Table, read_table
-from hf_bilb.data.own.words import MISSING
+from hf_bilb.data.own.files import Table, missing_words, read_table
 from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def as_table(inputs: Any, csv: CsvOptions, columns: Sequence[str]) -> Table:
     Raises:
         OptionError: something else; no rows.
     """
-    missing = MISSING | frozenset(csv.missing)
+    missing = missing_words(csv)
     if is_file(inputs):
         return read_table(Path(inputs).expanduser(), csv)
     table = Table(INPUTS, _as_dataset(inputs, columns), Path(), missing)

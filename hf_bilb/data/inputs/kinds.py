@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hf_bilb.config.registry import Registry
+from hf_bilb.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,12 @@ class NoInputs:
     reason: str
     kind: ClassVar[str] = "none"
 
+    def refusal(self) -> OptionError:
+        """The error for rows that are handed over all the same."""
+        return OptionError(
+            f"the model reads no rows: {self.reason}; the model itself is the attribute `model` of what was loaded"
+        )
+
 
 @dataclass(frozen=True)
 class LabelColumns:
@@ -124,10 +131,12 @@ class LabelColumns:
     Attributes:
         columns: of the table.
         metrics: names of metrics; None: those that are usual for the type.
+        class_words: class -> the words that mean it; None: each means itself.
     """
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] | None = None
+    class_words: dict[str, tuple[str, ...]] | None = None
 
 
 InputKind = TextInputs | ImageInputs | TableInputs | FeatureInputs | MoleculeInputs | PromptInputs | NoInputs

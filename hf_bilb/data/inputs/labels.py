@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,37 +49,39 @@ def read_known_labels(table: Table, tasks: Mapping[str, TaskType], places: Mappi
     values, tags = [], {}
     for name, task in tasks.items():
         if task.type == "token_classification":
-            tags[name] = _tags(table, task, places[name].columns[0]) if name in known else _no_tags(len(table.rows))
+            tags[name] = _tags(table, task, places[name]) if name in known else _no_tags(len(table.rows))
         elif name in known:
-            values.append(_values(table, task, places[name].columns))
+            values.append(_values(table, task, places[name]))
         else:
             values.append(np.full((len(table.rows), task.label_width), np.nan))
     joined = np.concatenate(values, axis=1) if values else np.empty((len(table.rows), 0))
     return Labels(joined.astype(np.float32), tags)
 
 
-def _values(table: Table, task: TaskType, names: Sequence[str]) -> NDArray[np.float64]:
+def _values(table: Table, task: TaskType, place: LabelColumns) -> NDArray[np.float64]:
+    names = place.columns
     if task.type == "regression":
         numbers = np.stack([columns.numbers(table, name) for name in names], axis=1)
         return (numbers - np.array(task.means)) / np.array(task.stds) if task.means else numbers
     if task.type == "classification":
-        codes = _codes(table, columns.words(table, names[0], task.names), np.arange(len(table.rows)), task, names[0])
+        classes = _classes(task, place)
+        codes = _codes(table, columns.words(table, names[0], classes), np.arange(len(table.rows)), classes, names[0])
         return np.where(codes < 0, np.nan, codes)[:, None]
     if len(names) == 1 and columns.has_lists(table, names[0]):
-        return _of_lists(table, task, names[0])
+        return _of_lists(table, task, place)
     return np.stack([columns.bits(table, name) for name in names], axis=1)
 
 
-def _of_lists(table: Table, task: TaskType, column: str) -> NDArray[np.float64]:
-    lengths, codes, rows = _listed(table, task, column)
+def _of_lists(table: Table, task: TaskType, place: LabelColumns) -> NDArray[np.float64]:
+    lengths, codes, rows = _listed(table, task, place)
     values = np.zeros((len(lengths), task.size))
     values[rows[codes >= 0], codes[codes >= 0]] = 1.0
     values[lengths < 0] = np.nan
     return values
 
 
-def _tags(table: Table, task: TaskType, column: str) -> Tags:
-    lengths, codes, _ = _listed(table, task, column)
+def _tags(table: Table, task: TaskType, place: LabelColumns) -> Tags:
+    lengths, codes, _ = _listed(table, task, place)
     return Tags(lengths, np.where(codes < 0, MISSING_INTEGER, codes))
 
 
@@ -88,21 +90,31 @@ def _no_tags(num_rows: int) -> Tags:
 
 
 def _listed(
-    table: Table, task: TaskType, column: str
+    table: Table, task: TaskType, place: LabelColumns
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Of lists of words: the lengths `[N]`, and of each word its class and its row."""
+    column, classes = place.columns[0], _classes(task, place)
     lists = columns.lists(table, column)
     rows = np.repeat(np.arange(len(lists.lengths)), np.maximum(lists.lengths, 0))
-    found = columns.words_of(lists.values, lists.feature, table.missing - set(task.names))
-    return lists.lengths, _codes(table, found, rows, task, column), rows
+    found = columns.words_of(lists.values, lists.feature, table.missing - set(classes))
+    return lists.lengths, _codes(table, found, rows, classes, column), rows
 
 
-def _codes(table: Table, found: Words, rows: NDArray[np.int64], task: TaskType, column: str) -> NDArray[np.int64]:
-    codes = found.numbered({word: number for number, word in enumerate(task.names)}, unknown=-2)
+def _classes(task: TaskType, place: LabelColumns) -> dict[str, int]:
+    """Word -> number of the class that it means."""
+    groups = place.class_words or {name: (name,) for name in task.names}
+    return {word: number for number, words in enumerate(groups.values()) for word in words}
+
+
+def _codes(
+    table: Table, found: Words, rows: NDArray[np.int64], classes: Mapping[str, int], column: str
+) -> NDArray[np.int64]:
+    found = found.without({str(MISSING_INTEGER)} - classes.keys())  # as in training
+    codes = found.numbered(classes, unknown=-2)
     wrong = np.flatnonzero(codes == -2)
     if wrong.size:
         word = found.known[found.codes[wrong[0]]]
-        hint = nearest(word, task.names) or f" (classes: {', '.join(task.names[:_LISTED])})"
+        hint = nearest(word, classes) or f" (classes: {', '.join(list(classes)[:_LISTED])})"
         raise OptionError(
             f"{table.place(int(rows[wrong[0]]))}: column {column!r} is {shown(word)}, which is no class of the "
             f"model{hint}"

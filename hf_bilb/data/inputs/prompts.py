@@ -26,4 +26,4 @@ def encode_prompts(kind: PromptInputs, inputs: Any, tokenizer: Any, wanted: Want
 
 def encode_nothing(kind: NoInputs, inputs: Any, tokenizer: Any, wanted: Wanted) -> Encoded:
     """Raises `OptionError`."""
-    raise OptionError(f"predict: {kind.reason}; the model itself is the attribute `model` of what was loaded")
+    raise kind.refusal()

@@ -109,7 +109,10 @@ def _task_data(joined: Joined, inputs: Inputs, options: OwnDataOptions) -> TaskD
 
 
 def _format(types: Mapping[str, TaskType], kind: InputKind, options: OwnDataOptions) -> DataFormat:
-    places = {name: LabelColumns(task.label_columns(name), task.metrics) for name, task in options.tasks.items()}
+    places = {
+        name: LabelColumns(task.label_columns(name), task.metrics, task.class_words)
+        for name, task in options.tasks.items()
+    }
     csv = next((task.csv for task in options.tasks.values() if task.csv is not None), options.csv)
     return DataFormat(kind, types, places, csv)
 

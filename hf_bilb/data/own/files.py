@@ -80,7 +80,7 @@ def read_tables(options: SourceOptions) -> dict[str, list[Table]]:
     if options.hub is not None:
         return _read_hub(options.hub, options.path)
     assert options.files is not None  # OwnDataOptions asks for one of the two
-    where, missing = f"{options.path}.files", MISSING | {*options.csv.missing, *map(word_of, options.csv.missing)}
+    where, missing = f"{options.path}.files", missing_words(options.csv)
     if isinstance(options.files, dict):
         patterns = {part: options.files[part] for part in PARTS if part in options.files}
         found = {part: _find(given, f"{where}.{part}") for part, given in patterns.items()}
@@ -104,7 +104,12 @@ def read_table(file: Path, csv_options: CsvOptions) -> Table:
         OptionError: it is not there, is damaged, has no rows or is of a kind that is not known.
     """
     check_there(file)
-    return read_file(file, "test", csv_options, MISSING | frozenset(csv_options.missing))
+    return read_file(file, "test", csv_options, missing_words(csv_options))
+
+
+def missing_words(options: CsvOptions) -> frozenset[str]:
+    """Words that mean an empty cell: as they stand in a file, and as all files have them."""
+    return MISSING | {*options.missing, *map(word_of, options.missing)}
 
 
 def check_there(file: Path) -> None:
@@ -401,7 +406,7 @@ def _read_hub(hub: str, path: str) -> dict[str, list[Table]]:
     import datasets
 
     name, _, config = hub.partition(":")
-    with loading_from_hub(f"{path}.hub: {hub!r} cannot be loaded"):
+    with loading_from_hub(name, f"{path}.hub: {hub!r} cannot be loaded"):
         splits = datasets.load_dataset(name, config or None)
     return _parts_of(splits, hub, f"{path}.hub", Path(), MISSING, "train")
 

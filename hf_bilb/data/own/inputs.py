@@ -104,7 +104,7 @@ def image_inputs(joined: Joined, image_size: int, cache_dir: str | None) -> Inpu
 
 def _kind_of_images(joined: Joined, image_size: int) -> InputKind:
     if joined.of_pixels:
-        return NoInputs("whose model predicts maps of pixels")
+        return NoInputs("the tasks of its data are maps of pixels")
     column = joined.sources[0].options.inputs.image
     assert column is not None  # of sources of this kind
     return ImageInputs(column, image_size)

@@ -407,7 +407,7 @@ def read_hub(name: str, split: str, task: GlueTask) -> Table:
 def _load_split(name: str, split: str, task: GlueTask) -> datasets.Dataset:
     import datasets
 
-    with loading_from_hub(f"data.hub: {name!r} gives no {task.name}"):
+    with loading_from_hub(name, f"data.hub: {name!r} gives no {task.name}"):
         if not Path(name).is_dir():
             return datasets.load_dataset(name, task.name, split=split)
         # A folder may lack the README that tells `datasets` which folder is which configuration.

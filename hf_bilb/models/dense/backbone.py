@@ -225,10 +225,10 @@ def _set_stages(encoder_config: PretrainedConfig, stages: Sequence[str] | None) 
     return list(encoder_config.out_features)
 
 
-def _backbone_stages(encoder_config: PretrainedConfig) -> Sequence[str]:
+def _backbone_stages(encoder_config: PretrainedConfig, path: str = "encoder") -> Sequence[str]:
     if type(encoder_config) not in AutoBackbone._model_mapping:
         raise OptionError(
-            f"encoder: {encoder_config.model_type!r} is no backbone of transformers' AutoBackbone, expected one "
+            f"{path}: {encoder_config.model_type!r} is no backbone of transformers' AutoBackbone, expected one "
             "such as resnet, convnext, swin, dinov2, pvt_v2"
         )
     names: Sequence[str] = encoder_config.stage_names
@@ -270,6 +270,13 @@ class DenseBackboneModel(EncoderModel, DenseModel):
         self.post_init()
 
     @classmethod
+    def read_encoder(cls, encoder: str, path: str) -> tuple[str, PretrainedConfig]:
+        """As `EncoderModel.read_encoder`, of a backbone of `AutoBackbone`."""
+        folder, config = read_encoder_config(encoder, path)
+        _backbone_stages(config, path)
+        return folder, config
+
+    @classmethod
     def from_encoder(
         cls, encoder: str, path: str = "encoder", quantization: Quantization | None = None, **arguments: Any
     ) -> DenseBackboneModel:
@@ -289,7 +296,7 @@ class DenseBackboneModel(EncoderModel, DenseModel):
             MissingPackageError: its package, or bitsandbytes, is not installed.
         """
         quantized = quantization_config(quantization, "quantization")
-        folder, encoder_config = read_encoder_config(encoder, path)
+        folder, encoder_config = cls.read_encoder(encoder, path)
         facts: dict[str, Any] = {**normalization_of(read_image_processor(folder)), **arguments}
         config = DenseBackboneConfig(encoder_config, encoder_name=encoder, quantization=quantization, **facts)
         model = cls(config)
