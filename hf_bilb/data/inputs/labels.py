@@ -8,18 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.inputs.given import check_column
 from hf_bilb.data.inputs.kinds import LabelColumns
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Words
 from hf_bilb.data.own.files import Table
-from hf_bilb.data.own.labels import Tags
-from hf_bilb.errors import OptionError
+from hf_bilb.data.own.labels import Tags, multi_hot, rows_of, unknown_class
+from hf_bilb.data.task_data import Standardizer
 from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.task_types import TaskType
-
-_LISTED = 12  # classes that a message lists
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def read_known_labels(table: Table, tasks: Mapping[str, TaskType], places: Mappi
     if not known:
         first = next(iter(tasks))
         for column in places[first].columns:
-            check_column(table, column)
+            check_column(column, table.features, table.name)
     values, tags = [], {}
     for name, task in tasks.items():
         if task.type == "token_classification":
@@ -61,7 +58,7 @@ def read_known_labels(table: Table, tasks: Mapping[str, TaskType], places: Mappi
 def _values(table: Table, task: TaskType, names: Sequence[str]) -> NDArray[np.float64]:
     if task.type == "regression":
         numbers = np.stack([columns.numbers(table, name) for name in names], axis=1)
-        return (numbers - np.array(task.means)) / np.array(task.stds) if task.means else numbers
+        return Standardizer(np.array(task.means), np.array(task.stds)).standardize(numbers) if task.means else numbers
     if task.type == "classification":
         codes = _codes(table, columns.words(table, names[0], task.names), np.arange(len(table.rows)), task, names[0])
         return np.where(codes < 0, np.nan, codes)[:, None]
@@ -71,15 +68,11 @@ def _values(table: Table, task: TaskType, names: Sequence[str]) -> NDArray[np.fl
 
 
 def _of_lists(table: Table, task: TaskType, column: str) -> NDArray[np.float64]:
-    lengths, codes, rows = _listed(table, task, column)
-    values = np.zeros((len(lengths), task.size))
-    values[rows[codes >= 0], codes[codes >= 0]] = 1.0
-    values[lengths < 0] = np.nan
-    return values
+    return multi_hot(*_listed(table, task, column), task.size)
 
 
 def _tags(table: Table, task: TaskType, column: str) -> Tags:
-    lengths, codes, _ = _listed(table, task, column)
+    lengths, codes = _listed(table, task, column)
     return Tags(lengths, np.where(codes < 0, MISSING_INTEGER, codes))
 
 
@@ -87,24 +80,17 @@ def _no_tags(num_rows: int) -> Tags:
     return Tags(np.full(num_rows, -1, np.int64), np.empty(0, np.int64))
 
 
-def _listed(
-    table: Table, task: TaskType, column: str
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Of lists of words: the lengths `[N]`, and of each word its class and its row."""
+def _listed(table: Table, task: TaskType, column: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of lists of words: the lengths `[N]`, and of each word its class."""
     lists = columns.lists(table, column)
-    rows = np.repeat(np.arange(len(lists.lengths)), np.maximum(lists.lengths, 0))
-    found = columns.words_of(lists.values, lists.feature, table.missing - set(task.names))
-    return lists.lengths, _codes(table, found, rows, task, column), rows
+    found = columns.words_of(lists.values, lists.feature, table, task.names)
+    return lists.lengths, _codes(table, found, rows_of(lists.lengths), task, column)
 
 
 def _codes(table: Table, found: Words, rows: NDArray[np.int64], task: TaskType, column: str) -> NDArray[np.int64]:
     codes = found.numbered({word: number for number, word in enumerate(task.names)}, unknown=-2)
     wrong = np.flatnonzero(codes == -2)
     if wrong.size:
-        word = found.known[found.codes[wrong[0]]]
-        hint = nearest(word, task.names) or f" (classes: {', '.join(task.names[:_LISTED])})"
-        raise OptionError(
-            f"{table.place(int(rows[wrong[0]]))}: column {column!r} is {shown(word)}, which is no class of the "
-            f"model{hint}"
-        )
+        word, place = found.known[found.codes[wrong[0]]], table.place(int(rows[wrong[0]]))
+        raise unknown_class(place, column, word, "is no class of the model", task.names)
     return codes
