@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_bilb.config.options import shown
 from hf_bilb.data.own.columns import split_cell
+from hf_bilb.data.own.words import other_spelling
 from hf_bilb.experiments.inspect_table import Column, InspectedTable
 
 #: Whole numbers of so many different values, each of them a few times, are taken for classes.
@@ -85,14 +86,19 @@ def _guess_words(column: Column, text: Column | None) -> Guess:
         return Guess("token_classification", both, separator)
     if separator := _separator_of_labels(column):
         listed = column.split(separator)
-        return Guess("multi_label", f"values parted by {separator!r}; {different(listed)}", separator)
+        return Guess("multi_label", f"values parted by {separator!r}; {_spelt(listed)}", separator)
     if all(_FILE.search(word) for word in column.counts):
         return Guess(None, "paths of files; of masks write a task of type segmentation, of arrays dense_regression")
     if _is_spoilt(column):
         return Guess(None, _stray(column))
     if _is_free(column):
         return Guess(None, f"free text or names, {different(column)} in {column.known:,} rows")
-    return Guess("classification", f"words, {different(column)}")
+    return Guess("classification", f"words, {_spelt(column)}")
+
+
+def _spelt(column: Column) -> str:
+    pair = other_spelling(column.counts)
+    return different(column) + (f", {pair[0]!r} and {pair[1]!r} among them: are they one?" if pair else "")
 
 
 def _separator_of_labels(column: Column) -> str | None:

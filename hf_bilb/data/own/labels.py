@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import nearest, shown
+from hf_bilb.config.yaml import flow
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Lists, Words
 from hf_bilb.data.own.images import FoundFiles, find_labels
@@ -274,9 +275,9 @@ class _Reader:
         if not given and (odd := sorted(PERHAPS_MISSING.intersection(classes))):
             logger.warning("%s: %s of column %r is a class; if it means an empty cell, set data.csv.missing: [%s]",
                            self.path, ", ".join(map(repr, odd)), column, ", ".join(map(json.dumps, odd)))  # fmt: skip
-        if not given and (pair := other_spelling(classes)):
-            logger.warning("%s: %r and %r of column %r are two classes; if they mean one, say so in classes, such as "
-                           "{%s: [%s, %s]}", self.path, *pair, column, pair[0], *pair)  # fmt: skip
+        if not isinstance(self.options.classes, dict) and (pair := other_spelling(classes)):
+            logger.warning("%s: %r and %r of column %r are two classes; for one, set classes: %s, and the others",
+                           self.path, *pair, column, flow({pair[0]: list(pair)}))  # fmt: skip
         places = {word: number for number, words in enumerate(groups.values()) for word in words}
         codes = found.numbered(places, unknown=-2)
         used = np.unique(codes[train])
