@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_bilb.config.options import shown
+from hf_bilb.data.own.columns import split_cell
+from hf_bilb.data.own.words import other_spelling
 from hf_bilb.experiments.inspect_table import Column, InspectedTable
 
 #: Whole numbers of so many different values, each of them a few times, are taken for classes.
@@ -16,6 +18,9 @@ MOST_CLASSES = 20
 ROWS_PER_CLASS = 3
 #: Of as many rows or more, words of which more than half are different are no classes.
 FEW_ROWS = 20
+#: What parts values in a cell, and how many different ones of them are labels at most.
+_SEPARATORS = ("|", ";", ",")
+_MOST_LABELS = 100
 #: Above them, a column of words is no input of a model for tables; a text is long from so many words, on average.
 MOST_CATEGORIES = 1000
 LONG_TEXT = 6
@@ -34,10 +39,12 @@ TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y")
 
 @dataclass(frozen=True)
 class Guess:
-    """What a column is taken for (None: for nothing that was asked for), and why."""
+    """What a column is taken for (None: for nothing that was asked for), and why; of words that are lists, what parts
+    them."""
 
     what: str | None
     why: str
+    separator: str | None = None
 
 
 def guess_task(column: Column, text: Column | None = None) -> Guess:
@@ -74,13 +81,47 @@ def _guess_numbers(column: Column, text: Column | None) -> Guess:
 
 
 def _guess_words(column: Column, text: Column | None) -> Guess:
+    if text is not None and (separator := _separator_of_words(column, text)):
+        both = f"as many values parted by {separator!r} as {text.name} has"
+        return Guess("token_classification", both, separator)
+    if separator := _separator_of_labels(column):
+        listed = column.split(separator)
+        return Guess("multi_label", f"values parted by {separator!r}; {_spelt(listed)}", separator)
     if all(_FILE.search(word) for word in column.counts):
         return Guess(None, "paths of files; of masks write a task of type segmentation, of arrays dense_regression")
     if _is_spoilt(column):
         return Guess(None, _stray(column))
     if _is_free(column):
         return Guess(None, f"free text or names, {different(column)} in {column.known:,} rows")
-    return Guess("classification", f"words, {different(column)}")
+    return Guess("classification", f"words, {_spelt(column)}")
+
+
+def _spelt(column: Column) -> str:
+    pair = other_spelling(column.counts)
+    return different(column) + (f", {pair[0]!r} and {pair[1]!r} among them: are they one?" if pair else "")
+
+
+def _separator_of_labels(column: Column) -> str | None:
+    """A character that parts cells into a few values, which the cells share: each stands in two cells on average."""
+    for separator in _SEPARATORS:
+        cells = [set(split_cell(word, separator)) for word in column.counts]
+        several, different_ones = sum(len(cell) > 1 for cell in cells), set().union(*cells)
+        share = sum(map(len, cells)) >= 2 * len(different_ones)
+        if several >= 2 and share and 2 <= len(different_ones) <= _MOST_LABELS:
+            return separator
+    return None
+
+
+def _separator_of_words(column: Column, text: Column) -> str | None:
+    """A character that parts each cell of both columns into as many values, of one column into a few different ones."""
+    if text.kind != "words":
+        return None
+    for separator in (*_SEPARATORS, " "):
+        tags, words = column.split(separator), text.split(separator)
+        long = tags.lengths.sum() > 1.5 * column.known
+        if long and len(tags.counts) <= _MOST_LABELS and _as_long(tags, words):
+            return separator
+    return None
 
 
 def guess_input(column: Column) -> Guess:

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import nearest, shown
-from hf_bilb.data.own.columns import Lists, Words, has_lists, holds_images, lists, numbers, words, words_of
+from hf_bilb.data.own.columns import Lists, Words, has_lists, holds_images, lists, numbers, split_cell, words, words_of
+from hf_bilb.data.own.csv_files import header_hint, other_delimiter
 from hf_bilb.data.own.csv_options import CsvOptions
-from hf_bilb.data.own.files import Table, other_delimiter, read_tables
+from hf_bilb.data.own.files import Table, find_files, is_csv, read_tables
 from hf_bilb.data.own.options import InputOptions, SourceOptions, SplitOptions
-from hf_bilb.data.own.words import PERHAPS_MISSING
+from hf_bilb.data.own.text_files import guess_encoding, reading
+from hf_bilb.data.own.words import PERHAPS_MISSING, with_point
 from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Column:
         numbers: `[N]` of `numbers`, NaN where missing.
         lists: of `lists`.
         elements: the elements of all lists as words.
+        separator: of lists in cells of text, what stands between their elements; None: they are written as lists.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Column:
     numbers: NDArray[np.float64] | None = None
     lists: Lists | None = None
     elements: Words | None = None
+    separator: str | None = None
 
     @property
     def known(self) -> int:
@@ -88,6 +92,18 @@ class Column:
         assert self.words is not None
         return int(np.flatnonzero(self.words.codes == self.words.known.index(word))[0]) + 1
 
+    def split(self, separator: str) -> Column:
+        """The same column of words as one of lists, whose elements this character parts."""
+        assert self.words is not None
+        cells = [split_cell(word, separator) for word in self.words.known]
+        listed = [cells[code] if code >= 0 else [] for code in self.words.codes.tolist()]
+        found = [element for cell in listed for element in cell if element]
+        known = tuple(dict.fromkeys(found))
+        places = {word: place for place, word in enumerate(known)}
+        lengths = np.where(self.words.codes < 0, -1, [len(cell) for cell in listed])
+        elements = Words(np.array([places[one] for one in found], np.int64), known)
+        return replace(self, kind="lists", lists=Lists(lengths, None, None), elements=elements, separator=separator)
+
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """`[N]`: of lists their lengths, of words how many words a text has; -1 where missing."""
@@ -109,6 +125,7 @@ class InspectedTable:
         all_rows: how many there are.
         folder: that paths in it are relative to.
         csv: how its text was read, where that is not the default.
+        hint: what may be wrong with its first line; empty: nothing.
     """
 
     name: str
@@ -117,6 +134,7 @@ class InspectedTable:
     all_rows: int
     folder: Path
     csv: CsvOptions
+    hint: str = ""
 
     def column(self, name: str, option: str) -> Column:
         """The column of this name.
@@ -127,7 +145,9 @@ class InspectedTable:
         found = next((column for column in self.columns if column.name == name), None)
         if found is None:
             names = [column.name for column in self.columns]
-            raise OptionError(f"{option}: there is no column {shown(name)}{nearest(name, names)}; {_listed(names)}")
+            raise OptionError(
+                f"{option}: there is no column {shown(name)}{nearest(name, names)}; {_listed(names)}{self.hint}"
+            )
         return found
 
 
@@ -144,20 +164,52 @@ def inspect_table(path: str | Path) -> InspectedTable:
     Cost: the whole file is read, into the cache of `datasets`, from where training reads it; the first 20,000 rows are
     looked at.
     """
-    csv = CsvOptions(delimiter=other_delimiter(Path(path).expanduser()))
-    table = _read(path, csv)
-    missing = _missing_words(columns := _columns(table))
-    if missing:
-        csv = replace(csv, missing=missing)
-        columns = _columns(replace(table, missing=table.missing | set(missing)))
+    file = find_files(str(path), "FILE")[0]
+    of_text = is_csv(file)
+    csv = _csv_options(file) if of_text else CsvOptions()
+    table = _read(file, csv)
+    columns = _columns(table)
+    if of_text and _has_decimal_commas(columns):
+        table, columns = _read_again(table, decimal=",")
+    if missing := _missing_words(columns):
+        table, columns = _read_again(table, missing=missing)
     rows = min(len(table.rows), MOST_ROWS)
-    return InspectedTable(table.name, columns, rows, len(table.rows), table.folder, csv)
+    hint = header_hint(table.rows.column_names) if of_text else ""
+    return InspectedTable(table.name, columns, rows, len(table.rows), table.folder, table.csv, hint)
 
 
-def _read(path: str | Path, csv: CsvOptions) -> Table:
+def _csv_options(file: Path) -> CsvOptions:
+    """Encoding and delimiter; where no encoding fits, reading in UTF-8 says so."""
+    with reading(file, "utf-8"):
+        encoding = guess_encoding(file) or "utf-8"
+    return CsvOptions(encoding=encoding, delimiter=other_delimiter(file, encoding))
+
+
+def _read(file: Path, csv: CsvOptions) -> Table:
     unused: Mapping[str, Any] = {}
-    source = SourceOptions("data", str(path), None, csv, InputOptions(text="-"), SplitOptions(), unused)
+    source = SourceOptions("data", str(file), None, csv, InputOptions(text="-"), SplitOptions(), unused)
     return read_tables(source)["train"][0]
+
+
+def _read_again(table: Table, **options: Any) -> tuple[Table, tuple[Column, ...]]:
+    """The same rows, with other options of how cells of text are read."""
+    table = replace(table, csv=replace(table.csv, **options))
+    return table, _columns(table)
+
+
+def _has_decimal_commas(columns: tuple[Column, ...]) -> bool:
+    """Whether a column is of numbers with decimal commas alone, and none is of numbers with decimal points.
+
+    A comma before three digits may part thousands, so there is one before another number of digits.
+    """
+    points = [column for column in columns if column.kind == "numbers" and not column.are_whole]
+    return not points and any(_are_with_commas(column) for column in columns if column.kind == "words")
+
+
+def _are_with_commas(column: Column) -> bool:
+    found = [word for word in column.counts if word not in PERHAPS_MISSING]
+    sure = any(re.search(r",(\d{1,2}|\d{4,})$", word) for word in found)
+    return sure and all(with_point(word) is not None for word in found)
 
 
 def _missing_words(columns: tuple[Column, ...]) -> tuple[str, ...]:
@@ -193,7 +245,7 @@ def _column(table: Table, name: str) -> Column:
 
 
 def _of_lists(table: Table, name: str, found: Lists) -> Column:
-    elements = words_of(found.values, found.feature, table.missing)
+    elements = words_of(found.values, found.feature, table)
     missing = int((found.lengths < 0).sum())
     return Column(name, "lists", len(table.rows), missing, lists=found, elements=elements)
 

@@ -61,8 +61,17 @@ def _tasks(table: InspectedTable, request: StarterRequest) -> tuple[Task, ...]:
         guess = guess_task(column, words)
         if guess.what is None:
             raise OptionError(f"--tasks: the column {shown(name)} is none to predict: {guess.why}")
+        column = column if guess.separator is None else column.split(guess.separator)
         found[name] = Task(_task_name(name, [task.name for task in found.values()]), column, guess.what, guess.why)
+    _check_separators(list(found.values()))
     return tuple(found.values())
+
+
+def _check_separators(tasks: Sequence[Task]) -> None:
+    listed = {task.column.separator: task.name for task in tasks if task.column.separator is not None}
+    if len(listed) > 1:
+        said = ", ".join(f"{separator!r} of {name!r}" for separator, name in listed.items())
+        raise OptionError(f"--tasks: lists in cells need the same separator in all columns, got {said}")
 
 
 def _usual_targets(table: InspectedTable, inputs: Sequence[str], words: Column | None) -> list[str]:
@@ -77,9 +86,11 @@ def _usual_targets(table: InspectedTable, inputs: Sequence[str], words: Column |
         if guess.what is not None and not is_id(table.column(name, ""))
     }
     if not able:
-        raise OptionError(f"--tasks: no column can be predicted; {_reasons(guesses)}")
+        raise OptionError(f"--tasks: no column can be predicted; {_reasons(guesses)}{table.hint}")
     listed = ", ".join(f"{name} ({what})" for name, what in able.items())
-    raise OptionError(f"--tasks: name the columns to predict, such as --tasks {next(iter(able))}; there are {listed}")
+    raise OptionError(
+        f"--tasks: name the columns to predict, such as --tasks {next(iter(able))}; there are {listed}{table.hint}"
+    )
 
 
 def _reasons(guesses: Mapping[str, Guess]) -> str:
@@ -101,7 +112,7 @@ def _inputs(table: InspectedTable, request: StarterRequest, tasks: Sequence[Task
     if request.image is not None:
         named: dict[str, tuple[Column, ...]] = {"image": (_image_column(table, request.image),)}
     elif request.text:
-        named = {"text": _text_columns(table, request.text)}
+        named = {"text": _text_columns(table, request.text, tasks)}
     else:
         return _table_inputs(others)
     used = {column.name for columns in named.values() for column in columns}
@@ -109,7 +120,7 @@ def _inputs(table: InspectedTable, request: StarterRequest, tasks: Sequence[Task
     return Inputs(next(iter(named)), named, unused)
 
 
-def _text_columns(table: InspectedTable, names: Sequence[str]) -> tuple[Column, ...]:
+def _text_columns(table: InspectedTable, names: Sequence[str], tasks: Sequence[Task]) -> tuple[Column, ...]:
     columns = tuple(table.column(name, "--text") for name in names)
     for column in columns:
         if column.kind not in ("words", "numbers", "lists"):
@@ -118,7 +129,9 @@ def _text_columns(table: InspectedTable, names: Sequence[str]) -> tuple[Column, 
             raise OptionError(
                 f"--text: {shown(column.name)} has lists of words, which are one column, got {len(names)}"
             )
-    return columns
+    tagged = next((task for task in tasks if task.type == "token_classification"), None)
+    separator = None if tagged is None else tagged.column.separator
+    return columns if separator is None else tuple(column.split(separator) for column in columns)
 
 
 def _image_column(table: InspectedTable, name: str) -> Column:

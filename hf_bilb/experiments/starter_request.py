@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_bilb.config.options import nearest, shown
+from hf_bilb.data.own.csv_options import check_repeats
 from hf_bilb.errors import OptionError
 from hf_bilb.experiments.packaged import recipe_file
 from hf_bilb.storage.folders import check_output_folder
@@ -47,6 +48,8 @@ class StarterRequest:
             raise OptionError(
                 f"--image: {shown(self.image)} and --text {','.join(self.text)} are both set, expected one of the two"
             )
+        check_repeats("--text", self.text)
+        check_repeats("--tasks", self.tasks)
         if len(self.text) > 2:
             raise OptionError(f"--text: got {len(self.text)} columns, expected one, or two for pairs of texts")
         check_output_folder(self.target.parent, "--output")

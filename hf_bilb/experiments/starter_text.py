@@ -5,6 +5,7 @@ It is text, not a dump of options: what a user may want to change stands in it, 
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hf_bilb.config.yaml import flow
+from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.words import in_order
 from hf_bilb.errors import one_line
 from hf_bilb.experiments.guess import group_column
@@ -87,6 +89,8 @@ def _head(request: StarterRequest, table: InspectedTable, inputs: Inputs) -> str
         f"  hf-bilb train {recipe}",
         f"  hf-bilb compare {recipe} --balancers ls,bilb --seeds 0,1,2    # does balancing help on these data?",
     ]
+    if table.hint:
+        lines += ["", f"Look at the first line of the table{table.hint}"]
     if inputs.left_out:
         lines += ["", "Columns that are not used:", *(f"  {name}: {why}" for name, why in inputs.left_out.items())]
     return "".join(_comment(line) for line in lines)
@@ -143,7 +147,7 @@ def _data(request: StarterRequest, table: InspectedTable, tasks: Sequence[Task],
         "  name: table\n",
         f"  files: {flow(Path(request.table).as_posix())}\n",
         "  # files: {train: ..., validation: ..., test: ...}    # where the parts have files of their own\n",
-        *_csv(table),
+        *_csv(table, tasks),
         *_split(table, tasks, inputs),
         *_input_lines(inputs),
         *_kind_lines(inputs),
@@ -153,13 +157,19 @@ def _data(request: StarterRequest, table: InspectedTable, tasks: Sequence[Task],
     return "".join(lines)
 
 
-def _csv(table: InspectedTable) -> list[str]:
-    given = {"delimiter": table.csv.delimiter, "missing": list(table.csv.missing)}
-    options = {key: value for key, value in given.items() if value}
-    if not options:
+def _csv(table: InspectedTable, tasks: Sequence[Task]) -> list[str]:
+    separator = next((task.column.separator for task in tasks if task.column.separator is not None), None)
+    csv = dataclasses.replace(table.csv, list_separator=separator)
+    why = {
+        "encoding": "encoding: a guess, the file is not UTF-8: look whether its letters are right",
+        "decimal": "decimal: in numbers such as 4,1",
+        "missing": f"{flow(list(csv.missing))} among numbers: no value",
+    }
+    given = {key: value for key, value in dataclasses.asdict(csv).items() if value != getattr(CsvOptions, key)}
+    if not given:
         return []
-    why = f"    # {flow(options['missing'])} among numbers: no value" if "missing" in options else ""
-    return [f"  csv: {flow(options)}{why}\n"]
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    return [*(_comment(why[key], "  ") for key in given if key in why), f"  csv: {flow(plain)}\n"]
 
 
 def _split(table: InspectedTable, tasks: Sequence[Task], inputs: Inputs) -> list[str]:

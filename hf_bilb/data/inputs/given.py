@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.own.csv_options import CsvOptions
-from hf_bilb.data.own.files import Table, missing_words, read_table
+from hf_bilb.data.own.files import Table, read_table
 from hf_bilb.errors import OptionError
 
 if TYPE_CHECKING:
@@ -37,21 +37,19 @@ def as_table(inputs: Any, csv: CsvOptions, columns: Sequence[str]) -> Table:
     Raises:
         OptionError: something else; no rows.
     """
-    missing = missing_words(csv)
     if is_file(inputs):
         return read_table(Path(inputs).expanduser(), csv)
-    table = Table(INPUTS, _as_dataset(inputs, columns), Path(), missing)
+    table = Table(INPUTS, _as_dataset(inputs, columns), Path(), csv)
     if not len(table.rows):
         raise OptionError(f"{INPUTS}: there are no rows")
     return table
 
 
-def check_column(table: Table, column: str) -> None:
-    """Raise `OptionError` where the table has no such column; names the nearest one, or those that it has."""
-    known = table.rows.column_names
+def check_column(column: str, known: Collection[str], where: str) -> None:
+    """Raise `OptionError` where a table has no such column; names the nearest one, or those that it has."""
     if column not in known:
         hint = nearest(column, known) or f" (it has {', '.join(known) or 'none'})"
-        raise OptionError(f"{table.name}: has no column {column!r}, which the model reads{hint}")
+        raise OptionError(f"{where}: has no column {column!r}, which the model reads{hint}")
 
 
 def _as_dataset(inputs: Any, columns: Sequence[str]) -> datasets.Dataset:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.config.options import nearest
 from hf_bilb.data.images.files import ImageSource, decode, resized
 from hf_bilb.data.inputs.encoded import Encoded, Wanted
 from hf_bilb.data.inputs.given import INPUTS, as_table, check_column, is_file
@@ -30,7 +29,7 @@ def encode_images(kind: ImageInputs, inputs: Any, tokenizer: Any, wanted: Wanted
     if values is not None and not wanted.places:
         return _rows(kind, GivenImages(values), np.arange(len(values)), None)
     table = as_table(inputs, wanted.csv, (kind.column,))
-    check_column(table, kind.column)
+    check_column(kind.column, table.features, table.name)
     labels = wanted.labels(table)
     if columns.holds_images(table, kind.column):
         return _rows(kind, HeldImages([(table, kind.column)]), np.arange(len(table.rows)), labels)
@@ -47,22 +46,16 @@ def _in_memory(column: str, inputs: Any) -> list[Any] | None:
     import pandas as pd
 
     if isinstance(inputs, pd.DataFrame | Mapping):
-        _check_key(column, list(map(str, inputs)), INPUTS)
+        check_column(column, list(map(str, inputs)), INPUTS)
         return [_encoded(value) for value in inputs[column]]
     if is_file(inputs) or isinstance(inputs, str) or not isinstance(inputs, Sequence):
         return None
     values = []
     for number, row in enumerate(inputs, 1):
         if isinstance(row, Mapping):
-            _check_key(column, list(map(str, row)), f"{INPUTS}, row {number}")
+            check_column(column, list(map(str, row)), f"{INPUTS}, row {number}")
         values.append(_encoded(row[column] if isinstance(row, Mapping) else row))
     return values
-
-
-def _check_key(column: str, known: list[str], where: str) -> None:
-    if column not in known:
-        hint = nearest(column, known) or f" (it has {', '.join(known)})"
-        raise OptionError(f"{where}: has no column {column!r}, which the model reads{hint}")
 
 
 def _encoded(value: Any) -> Any:

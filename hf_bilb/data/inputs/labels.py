@@ -8,18 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_bilb.config.options import nearest, shown
 from hf_bilb.data.inputs.given import check_column
 from hf_bilb.data.inputs.kinds import LabelColumns
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Words
 from hf_bilb.data.own.files import Table
-from hf_bilb.data.own.labels import Tags
-from hf_bilb.errors import OptionError
+from hf_bilb.data.own.labels import Tags, multi_hot, rows_of, unknown_class
+from hf_bilb.data.task_data import Standardizer
 from hf_bilb.losses.masked import MISSING_INTEGER
 from hf_bilb.losses.task_types import TaskType
-
-_LISTED = 12  # classes that a message lists
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def read_known_labels(table: Table, tasks: Mapping[str, TaskType], places: Mappi
     if not known:
         first = next(iter(tasks))
         for column in places[first].columns:
-            check_column(table, column)
+            check_column(column, table.features, table.name)
     values, tags = [], {}
     for name, task in tasks.items():
         if task.type == "token_classification":
@@ -62,26 +59,18 @@ def _values(table: Table, task: TaskType, place: LabelColumns) -> NDArray[np.flo
     names = place.columns
     if task.type == "regression":
         numbers = np.stack([columns.numbers(table, name) for name in names], axis=1)
-        return (numbers - np.array(task.means)) / np.array(task.stds) if task.means else numbers
+        return Standardizer(np.array(task.means), np.array(task.stds)).standardize(numbers) if task.means else numbers
     if task.type == "classification":
         classes = _classes(task, place)
         codes = _codes(table, columns.words(table, names[0], classes), np.arange(len(table.rows)), classes, names[0])
         return np.where(codes < 0, np.nan, codes)[:, None]
     if len(names) == 1 and columns.has_lists(table, names[0]):
-        return _of_lists(table, task, place)
+        return multi_hot(*_listed(table, task, place), task.size)
     return np.stack([columns.bits(table, name) for name in names], axis=1)
 
 
-def _of_lists(table: Table, task: TaskType, place: LabelColumns) -> NDArray[np.float64]:
-    lengths, codes, rows = _listed(table, task, place)
-    values = np.zeros((len(lengths), task.size))
-    values[rows[codes >= 0], codes[codes >= 0]] = 1.0
-    values[lengths < 0] = np.nan
-    return values
-
-
 def _tags(table: Table, task: TaskType, place: LabelColumns) -> Tags:
-    lengths, codes, _ = _listed(table, task, place)
+    lengths, codes = _listed(table, task, place)
     return Tags(lengths, np.where(codes < 0, MISSING_INTEGER, codes))
 
 
@@ -89,15 +78,12 @@ def _no_tags(num_rows: int) -> Tags:
     return Tags(np.full(num_rows, -1, np.int64), np.empty(0, np.int64))
 
 
-def _listed(
-    table: Table, task: TaskType, place: LabelColumns
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Of lists of words: the lengths `[N]`, and of each word its class and its row."""
+def _listed(table: Table, task: TaskType, place: LabelColumns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of lists of words: the lengths `[N]`, and of each word its class."""
     column, classes = place.columns[0], _classes(task, place)
     lists = columns.lists(table, column)
-    rows = np.repeat(np.arange(len(lists.lengths)), np.maximum(lists.lengths, 0))
-    found = columns.words_of(lists.values, lists.feature, table.missing - set(classes))
-    return lists.lengths, _codes(table, found, rows, classes, column), rows
+    found = columns.words_of(lists.values, lists.feature, table, classes)
+    return lists.lengths, _codes(table, found, rows_of(lists.lengths), classes, column)
 
 
 def _classes(task: TaskType, place: LabelColumns) -> dict[str, int]:
@@ -113,10 +99,6 @@ def _codes(
     codes = found.numbered(classes, unknown=-2)
     wrong = np.flatnonzero(codes == -2)
     if wrong.size:
-        word = found.known[found.codes[wrong[0]]]
-        hint = nearest(word, classes) or f" (classes: {', '.join(list(classes)[:_LISTED])})"
-        raise OptionError(
-            f"{table.place(int(rows[wrong[0]]))}: column {column!r} is {shown(word)}, which is no class of the "
-            f"model{hint}"
-        )
+        word, row = found.known[found.codes[wrong[0]]], int(rows[wrong[0]])
+        raise unknown_class(table.place(row), column, word, "is no class of the model", list(classes))
     return codes

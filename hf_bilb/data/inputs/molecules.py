@@ -30,7 +30,7 @@ def encode_molecules(kind: MoleculeInputs, inputs: Any, tokenizer: Any, wanted: 
     """Rows of graphs; see `ENCODERS`. Raises `MissingPackageError` where RDKit is not installed."""
     check_rdkit("smiles")
     table = as_table(inputs, wanted.csv, (kind.column,))
-    check_column(table, kind.column)
+    check_column(kind.column, table.features, table.name)
     with quiet_rdkit():
         graphs = [_graph(text, table, row) for row, text in enumerate(columns.texts(table, kind.column))]
     arrays = join_graphs(graphs, len(SMILES_ATOM_FEATURES), len(SMILES_BOND_FEATURES))

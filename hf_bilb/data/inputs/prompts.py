@@ -15,7 +15,7 @@ from hf_bilb.errors import OptionError
 def read_prompts(kind: PromptInputs, inputs: Any, csv: CsvOptions) -> list[str]:
     """N texts; raises as `as_table`."""
     table = as_table(inputs, csv, (kind.column,))
-    check_column(table, kind.column)
+    check_column(kind.column, table.features, table.name)
     return columns.texts(table, kind.column)
 
 

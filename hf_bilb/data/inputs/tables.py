@@ -55,7 +55,7 @@ def _checked(kind: TableInputs | FeatureInputs, inputs: Any, wanted: Wanted) -> 
     names = (*kind.numeric, *kind.categorical)
     table = as_table(inputs, wanted.csv, names)
     for name in names:
-        check_column(table, name)
+        check_column(name, table.features, table.name)
     return table
 
 

@@ -45,7 +45,7 @@ def _chosen(kind: TextInputs, table: Table) -> tuple[str, ...]:
     # Of several choices the one of which most is there says what is missing.
     wanted = max(kind.columns, key=lambda names: sum(name in known for name in names))
     for name in wanted:
-        check_column(table, name)
+        check_column(name, table.features, table.name)
     return wanted
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hf_bilb.config.options import shown
 from hf_bilb.data.own.files import Table
-from hf_bilb.data.own.words import word_of
+from hf_bilb.data.own.words import with_point, word_of
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.masked import MISSING_INTEGER
 
@@ -111,13 +111,23 @@ def _parsed(table: Table, column: str, array: pa.Array) -> NDArray[np.float64]:
 
     cells = pd.Series(array.to_pylist(), dtype=object).fillna("").str.strip()
     missing = cells.isin(table.missing).to_numpy()
-    values = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, copy=True)
+    plain = cells.map(with_point) if table.csv.decimal == "," else cells
+    values = pd.to_numeric(plain, errors="coerce").to_numpy(dtype=np.float64, copy=True)
     wrong = np.flatnonzero(np.isnan(values) & ~missing)
     if wrong.size:
-        cell = shown(cells.iloc[wrong[0]])
-        raise OptionError(f"data: {table.place(wrong[0])}: column {column!r} is {cell}, expected a number")
+        cell = cells.iloc[wrong[0]]
+        raise OptionError(
+            f"data: {table.place(wrong[0])}: column {column!r} is {shown(cell)}, expected a number"
+            f"{_decimal_hint(table, cell)}"
+        )
     values[missing] = np.nan
     return values
+
+
+def _decimal_hint(table: Table, cell: str) -> str:
+    if table.csv.decimal == ",":
+        return " with a decimal comma, as data.csv.decimal says"
+    return "; is data.csv.decimal ','?" if with_point(cell) is not None else ""
 
 
 def words(table: Table, column: str, kept: Collection[str] = ()) -> Words:
@@ -127,11 +137,11 @@ def words(table: Table, column: str, kept: Collection[str] = ()) -> Words:
     array = _column(table, column)
     if _is_list(array.type) or pa.types.is_struct(array.type) or pa.types.is_binary(array.type):
         raise _of_wrong_type(table, column, array, "words or numbers")
-    return words_of(array, table.features[column], table.missing - set(kept))
+    return words_of(array, table.features[column], table, kept)
 
 
-def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
-    """The same for an array `[N]`, a column or the values of lists."""
+def words_of(array: pa.Array, feature: Any, table: Table, kept: Collection[str] = ()) -> Words:
+    """The same for an array `[N]` of a table, a column or the values of lists."""
     import datasets
     import pyarrow as pa
 
@@ -141,26 +151,36 @@ def words_of(array: pa.Array, feature: Any, missing: frozenset[str]) -> Words:
     if pa.types.is_float32(array.type) or pa.types.is_float16(array.type):  # 0.1, not the nearest number of 64 bits
         array = pa.array([None if one is None else str(array.type.to_pandas_dtype()(one)) for one in array.to_pylist()],
                          pa.string())  # fmt: skip
+    missing = table.missing - set(kept)
     encoded = array.dictionary_encode()
-    values = ["" if value is None else word_of(value) for value in encoded.dictionary.to_pylist()]
+    values = ["" if value is None else word_of(_with_point(value, table)) for value in encoded.dictionary.to_pylist()]
     known = tuple(dict.fromkeys(word for word in values if word not in missing))
     places = {word: place for place, word in enumerate(known)}
-    table = np.array([*(places.get(word, -1) for word in values), -1], np.int64)
+    codes_of = np.array([*(places.get(word, -1) for word in values), -1], np.int64)
     codes = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
-    return Words(table[codes], known)
+    return Words(codes_of[codes], known)
 
 
-_BITS = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, str(MISSING_INTEGER): np.nan}
+def _with_point(value: Any, table: Table) -> Any:
+    if table.csv.decimal == "." or not isinstance(value, str):
+        return value
+    return with_point(value.strip()) or value
+
+
+_FALSE, _TRUE = ("0", "false", "f", "no", "n"), ("1", "true", "t", "yes", "y")
+_BITS = {**dict.fromkeys(_FALSE, 0.0), **dict.fromkeys(_TRUE, 1.0), str(MISSING_INTEGER): np.nan}
 
 
 def bits(table: Table, column: str) -> NDArray[np.float64]:
-    """`[N]`, 0 or 1, NaN where missing."""
+    """`[N]`, 0 or 1, NaN where missing; of true, false, yes, no, and their first letters, in any case, too."""
     found = words(table, column)
     values = np.array([*(_BITS.get(word.lower(), -1.0) for word in found.known), np.nan])[found.codes]
     wrong = np.flatnonzero(values == -1)
     if wrong.size:
         word = shown(found.known[found.codes[wrong[0]]])
-        raise OptionError(f"data: {table.place(wrong[0])}: column {column!r} is {word}, expected 0, 1, true or false")
+        raise OptionError(
+            f"data: {table.place(wrong[0])}: column {column!r} is {word}, expected 0, 1, true, false, yes or no"
+        )
     return values
 
 
@@ -190,18 +210,24 @@ def holds_images(table: Table, column: str) -> bool:
 
 
 def has_lists(table: Table, column: str) -> bool:
-    """Whether the column's values are lists, or texts of which the first one looks like one."""
+    """Whether the column's values are lists, or texts of which the first one looks like one.
+
+    Where the table says what parts lists, all texts are lists but those of which none is more than 0, 1, yes, ...
+    """
     import pyarrow as pa
 
     array = _column(table, column)
     if not pa.types.is_string(array.type):
         return _is_list(array.type)
     filled = (cell.strip() for cell in array.to_pylist() if cell is not None)
-    return next((cell.startswith("[") for cell in filled if cell not in table.missing), False)
+    known = (cell for cell in filled if cell not in table.missing)
+    if table.csv.list_separator is not None:
+        return any(cell.lower() not in _BITS for cell in known)
+    return next(known, "").startswith("[")
 
 
 def lists(table: Table, column: str) -> Lists:
-    """N lists, of a column of lists, or of text such as `["a", "b"]`."""
+    """N lists, of a column of lists, or of text such as `["a", "b"]`, or `a|b` where `csv.list_separator` says so."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -236,7 +262,7 @@ def _parsed_lists(table: Table, column: str, array: pa.Array) -> list[list[str |
     found: list[list[str | None] | None] = []
     for row, cell in enumerate(array.to_pylist()):
         text = "" if cell is None else cell.strip()
-        value = None if text in table.missing else _parsed_list(text)
+        value = None if text in table.missing else _parsed_list(text, table.csv.list_separator)
         if value is None and text not in table.missing:
             cut = ", which is cut short" if _CUT_SHORT.search(text) else ""
             raise OptionError(f"data: {table.place(row)}: column {column!r} is {shown(text)}{cut}, expected a list")
@@ -257,8 +283,18 @@ _LISTS = tuple(
 _CUT_SHORT = re.compile(r"[\s\[]\.\.\.[\s\]]")  # as NumPy prints a long array
 
 
-def _parsed_list(text: str) -> list[str | None] | None:
-    """A list as JSON, Python or NumPy writes it; None: it is none."""
+def _parsed_list(text: str, separator: str | None) -> list[str | None] | None:
+    """A list as JSON, Python or NumPy writes it, or else one with a separator; None: it is none."""
+    found = _written_list(text) if text.startswith("[") else None
+    return list(split_cell(text, separator)) if found is None and separator is not None else found
+
+
+def split_cell(text: str, separator: str) -> list[str]:
+    """The values of a list in one cell; white space around them is none of theirs."""
+    return text.split() if separator == " " else [value.strip() for value in text.split(separator)]
+
+
+def _written_list(text: str) -> list[str | None] | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

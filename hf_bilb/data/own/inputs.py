@@ -16,6 +16,7 @@ from hf_bilb.data.own.images import decoded_images
 from hf_bilb.data.own.joined import Joined
 from hf_bilb.data.own.table import Cells, Encoder, read_cells
 from hf_bilb.data.own.text import Texts, check_lengths, read_texts, tokenize_texts
+from hf_bilb.data.own.words import other_spelling
 from hf_bilb.data.rows import Rows, VectorRows, collate_images, collate_vectors
 from hf_bilb.data.splits import PARTS
 from hf_bilb.data.text.rows import PadTokens, TokenRows
@@ -59,6 +60,9 @@ def table_inputs(joined: Joined) -> Inputs:
     encoder = Encoder.fit(joined.sources[0].options.inputs, cells, joined.rows["train"])
     for column in encoder.empty:
         logger.warning("data.inputs: column %r has no value in the training part; it is the same in all rows", column)
+    for column, known in zip(encoder.categorical, encoder.categories, strict=True):
+        if pair := other_spelling(known):
+            logger.warning("data.inputs.categorical: %r and %r of column %r are two categories", *pair, column)
     _warn_of_unknown(encoder, cells, joined)
 
     def part(name: str) -> VectorRows:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_bilb.config.options import nearest, shown
+from hf_bilb.config.yaml import flow
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Lists, Words
 from hf_bilb.data.own.images import FoundFiles, find_labels
@@ -28,7 +29,7 @@ from hf_bilb.data.own.pixels import (
     prepare_labels,
 )
 from hf_bilb.data.own.source import Source
-from hf_bilb.data.own.words import PERHAPS_MISSING, in_order
+from hf_bilb.data.own.words import PERHAPS_MISSING, in_order, other_spelling
 from hf_bilb.data.task_data import Standardizer
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.class_weights import balanced_class_weights, balanced_weights_of_counts
@@ -114,6 +115,25 @@ def read_labels(source: Source, name: str, options: TaskOptions, frames: Frames 
     return labels
 
 
+def rows_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`[sum of lengths]`: the row of each value of lists, whose lengths are -1 where there is none."""
+    return np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
+
+
+def multi_hot(lengths: NDArray[np.int64], codes: NDArray[np.int64], size: int) -> Floats:
+    """`[N, M]`: 1 for the classes in a row's list (`codes [sum of lengths]`, -1: none), NaN where there is no list."""
+    values = np.zeros((len(lengths), size))
+    values[rows_of(lengths)[codes >= 0], codes[codes >= 0]] = 1.0
+    values[lengths < 0] = np.nan
+    return values
+
+
+def unknown_class(place: str, column: str, word: str, why: str, classes: Sequence[str]) -> OptionError:
+    """The error for a word that is none of the classes."""
+    hint = nearest(word, classes) or f" (classes: {', '.join(classes[:_LISTED])})"
+    return OptionError(f"{place}: column {column!r} is {shown(word)}, which {why}{hint}")
+
+
 class _Reader:
     """A method for each type of task."""
 
@@ -133,13 +153,12 @@ class _Reader:
         for column, of_column in zip(self.columns, values.T, strict=True):
             self._check_some(~np.isnan(of_column[self.train]), column)
         names = self.columns if len(self.columns) > 1 else ()
-        task = self._type(len(self.columns), names, unit=self.options.unit)
+        scale: dict[str, Any] = {}
         if self.options.standardize is not False:
-            scale = Standardizer.fit(values[self.train])
-            values = scale.standardize(values)
-            task = self._type(
-                len(self.columns), names, unit=self.options.unit, means=scale.means.tolist(), stds=scale.stds.tolist()
-            )
+            fitted = Standardizer.fit(values[self.train])
+            values = fitted.standardize(values)
+            scale = {"means": fitted.means.tolist(), "stds": fitted.stds.tolist()}
+        task = self._type(len(self.columns), names, unit=self.options.unit, **scale)
         return TaskLabels(task, values, None, np.any(~np.isnan(values), axis=1))
 
     def classification(self) -> TaskLabels:
@@ -161,13 +180,9 @@ class _Reader:
         return TaskLabels(self._type(len(names), names, class_weights=weights), values, None, np.any(known, axis=1))
 
     def token_classification(self) -> TaskLabels:
-        lists = self.source.each(columns.lists, self.columns[0])
-        lengths, found = self._joined(lists)
-        # Of each word, its row.
-        rows = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
-        of_train = np.flatnonzero(np.isin(rows, self.train))
-        classes, codes = self._coded(found, of_train, lambda word: self.source.place(int(rows[word])))
-        weights = self._weights(codes[of_train], classes)
+        lengths, classes, codes = self._coded_lists()
+        rows = rows_of(lengths)
+        weights = self._weights(codes[np.isin(rows, self.train)], classes)
         labelled = np.isin(np.arange(len(lengths)), rows[codes >= 0])
         tags = Tags(lengths, np.where(codes < 0, MISSING_INTEGER, codes))
         task = self._type(len(classes), classes, class_weights=weights)
@@ -223,20 +238,20 @@ class _Reader:
 
     def _of_lists(self) -> tuple[tuple[str, ...], Floats]:
         """The labels' names, and `[N, M]`: 1 for those in a row's list, NaN where there is no list."""
+        lengths, classes, codes = self._coded_lists(least=1)
+        return classes, multi_hot(lengths, codes, len(classes))
+
+    def _coded_lists(self, least: int = 2) -> tuple[NDArray[np.int64], tuple[str, ...], NDArray[np.int64]]:
+        """Lengths of the lists, the classes, and the class of each value, one list after the other."""
         lengths, found = self._joined(self.source.each(columns.lists, self.columns[0]))
-        rows = np.repeat(np.arange(len(lengths)), np.maximum(lengths, 0))
+        rows = rows_of(lengths)
         of_train = np.flatnonzero(np.isin(rows, self.train))
-        classes, codes = self._coded(found, of_train, lambda value: self.source.place(int(rows[value])), 1)
-        values = np.zeros((len(lengths), len(classes)))
-        values[rows[codes >= 0], codes[codes >= 0]] = 1.0
-        values[lengths < 0] = np.nan
-        return classes, values
+        return lengths, *self._coded(found, of_train, lambda value: self.source.place(int(rows[value])), least)
 
     def _joined(self, lists: Sequence[Lists]) -> tuple[NDArray[np.int64], Words]:
         """Lengths of the lists, and their values as words."""
-        missing = [table.missing - self._kept for table in self.source.tables]
-        found = [columns.words_of(of_table.values, of_table.feature, none)
-                 for of_table, none in zip(lists, missing, strict=True)]  # fmt: skip
+        found = [columns.words_of(of_table.values, of_table.feature, table, self._kept)
+                 for of_table, table in zip(lists, self.source.tables, strict=True)]  # fmt: skip
         return np.concatenate([of_table.lengths for of_table in lists]), Words.joined(found)
 
     # --- classes --------------------------------------------------------------------------------------------------
@@ -260,6 +275,9 @@ class _Reader:
         if not given and (odd := sorted(PERHAPS_MISSING.intersection(classes))):
             logger.warning("%s: %s of column %r is a class; if it means an empty cell, set data.csv.missing: [%s]",
                            self.path, ", ".join(map(repr, odd)), column, ", ".join(map(json.dumps, odd)))  # fmt: skip
+        if not isinstance(self.options.classes, dict) and (pair := other_spelling(classes)):
+            logger.warning("%s: %r and %r of column %r are two classes; for one, set classes: %s, and the others",
+                           self.path, *pair, column, flow({pair[0]: list(pair)}))  # fmt: skip
         places = {word: number for number, words in enumerate(groups.values()) for word in words}
         codes = found.numbered(places, unknown=-2)
         used = np.unique(codes[train])
@@ -272,8 +290,7 @@ class _Reader:
         if wrong.size:
             word = found.known[found.codes[wrong[0]]]
             why = f"is no class of the task {self.name!r}" if given else "is in no row of the training part"
-            hint = nearest(word, places) or f" (classes: {', '.join(list(places)[:_LISTED])})"
-            raise OptionError(f"data: {place(int(wrong[0]))}: column {column!r} is {shown(word)}, which {why}{hint}")
+            raise unknown_class(f"data: {place(int(wrong[0]))}", column, word, why, list(places))
         return classes, codes
 
     def _check_some(self, labelled: NDArray[Any], column: str, which: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from hf_bilb.config.options import nearest
 from hf_bilb.data.own import columns
 from hf_bilb.data.own.columns import Words
-from hf_bilb.data.own.files import Table, delimiter_hint, read_tables
+from hf_bilb.data.own.csv_files import delimiter_hint, header_hint
+from hf_bilb.data.own.files import Table, is_csv, read_tables
 from hf_bilb.data.own.options import SourceOptions
 from hf_bilb.data.own.parts import draw_groups, draw_named_groups, draw_parts, draw_strata
 from hf_bilb.data.own.words import MISSING
@@ -116,6 +118,7 @@ def _check_column(path: str, column: str, tables: Sequence[Table]) -> None:
         if table is not tables[0]:
             raise OptionError(f"data: {table.name} has no column {column!r}, which {tables[0].name} has ({path})")
         hint = nearest(column, known) or f" (it has {', '.join(known)}{delimiter_hint(known)})"
+        hint += header_hint(known) if is_csv(Path(table.name)) else ""
         raise OptionError(f"{path}: {table.name} has no column {column!r}{hint}")
 
 

@@ -14,9 +14,10 @@ MISSING = frozenset({"", "null", "NaN", "nan", "None"})
 #: What may be meant as an empty cell, but is a word unless a recipe says so.
 PERHAPS_MISSING = frozenset({"?", "NA", "N/A", "n/a", "na", "#N/A", "-", "--", ".", "NULL", "missing", "unknown"})
 _WHOLE = re.compile(r"([-+]?\d+)\.0*")
-
-
+#: A number whose fraction stands behind a comma, and whose thousands full stops may part.
+_WITH_COMMA = re.compile(r"[-+]?(\d+|\d{1,3}(\.\d{3})+)?(,\d*)?([eE][-+]?\d+)?")
 _TRUTH = {word: str(word.lower() == "true") for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
+_LONG = {"y": "yes", "n": "no", "t": "true", "f": "false"}
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d(?::\d\d)?)(?:\.(\d+))?(Z|[-+]\d\d:?\d\d)?")
 
 
@@ -32,6 +33,26 @@ def word_of(value: Any) -> str:
         return whole_number[1]
     time = _TIME.fullmatch(text)
     return _TRUTH.get(text, text) if time is None else _time_of(*time.groups())
+
+
+def has_comma_number(text: str) -> bool:
+    """Whether it is a number with a decimal comma, or could be one: `4,1`, `1.234,5`, `1.234`, `7`."""
+    return bool(text[-1:].isdigit() and _WITH_COMMA.fullmatch(text))
+
+
+def with_point(text: str) -> str | None:
+    """A number with a decimal comma as one with a point: `1234.5` for `1.234,5`; None: it is none."""
+    return text.replace(".", "").replace(",", ".") if has_comma_number(text) else None
+
+
+def other_spelling(words: Iterable[str]) -> tuple[str, str] | None:
+    """Two of the words that differ in case alone, or of which one is short for the other, such as `y` and `Yes`."""
+    seen: dict[str, str] = {}
+    for word in words:
+        plain = word.casefold()
+        if (other := seen.setdefault(_LONG.get(plain, plain), word)) != word:
+            return other, word
+    return None
 
 
 def _time_of(day: str, time: str, fraction: str | None, zone: str | None) -> str:

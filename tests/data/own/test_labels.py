@@ -259,7 +259,8 @@ def test_minus_100_is_a_missing_class_but_a_number(tmp_path: Path, kind: str) ->
 
 
 def test_minus_100_is_missing_among_declared_classes() -> None:
-    found = words_of(pa.array([1, -100, 0, None]), datasets.ClassLabel(names=["no", "yes"]), frozenset())
+    table = Table("rows", datasets.Dataset.from_dict({}), Path())
+    found = words_of(pa.array([1, -100, 0, None]), datasets.ClassLabel(names=["no", "yes"]), table)
     assert found.codes.tolist() == [1, -1, 0, -1] and found.known == ("no", "yes")
 
 

@@ -253,7 +253,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "no UTF-8": (
         {"test.csv": "body,stars,topic\ncaf\udce9,1,cats\n"}, {},
         "data: {dir}/test.csv cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 20: invalid "
-        "continuation byte; save it as UTF-8",
+        "continuation byte; is data.csv.encoding 'cp1252'?",
     ),
     "damaged archive": (
         {"test.csv.gz": "no archive"}, {"files": {**PARTS, "test": "{dir}/test.csv.gz"}},
@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "label that is neither 0 nor 1": (
         {"train.csv": "body,ad,spam\nx,0,1\ny,1,2\nz,0,0\nz,0,0\n"},
         {"tasks": {"kind": {"type": "multi_label", "columns": ["ad", "spam"]}}, "files": "{dir}/train.csv"},
-        "data: {dir}/train.csv, row 2: column 'spam' is '2', expected 0, 1, true or false",
+        "data: {dir}/train.csv, row 2: column 'spam' is '2', expected 0, 1, true, false, yes or no",
     ),
     "label without a value": (
         {"train.csv": "body,ad,spam\nx,0,\ny,1,\nz,1,\nz,1,\n"},
