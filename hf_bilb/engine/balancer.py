@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from typing import ClassVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,9 @@ class LossBalancer:
         phase: `warmup`: the plain sum of the losses, nothing is learned or taken as reference; `balancing`; `frozen`:
             the method goes on weighting, its own parameters and references stay. The caller sets it before `backward`.
     """
+
+    #: What a balancer that looks at the tasks' gradients makes of the derivatives of F; None where it takes these.
+    _by_gradients: ClassVar[Callable[..., Derivatives] | None] = None
 
     def __init__(
         self,
@@ -306,7 +309,11 @@ class LossBalancer:
         if self.phase == "warmup":
             result = self._plain_sum(whole)
         else:
-            result = self._derivatives(whole, active, valid, micro_batches, process_group, alone)
+            # Just observed, where they are valid: those of the present tasks are among the last known ones.
+            last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
+            result = differentiate(self.objective, self.normalization, last, active, features)
+            if self._by_gradients is not None:
+                result = self._by_gradients(result, whole, active, valid, micro_batches, process_group, alone)
         if balancing:
             # A follower's parameters do not follow dF/dtheta.
             if self._follower is None and result.parameter_gradients:
@@ -356,26 +363,6 @@ class LossBalancer:
             known = known & usable
             self._monitor.learn(usable, whole.losses)
         history.observe(losses, whole.num_items, known, self._epoch)
-
-    def _derivatives(
-        self,
-        whole: GlobalBatch,
-        active: Tensor,
-        valid: Tensor,
-        micro_batches: Sequence[TaskLosses],
-        process_group: dist.ProcessGroup | None,
-        alone: bool,
-    ) -> Derivatives:
-        """F and what the coefficients are made from.
-
-        Args:
-            whole, active: the global losses, and the tasks that F runs over.
-            valid: bool scalar, whether the losses are such that the method can take them.
-            micro_batches, process_group, alone: as in `decide`, for methods that look at more than the losses.
-        """
-        # Just observed, where they are valid: those of the present tasks are among the last known ones.
-        last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
-        return differentiate(self.objective, self.normalization, last, active, features)
 
     def _plain_sum(self, whole: GlobalBatch) -> Derivatives:
         ones = whole.present.to(self.dtype)

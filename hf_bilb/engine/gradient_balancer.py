@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_bilb.engine.balancer import LossBalancer, entries_below, entries_without
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
-from hf_bilb.engine.objective import Derivatives, differentiate
+from hf_bilb.engine.objective import Derivatives
 from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
 from hf_bilb.engine.task_gradients import (
     GlobalGradients,
@@ -289,8 +289,9 @@ class GradientBalancer(LossBalancer):
             )
         return [_inside_wrapper(tensor) for tensor in features]
 
-    def _derivatives(
+    def _by_gradients(
         self,
+        plain: Derivatives,
         whole: GlobalBatch,
         active: Tensor,
         valid: Tensor,
@@ -298,7 +299,7 @@ class GradientBalancer(LossBalancer):
         process_group: dist.ProcessGroup | None,
         alone: bool,
     ) -> Derivatives:
-        plain = differentiate(self.objective, self.normalization, self._memory.last_losses, active)
+        """What takes the place of `plain`, the derivatives of F: the method's weights, or its direction."""
         single = not self._running
         if not self.needs_gradients:
             self._follow_model()

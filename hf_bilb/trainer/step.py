@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_bilb.engine.balancer import LossBalancer
+from hf_bilb.engine.gradient_balancer import GradientBalancer
 from hf_bilb.engine.replay import RandomState, Snapshot, run_as_before, unchanged
 from hf_bilb.engine.weighting import Weighting, WindowShare
 from hf_bilb.losses.contract import TaskLosses
@@ -117,6 +118,17 @@ class OptimizerStep:
         elif self._replayed:
             self._random_states.append(RandomState.capture(self._device))
         self.calls = 0
+
+    def window_losses(self, model: nn.Module) -> list[TaskLosses]:
+        """The losses of the window's micro-batches, by a first pass; a gradient method takes in their gradients."""
+        balancer = self._balancer
+        if not isinstance(balancer, GradientBalancer) or not balancer.needs_gradients:
+            return self.first_pass(model)
+        losses = self.first_pass(model, balancer.gather)
+        if balancer.gathers_again:
+            balancer.forget_gathered()
+            losses = self.first_pass(model, balancer.gather)
+        return losses
 
     def first_pass(self, model: nn.Module, look: Callable[[TaskLosses], None] | None = None) -> list[TaskLosses]:
         """Run every micro-batch; the passes that follow draw the same random numbers.

@@ -396,24 +396,13 @@ class BilevelMTLTrainer(TaskLossTrainer):
             return
         if self._ordinary is not False and self._is_ordinary(model, step.batches[0]):
             return
-        losses = self._window_losses(model, step) if over_window else []
+        losses = step.window_losses(model) if over_window else []
         if self.balancer.needs_look_ahead:
             self._look_ahead(step)
         if over_window:
             # F once, at the losses of all micro-batches together, of a first pass without gradients.
             step.weighting = self.balancer.decide(losses)
             step.parts.append(Part(step.weighting, step.weighting.value + step.weighting.auxiliary_loss, None))
-
-    def _window_losses(self, model: nn.Module, step: OptimizerStep) -> list[TaskLosses]:
-        """The losses of the window's micro-batches, whose gradients a gradient method takes in."""
-        balancer = self.balancer
-        if not isinstance(balancer, GradientBalancer) or not balancer.needs_gradients:
-            return step.first_pass(model)
-        losses = step.first_pass(model, balancer.gather)
-        if balancer.gathers_again:
-            balancer.forget_gathered()
-            losses = step.first_pass(model, balancer.gather)
-        return losses
 
     def _build_window_counter(self) -> WindowCounter:
         return WindowCounter(self._item_counter, self.task_names, self.balancer.device, self.balancer.dtype)
