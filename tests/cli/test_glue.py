@@ -195,7 +195,7 @@ def test_the_tokenizer_follows_the_encoder_unless_it_is_said(folder):
         ),
         (
             ["model.encoder=package:no_such_model"],
-            "data.tokenizer: 'package:no_such_model': the package no_such_model is",
+            "model.encoder: 'package:no_such_model': the package no_such_model is",
         ),
         (["model.lora={target_modules: [qurey]}"], "model.lora.target_modules: 'qurey' is no layer of 'bert'"),
         (

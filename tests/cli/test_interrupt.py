@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,15 @@ NOT_SAVING = ("trainer.save_strategy=no", "trainer.load_best_model_at_end=false"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setitem(DATA_SETS, "made_up", MADE_UP)
     monkeypatch.chdir(tmp_path)
+    # A shell starts what it runs in the background so that it ignores Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     (tmp_path / "small.yaml").write_text(RECIPE)
     (tmp_path / "stop.py").write_text(STOP)
-    return tmp_path
+    yield tmp_path
+    signal.signal(signal.SIGINT, handler)
 
 
 def train(*arguments: str) -> Result:

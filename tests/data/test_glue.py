@@ -272,7 +272,7 @@ def test_a_tokenizer_is_needed_and_rows_fit_it(folder: str, encoder: str) -> Non
         OptionError, match=r"^data\.max_length: 129 is not valid, expected at most 128, as the tokenizer"
     ):
         load_glue(GlueOptions(folder=folder, tokenizer=encoder, max_length=129))
-    with pytest.raises(OptionError, match=r"^data\.tokenizer: '.*nowhere' gives no tokenizer: ") as caught:
+    with pytest.raises(OptionError, match=r"^data\.tokenizer: there is no folder '.*nowhere'$") as caught:
         load_glue(GlueOptions(folder=folder, tokenizer=f"{folder}/nowhere"))
     one_line(caught)
 
