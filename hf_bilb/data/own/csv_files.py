@@ -78,7 +78,8 @@ def check_cells(file: Path, options: CsvOptions, rows: datasets.Dataset) -> None
         for number, found in enumerate(text.row_lengths(), 1):
             if found < expected:
                 named = "; data.csv.columns names them: a file with other columns needs their names in its first line"
-                raise _wrong_number(file, number, found, expected, named if text.header()[1] else "")
+                hint = named if text.header()[1] else delimiter_hint(rows.column_names)
+                raise _wrong_number(file, number, found, expected, hint)
 
 
 class _CsvFile:
