@@ -232,10 +232,10 @@ def test_a_recipe_for_images_trains(pictures: str) -> None:
 
 @pytest.fixture
 def flats(here: Path) -> str:
-    """As a German spreadsheet saves it: semicolons, decimal commas, points between thousands, an encoding of Windows."""
+    """As a German spreadsheet saves it: semicolons, decimal commas, points between thousands, cp1252."""
     draw = random.Random(0)
     rows = ["Größe;Garten;Stadtteil;Merkmale;Preis (€);verkauft"]
-    for i in range(200):
+    for _ in range(200):
         area, garden = draw.uniform(30, 200), draw.randint(100, 3000)
         known = [name for name in ("Balkon", "Keller", "Öfen") if draw.random() < 0.5]
         cells = [_german(area, 1), _german(garden, 0), draw.choice(["Süd", "Nord"]), "|".join(known) or "[]"]

@@ -78,8 +78,8 @@ def test_a_letter_that_the_encoding_of_the_file_lacks(tmp_path: Path) -> None:
     with pytest.raises(OptionError) as error:
         write_rows(rows, {"p": ["имя"]}, tmp_path / "new.csv", csv)
     assert str(error.value) == (
-        f"--output: {tmp_path / 'new.csv'}: 'имя' cannot be written in cp1252, the encoding of the file that is read; a "
-        ".jsonl or .parquet file takes it"
+        f"--output: {tmp_path / 'new.csv'}: 'имя' cannot be written in cp1252, as the file that is read is; a .jsonl "
+        "or .parquet file takes it"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 

@@ -275,7 +275,7 @@ def test_semicolons_in_some_cells_are_no_delimiter(tmp_path: Path) -> None:
 def test_a_first_line_of_values_is_said(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("".join(f"{i / 7:.3f},{i},a\n" for i in range(ROWS)))
     assert inspect_table(tmp_path / "t.csv").hint == "; if its first line is a row, name the columns in --columns"
-    with pytest.raises(OptionError, match="row 1: has 3 cells, expected 2, one for each column$"):
+    with pytest.raises(OptionError, match=r"row 1: has 3 cells, expected 2, one for each column$"):
         inspect_table(tmp_path / "t.csv", ("a", "b"))
     (tmp_path / "t.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(OptionError, match=r"^--columns: says nothing for .*t.jsonl, whose columns have names$"):
