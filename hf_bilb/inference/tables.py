@@ -75,8 +75,8 @@ def write_rows(rows: datasets.Dataset, added: Mapping[str, list[Any]], output: P
     except UnicodeEncodeError as error:
         missing = shown(error.object[error.start : error.end])
         raise OptionError(
-            f"--output: {output}: {missing} cannot be written in {csv.encoding}, as the file that is read is; a .jsonl or "
-            ".parquet file takes it"
+            f"--output: {output}: {missing} cannot be written in {csv.encoding}, as the file that is read is; a .jsonl "
+            "or .parquet file takes it"
         ) from None
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from None
