@@ -148,8 +148,8 @@ def _of_numbers(
     # Not by the deviation alone: that of equal numbers may be a rounding error instead of 0.
     if lowest_y < highest_y and of_y > 0:
         nmse = squared / of_y
-        # That of a constant prediction, the mean, is 0, not a rounding error beside it, nor -0.0.
-        found |= {"nmse": nmse, "r2": round(1 - nmse, 12) + 0.0}
+        # That of the mean is 0, not a rounding error near it.
+        found |= {"nmse": nmse, "r2": round(1 - nmse, 12)}
     return found
 
 

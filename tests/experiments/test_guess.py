@@ -272,6 +272,11 @@ def test_semicolons_in_some_cells_are_no_delimiter(tmp_path: Path) -> None:
     assert table.csv.delimiter is None and [column.name for column in table.columns] == ["text", "tags"]
 
 
+def test_a_semicolon_in_a_name_is_no_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("size; in m,y\n" + "".join(f"{i},{i % 2}\n" for i in range(20)))
+    assert [column.name for column in inspect_table(tmp_path / "t.csv").columns] == ["size; in m", "y"]
+
+
 def test_a_first_line_of_values_is_said(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("".join(f"{i / 7:.3f},{i},a\n" for i in range(ROWS)))
     assert inspect_table(tmp_path / "t.csv").hint == "; if its first line is a row, name the columns in --columns"

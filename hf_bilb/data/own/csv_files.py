@@ -172,7 +172,8 @@ def other_delimiter(file: Path, encoding: str) -> str | None:
             lengths = {len(row) for row in itertools.islice(rows, _FIRST_LINES)}
             if len(lengths) == 1 and lengths != {1}:
                 return other
-        return _delimiter_in(next(usual.rows(), []))
+        names = next(usual.rows(), [])
+        return _delimiter_in(names) if len(names) == 1 else None
 
 
 def delimiter_hint(names: Sequence[str]) -> str:

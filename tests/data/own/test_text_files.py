@@ -14,7 +14,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from hf_bilb.config.yaml import load_yaml
 from hf_bilb.data.inputs.kinds import LabelColumns
 from hf_bilb.data.inputs.labels import read_known_labels
-from hf_bilb.data.own.columns import numbers, texts, words
+from hf_bilb.data.own.columns import numbers, texts, word_lists, words
 from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.files import Table, read_table
 from hf_bilb.data.own.json_files import read_json
@@ -218,7 +218,7 @@ def test_yes_and_no_of_one_column_are_no_lists(tmp_path: Path) -> None:
     assert labels(data).tolist() == [[1, 1, 1], [0, 0, 1], [1, 1, 0]]
 
 
-@pytest.mark.parametrize("separator", [" ", "|"])
+@pytest.mark.parametrize("separator", [" ", "|", "| "])
 def test_words_and_their_tags_in_cells(separator: str, tmp_path: Path) -> None:
     encoder = str(write_encoder(tmp_path / "encoder"))
     rows = [
@@ -228,8 +228,10 @@ def test_words_and_their_tags_in_cells(separator: str, tmp_path: Path) -> None:
     as_cells = [{name: separator.join(values) for name, values in row.items()} for row in rows]
     pd.DataFrame(as_cells).to_csv(tmp_path / "a.csv", index=False)
     options = {"inputs": {"text": "words"}, "tasks": {"tags": {"type": "token_classification"}}, "tokenizer": encoder}
-    found = load(files=three_parts(str(tmp_path / "a.csv")), csv={"list_separator": separator}, **options)
+    found = load(files=three_parts(str(tmp_path / "a.csv")), csv={"list_separator": separator[0]}, **options)
     expected = load(files=three_parts(write_jsonl(tmp_path / "a.jsonl", rows)), **options)
+    table = table_of(tmp_path / "a.csv", list_separator=separator[0])
+    assert word_lists(table, "words") == [row["words"] for row in rows]
     for row in range(2):
         for name, values in expected.train[row].items():
             assert np.array_equal(found.train[row][name], values), name
