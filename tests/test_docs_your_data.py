@@ -9,9 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from hf_bilb.config.yaml import load_yaml
+from hf_bilb.losses.task_types import TaskType
+from hf_bilb.metrics.by_type import METRICS, default_metrics, fitting_metrics
 from hf_bilb.reporting.results import read_results
+from tests.data.own.tables import load, three_parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +61,51 @@ def test_from_a_csv_file_to_a_table_of_results(flats: Path) -> None:
     # As on the page, but for one seed and fewer epochs.
     said = run(flats, compare.replace("--seeds 0,1", "--seeds 0"), "trainer.num_train_epochs=1")
     assert "bilb" in said and "ls" in said
+
+
+def test_the_file_of_a_spreadsheet_is_read_as_the_page_says(tmp_path: Path) -> None:
+    (text,) = (block for block in blocks("your_data.md", "text") if ";" in block)
+    (printed,) = (block for block in blocks("your_data.md", "yaml") if "decimal:" in block)
+    options = load_yaml(printed, "page")["data"]
+    del options["name"], options["files"]
+    (tmp_path / "flats.csv").write_text(text, encoding=options["csv"]["encoding"])
+    data = load(files=three_parts(str(tmp_path / "flats.csv")), **options)
+    found = np.array([row["labels"].tolist() for row in data.test])
+    price, features = data.model_arguments["tasks"].values()
+    assert (price.means, price.stds, features.names) == ((219750.0,), (62250.0,), ("Balkon", "Keller"))
+    assert np.array_equal(found, [[-1, 1, 1], [1, 0, 0], [np.nan, 1, 0]], equal_nan=True)
+    numeric = np.array([row["numeric"].tolist() for row in data.test])
+    scale = [data.model_arguments[f"numeric_{what}"] for what in ("stds", "means")]
+    assert numeric * scale[0] + scale[1] == pytest.approx(
+        np.array([[52.5, 1250], [94, np.nan], [148.25, 872]]), nan_ok=True, rel=1e-6
+    )
+
+
+def test_metrics_on_the_page_are_those_that_there_are() -> None:
+    text = (ROOT / "docs" / "your_data.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)`(, 2 classes|, more)? \| (.+) \| (.*)\|$", text.partition("metrics, unless named")[2], re.M
+    )
+    plain, tags = ("a", "b", "c"), ("O", "B-x", "I-x")
+    tasks = {
+        ("regression", ""): [TaskType("regression")],
+        ("classification", ", 2 classes"): [TaskType("classification", 2)],
+        ("classification", ", more"): [TaskType("classification", 3)],
+        ("multi_label", ""): [TaskType("multi_label", 3)],
+        ("token_classification", ""): [
+            TaskType("token_classification", 2, plain[:2]),
+            TaskType("token_classification", 3, plain),
+            TaskType("token_classification", 3, tags),
+        ],
+        ("segmentation", ""): [TaskType("segmentation", 3)],
+        ("dense_regression", ""): [TaskType("dense_regression")],
+    }
+    assert {type_ for type_, _ in tasks} == set(METRICS) and [row[:2] for row in rows[: len(tasks)]] == list(tasks)
+    for type_, which, default, others in rows[: len(tasks)]:
+        known = set().union(*(fitting_metrics(task) for task in tasks[type_, which]))
+        usual = set().union(*(default_metrics(task) for task in tasks[type_, which]))
+        named = [set(re.findall(r"`(\w+)`", cell)) - {"O"} for cell in (default, others)]
+        assert named[0] == usual and named[0] | named[1] == known, (type_, which)
 
 
 @pytest.mark.slow

@@ -15,9 +15,18 @@ from hf_bilb.experiments.starter_request import StarterRequest
 @click.option("--text", metavar="COLUMN[,COLUMN]", help="The texts to predict from: one column, or two for pairs.")
 @click.option("--image", metavar="COLUMN", help="The images to predict from: a column of paths, or of images.")
 @click.option("--tasks", metavar="COLUMN,...", help="The columns to predict.  [default: named label, target, ...]")
+@click.option("--columns", metavar="NAME,...", help="Names of all columns of a text file that has none.")
 @click.option("--output", type=click.Path(), help="The recipe to write.  [default: FILE's name with .yaml]")
 @click.option("--force", is_flag=True, help="Write over a recipe that is already there.")
-def init(file: str, text: str | None, image: str | None, tasks: str | None, output: str | None, force: bool) -> None:
+def init(
+    file: str,
+    text: str | None,
+    image: str | None,
+    tasks: str | None,
+    columns: str | None,
+    output: str | None,
+    force: bool,
+) -> None:
     """Write a commented recipe for your own data in FILE: a table (csv, tsv, jsonl, parquet) or a folder saved by
     `datasets`.
 
@@ -29,7 +38,7 @@ def init(file: str, text: str | None, image: str | None, tasks: str | None, outp
     other columns are the inputs of a model for tables.
     """
     with one_line_errors():
-        request = StarterRequest(file, _names(text), image, _names(tasks), output, force)
+        request = StarterRequest(file, _names(text), image, _names(tasks), _names(columns), output, force)
         from hf_bilb.experiments.starter import write_starter  # only now: datasets, torch
 
         written = write_starter(request)

@@ -41,7 +41,8 @@ def predict(
     """Write FILE's rows with what MODEL says of each into --output.
 
     MODEL is the folder of a run, a checkpoint in it, or owner/name on the hub; FILE a .csv, .tsv, .jsonl or .parquet
-    file with the input columns of the training data.
+    file with the input columns of the training data. Text files are read, and written, as those that the model was
+    trained on: in the same encoding, with the same delimiter and decimal sign.
 
     \b
         hf-bilb predict runs/reviews new.csv --output predicted.csv
@@ -51,7 +52,7 @@ def predict(
         from hf_bilb.inference.load import load  # only now: torch, transformers
         from hf_bilb.inference.loaded import LoadedModel
         from hf_bilb.inference.quiet import quieten
-        from hf_bilb.inference.tables import check_free, check_output, read_rows, write_rows
+        from hf_bilb.inference.tables import check_free, check_output, csv_of_output, read_rows, write_rows
 
         check_output(Path(output), Path(file), force)
         check_there(Path(file))
@@ -62,7 +63,8 @@ def predict(
         names = [f"{prefix}{name}" for name in loaded.columns(all_classes)]
         check_free(rows.column_names, names, file)
         found = loaded.predict(Path(file), batch_size, **settings).to_columns(all_classes)
-        write_rows(rows, dict(zip(names, found.values(), strict=True)), Path(output))
+        csv = csv_of_output(Path(file), loaded.format.csv)
+        write_rows(rows, dict(zip(names, found.values(), strict=True)), Path(output), csv)
     click.echo(f"wrote {output}: {len(rows)} rows, with {', '.join(names)}")
 
 

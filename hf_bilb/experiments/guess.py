@@ -52,7 +52,7 @@ def guess_task(column: Column, text: Column | None = None) -> Guess:
     if column.kind == "empty":
         return Guess(None, "no value")
     if column.kind in ("images", "others"):
-        return Guess(None, f"{column.kind}, no labels")
+        return Guess(None, f"{described(column)}, no labels")
     if len(column.counts) < 2:
         return Guess(None, "one value alone")
     return {"lists": _guess_lists, "numbers": _guess_numbers, "words": _guess_words}[column.kind](column, text)
@@ -127,7 +127,7 @@ def _separator_of_words(column: Column, text: Column) -> str | None:
 def guess_input(column: Column) -> Guess:
     """Whether a column is a `numeric` or a `categorical` input of a model for tables."""
     if column.kind in ("empty", "images", "others", "lists"):
-        return Guess(None, "no value" if column.kind == "empty" else column.kind)
+        return Guess(None, described(column))
     if len(column.counts) < 2:
         return Guess(None, "one value alone")
     if is_id(column):
@@ -156,6 +156,11 @@ def group_column(table: InspectedTable, taken: Collection[str]) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------- small things
+
+
+def described(column: Column) -> str:
+    """What is in a column that is neither of numbers nor of words."""
+    return {"empty": "no value", "others": "lists of lists, or objects"}.get(column.kind, column.kind)
 
 
 def different(column: Column) -> str:
@@ -190,7 +195,7 @@ def _is_spoilt(column: Column) -> bool:
 
 def _stray(column: Column) -> str:
     word = min(column.no_numbers, key=column.row_of)
-    return f"numbers, but row {column.row_of(word)} holds {shown(word)}"
+    return f"numbers, but row {column.row_of(word)} holds {shown(word)}; if it means no value, list it in csv.missing"
 
 
 def _is_number(word: str) -> bool:

@@ -155,18 +155,25 @@ def _listed(names: list[str]) -> str:
     return f"known: {', '.join(names)}" if len(names) <= 30 else f"the table has {len(names)} columns"
 
 
-def inspect_table(path: str | Path) -> InspectedTable:
+def inspect_table(path: str | Path, names: tuple[str, ...] = ()) -> InspectedTable:
     """Look at a file, or at the training part of a folder saved by `datasets`.
 
+    Args:
+        path: see above.
+        names: of the columns, for a text file without them; none: they are in its first line.
+
     Raises:
-        OptionError: no such file, one of an unknown kind, one that cannot be read, or without rows.
+        OptionError: no such file, one of an unknown kind, one that cannot be read, or without rows; `names` for one of
+            another kind.
 
     Cost: the whole file is read, into the cache of `datasets`, from where training reads it; the first 20,000 rows are
     looked at.
     """
     file = find_files(str(path), "FILE")[0]
     of_text = is_csv(file)
-    csv = _csv_options(file) if of_text else CsvOptions()
+    if names and not of_text:
+        raise OptionError(f"--columns: says nothing for {file}, whose columns have names")
+    csv = _csv_options(file, names) if of_text else CsvOptions()
     table = _read(file, csv)
     columns = _columns(table)
     if of_text and _has_decimal_commas(columns):
@@ -174,15 +181,15 @@ def inspect_table(path: str | Path) -> InspectedTable:
     if missing := _missing_words(columns):
         table, columns = _read_again(table, missing=missing)
     rows = min(len(table.rows), MOST_ROWS)
-    hint = header_hint(table.rows.column_names) if of_text else ""
+    hint = header_hint(table.rows.column_names, "--columns") if of_text else ""
     return InspectedTable(table.name, columns, rows, len(table.rows), table.folder, table.csv, hint)
 
 
-def _csv_options(file: Path) -> CsvOptions:
+def _csv_options(file: Path, names: tuple[str, ...]) -> CsvOptions:
     """Encoding and delimiter; where no encoding fits, reading in UTF-8 says so."""
     with reading(file, "utf-8"):
         encoding = guess_encoding(file) or "utf-8"
-    return CsvOptions(encoding=encoding, delimiter=other_delimiter(file, encoding))
+    return CsvOptions(encoding=encoding, delimiter=other_delimiter(file, encoding), columns=names or None)
 
 
 def _read(file: Path, csv: CsvOptions) -> Table:
@@ -200,9 +207,10 @@ def _read_again(table: Table, **options: Any) -> tuple[Table, tuple[Column, ...]
 def _has_decimal_commas(columns: tuple[Column, ...]) -> bool:
     """Whether a column is of numbers with decimal commas alone, and none is of numbers with decimal points.
 
-    A comma before three digits may part thousands, so there is one before another number of digits.
+    A comma, or a point, before three digits may part thousands: the column needs one before another number of digits.
     """
-    points = [column for column in columns if column.kind == "numbers" and not column.are_whole]
+    numbers = [column for column in columns if column.kind == "numbers" and not column.are_whole]
+    points = any(with_point(word) is None for column in numbers for word in column.counts)
     return not points and any(_are_with_commas(column) for column in columns if column.kind == "words")
 
 

@@ -36,7 +36,7 @@ def write_starter(request: StarterRequest) -> Starter:
 
     Cost: reads the table once, as training does.
     """
-    table = inspect_table(request.table)
+    table = inspect_table(request.table, request.columns)
     tasks = _tasks(table, request)
     inputs = _inputs(table, request, tasks)
     make_output_folder(request.target.parent, "--output")

@@ -24,6 +24,7 @@ class StarterRequest:
         image: a column of images. Without it and `text`, the columns that are no labels are the inputs of a model for
             tables.
         tasks: the columns to predict; none: those that are named as labels usually are.
+        columns: the names of all columns, for a text file without them; none: they are in its first line.
         output: the recipe's file, or a folder; None: the name of the table with `.yaml`, in the current folder.
         force: write over a file that is there.
 
@@ -36,6 +37,7 @@ class StarterRequest:
     text: tuple[str, ...] = ()
     image: str | None = None
     tasks: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     output: str | None = None
     force: bool = False
 
@@ -50,6 +52,7 @@ class StarterRequest:
             )
         check_repeats("--text", self.text)
         check_repeats("--tasks", self.tasks)
+        check_repeats("--columns", self.columns)
         if len(self.text) > 2:
             raise OptionError(f"--text: got {len(self.text)} columns, expected one, or two for pairs of texts")
         check_output_folder(self.target.parent, "--output")
@@ -68,6 +71,7 @@ class StarterRequest:
     @property
     def command(self) -> str:
         """As it would be typed, without where it writes to."""
-        given = {"--text": ",".join(self.text), "--image": self.image, "--tasks": ",".join(self.tasks)}
+        lists = {"--text": self.text, "--tasks": self.tasks, "--columns": self.columns}
+        given = {"--image": self.image, **{option: ",".join(names) for option, names in lists.items()}}
         options = [part for option, value in given.items() if value for part in (option, value)]
         return shlex.join(["hf-bilb", "init", self.table, *options])

@@ -162,7 +162,8 @@ def _csv(table: InspectedTable, tasks: Sequence[Task]) -> list[str]:
     csv = dataclasses.replace(table.csv, list_separator=separator)
     why = {
         "encoding": "encoding: a guess, the file is not UTF-8: look whether its letters are right",
-        "decimal": "decimal: in numbers such as 4,1",
+        "decimal": "decimal: a guess; full stops part thousands then, 1.234,5 is 1234.5",
+        "columns": "columns: the names, as the file has none",
         "missing": f"{flow(list(csv.missing))} among numbers: no value",
     }
     given = {key: value for key, value in dataclasses.asdict(csv).items() if value != getattr(CsvOptions, key)}
@@ -228,6 +229,8 @@ def _task_lines(task: Task) -> list[str]:
         values = ", ".join(f"{value} ({number:,})" for value, number in list(column.counts.items())[:_SHOWN_VALUES])
         values += ", ..." if len(column.counts) > _SHOWN_VALUES else ""
     options: dict[str, Any] = {"type": task.type, "column": column.name}
+    if column.separator is not None and column.missing:
+        values += "; an empty cell has no label, a row without any value of the list needs []"
     rare = min(column.counts, key=lambda value: column.counts[value])
     may_be_absent = column.counts[rare] < _RARE and len(column.counts) <= _MOST_WRITTEN
     if task.type != "regression" and may_be_absent:  # else a class of the test part may be none of the training part

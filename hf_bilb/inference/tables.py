@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_bilb.config.options import shown
 from hf_bilb.data.inputs.given import as_table
 from hf_bilb.data.own.csv_options import CsvOptions
+from hf_bilb.data.own.files import is_csv
 from hf_bilb.errors import OptionError, StorageError
 from hf_bilb.storage.folders import check_output_folder
 from hf_bilb.storage.writing import written_aside
@@ -47,10 +49,21 @@ def check_free(columns: list[str], added: list[str], name: str) -> None:
             raise OptionError(f"{name}: has a column {column!r} already; --prefix gives the predictions other names")
 
 
-def write_rows(rows: datasets.Dataset, added: Mapping[str, list[Any]], output: Path) -> None:
+def csv_of_output(file: Path, csv: CsvOptions) -> CsvOptions:
+    """How a text file with the rows of `file` is written: as that is, which was read so; else in the usual way."""
+    return csv if is_csv(file) else CsvOptions()
+
+
+def write_rows(rows: datasets.Dataset, added: Mapping[str, list[Any]], output: Path, csv: CsvOptions) -> None:
     """Write the rows with further columns, aside and then renamed.
 
+    Args:
+        rows, added, output: see above.
+        csv: encoding, delimiter and decimal sign of text files, so that the numbers that are added are written as those
+            that are there.
+
     Raises:
+        OptionError: a column or a class has a character that the encoding lacks.
         StorageError: it cannot be written.
     """
     frame = rows.with_format("pandas")[:].reset_index(drop=True)
@@ -58,28 +71,41 @@ def write_rows(rows: datasets.Dataset, added: Mapping[str, list[Any]], output: P
         frame[name] = values
     try:
         with written_aside(output) as aside:
-            _WRITERS[output.suffix.lower()](frame, aside)
+            _WRITERS[output.suffix.lower()](frame, aside, csv)
+    except UnicodeEncodeError as error:
+        missing = shown(error.object[error.start : error.end])
+        raise OptionError(
+            f"--output: {output}: {missing} cannot be written in {csv.encoding}, as the file that is read is; a .jsonl "
+            "or .parquet file takes it"
+        ) from None
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from None
 
 
-def _write_csv(frame: pd.DataFrame, path: Path, separator: str = ",") -> None:
-    frame.map(_cell).to_csv(path, index=False, sep=separator, encoding="utf-8", lineterminator="\n")
+def _write_csv(frame: pd.DataFrame, path: Path, csv: CsvOptions) -> None:
+    frame.map(_cell).to_csv(
+        path,
+        index=False,
+        sep=csv.delimiter or ",",
+        decimal=csv.decimal,
+        encoding=csv.encoding,
+        lineterminator="\n",
+    )
 
 
-def _write_tsv(frame: pd.DataFrame, path: Path) -> None:
-    _write_csv(frame, path, "\t")
+def _write_tsv(frame: pd.DataFrame, path: Path, csv: CsvOptions) -> None:
+    _write_csv(frame, path, dataclasses.replace(csv, delimiter="\t"))
 
 
-def _write_jsonl(frame: pd.DataFrame, path: Path) -> None:
+def _write_jsonl(frame: pd.DataFrame, path: Path, csv: CsvOptions) -> None:
     frame.map(_plain).to_json(path, orient="records", lines=True, force_ascii=False)
 
 
-def _write_parquet(frame: pd.DataFrame, path: Path) -> None:
+def _write_parquet(frame: pd.DataFrame, path: Path, csv: CsvOptions) -> None:
     frame.to_parquet(path, index=False)
 
 
-_WRITERS: dict[str, Callable[[Any, Path], None]] = {
+_WRITERS: dict[str, Callable[[Any, Path, CsvOptions], None]] = {
     ".csv": _write_csv,
     ".tsv": _write_tsv,
     ".jsonl": _write_jsonl,
@@ -93,6 +119,11 @@ def _plain(value: Any) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    """A list as JSON, which the data set `table` reads."""
+    """A list as JSON, which the data set `table` reads; an object, too."""
     value = _plain(value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return json.dumps(value, ensure_ascii=False, default=_nested) if isinstance(value, list | dict) else value
+
+
+def _nested(value: Any) -> Any:
+    """What JSON has no form for, in a list or an object: arrays as lists, dates and the like as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

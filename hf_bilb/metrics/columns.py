@@ -147,7 +147,9 @@ def _of_numbers(
     found["pearson"] = pearson_of_deviations(of_x, of_y, product, constant)
     # Not by the deviation alone: that of equal numbers may be a rounding error instead of 0.
     if lowest_y < highest_y and of_y > 0:
-        found |= {"nmse": squared / of_y, "r2": 1 - squared / of_y}
+        nmse = squared / of_y
+        # That of the mean is 0, not a rounding error near it.
+        found |= {"nmse": nmse, "r2": round(1 - nmse, 12)}
     return found
 
 

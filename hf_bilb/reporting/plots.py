@@ -145,7 +145,8 @@ def weights_figure(weights: Series, coefficients: Series, title: str) -> Figure:
 
 def _label_lines(axis: Axes, series: Series) -> None:
     """Write each task's name at the end of its line, moved apart where lines end together."""
-    axis.set_xlim(float(series.steps[0]), float(series.steps[-1]) or 1.0)
+    first, last_step = float(series.steps[0]), float(series.steps[-1])
+    axis.set_xlim(first, max(last_step, first + 1.0))
     names = dict(enumerate(series.tasks))
     if len(names) > 1 and bool((series.values == series.values[:, :1]).all()):
         names = {0: f"all {len(names)} tasks"}

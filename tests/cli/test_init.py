@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import hf_bilb
 from hf_bilb.cli import main
 from hf_bilb.config.yaml import load_yaml
 from hf_bilb.experiments.recipe import read_recipe
@@ -226,6 +228,65 @@ def test_a_recipe_for_images_trains(pictures: str) -> None:
     written(pictures, "--image", "path", "--tasks", "red,size", "--output", "my.yaml")
     settings = ("model.encoder=encoder", "data.image_size=32", "data.cache_dir=cache", "trainer.num_train_epochs=1")
     assert trained("my.yaml", *settings) == ["red", "size"]
+
+
+@pytest.fixture
+def flats(here: Path) -> str:
+    """As a German spreadsheet saves it: semicolons, decimal commas, points between thousands, cp1252."""
+    draw = random.Random(0)
+    rows = ["Größe;Garten;Stadtteil;Merkmale;Preis (€);verkauft"]
+    for _ in range(200):
+        area, garden = draw.uniform(30, 200), draw.randint(100, 3000)
+        known = [name for name in ("Balkon", "Keller", "Öfen") if draw.random() < 0.5]
+        cells = [_german(area, 1), _german(garden, 0), draw.choice(["Süd", "Nord"]), "|".join(known) or "[]"]
+        rows.append(";".join([*cells, _german(3000 * area + 100 * garden, 2), "ja" if area > 100 else "nein"]))
+    Path("flats.csv").write_text("\r\n".join(rows) + "\r\n", encoding="cp1252", newline="")
+    return "flats.csv"
+
+
+def _german(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}".translate(str.maketrans(",.", ".,"))
+
+
+def test_a_german_spreadsheet_from_init_to_predictions(flats: str) -> None:
+    _, recipe = written(flats, "--tasks", "Preis (€),verkauft,Merkmale")
+    expected = {"encoding": "cp1252", "delimiter": ";", "decimal": ",", "list_separator": "|"}
+    assert recipe["data"]["csv"] == expected
+    assert recipe["data"]["inputs"] == {"numeric": ["Größe", "Garten"], "categorical": ["Stadtteil"]}
+    assert trained("flats.yaml", "trainer.num_train_epochs=1") == ["Preis", "verkauft", "Merkmale"]
+    truth = pd.read_csv(flats, sep=";", decimal=",", thousands=".", encoding="cp1252")
+    model = hf_bilb.load("run", device="cpu")
+    price = model.format.tasks["Preis"]
+    assert 0.8 < price.means[0] / truth["Preis (€)"].mean() < 1.2  # of the training rows
+    # The file gives what the numbers that pandas reads of it give, and the file that is written reads as the first one.
+    found = run("predict", "run", flats, "--output", "out.csv", "--device", "cpu")
+    assert found.exit_code == 0, found.output
+    out = pd.read_csv("out.csv", sep=";", decimal=",", thousands=".", encoding="cp1252")
+    of_frame = model.predict(truth).to_pandas()
+    assert out["predicted_Preis"].to_numpy() == pytest.approx(of_frame["Preis"].to_numpy(), rel=1e-6)
+    pd.testing.assert_frame_equal(out[truth.columns], truth)
+    measured = model.evaluate(flats)
+    error = (of_frame["Preis"] - truth["Preis (€)"]).abs().mean()
+    assert measured["Preis_mae"] == pytest.approx(error, rel=1e-5)
+    assert model.evaluate("out.csv") == measured
+
+
+def test_a_file_without_names_from_init_to_predictions(here: Path) -> None:
+    rows = [f"{i % 9},{i % 7 / 4},{'ab'[i % 2]},{100 + i % 9 + i % 7}" for i in range(120)]
+    Path("plain.data").write_text("\n".join(rows))
+    assert refused("plain.data", "--tasks", "sum") == (
+        "--tasks: there is no column 'sum'; known: 0, 0.0, a, 100; if its first line is a row, name the columns in "
+        "--columns"
+    )
+    text, recipe = written("plain.data", "--columns", "x,y,kind,sum", "--tasks", "sum")
+    assert "`hf-bilb init plain.data --tasks sum --columns x,y,kind,sum`" in text
+    assert recipe["data"]["csv"] == {"columns": ["x", "y", "kind", "sum"]}
+    assert recipe["data"]["inputs"] == {"numeric": ["x", "y"], "categorical": ["kind"]}
+    assert trained("plain.yaml", "trainer.num_train_epochs=1") == ["sum"]
+    Path("new.csv").write_text("kind,y,x\na,0.25,3\n")  # names of its own
+    Path("whole.data").write_text("3,0.25,a,\n")
+    model = hf_bilb.load("run", device="cpu")
+    assert model.predict("new.csv")["sum"] == model.predict("whole.data")["sum"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

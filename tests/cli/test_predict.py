@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
 import hf_bilb
 from hf_bilb.cli import main
+from hf_bilb.data.own.csv_options import CsvOptions
+from hf_bilb.errors import OptionError
+from hf_bilb.inference.tables import write_rows
 from tests.inference import runs
 from tests.inference.runs import Run
 
@@ -56,6 +60,28 @@ def test_lists_in_a_csv_are_json(tags: Run, tmp_path: Path) -> None:
     expected = hf_bilb.load(tags.folder).predict(tags.test)["tags"]
     assert [json.loads(cell) for cell in found["predicted_tags"]] == expected
     assert "predicted_first_probability_book" in found
+
+
+def test_lists_of_lists_and_objects_in_a_csv_are_json(run: Run, tmp_path: Path) -> None:
+    rows = [{"age": 30, "hours": 40, "job": "a", "pairs": [[0, 1], [2]], "meta": {"ids": [1, 2], "from": None}}]
+    (tmp_path / "new.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert call("predict", run.folder, tmp_path / "new.jsonl", "--output", tmp_path / "out.csv").exit_code == 0
+    found = pd.read_csv(tmp_path / "out.csv")
+    assert [json.loads(found[name][0]) for name in ("pairs", "meta")] == [rows[0]["pairs"], rows[0]["meta"]]
+
+
+def test_a_letter_that_the_encoding_of_the_file_lacks(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"x": ["1,5"]})
+    csv = CsvOptions(encoding="cp1252", delimiter=";", decimal=",")
+    write_rows(rows, {"p": [0.25]}, tmp_path / "out.csv", csv)
+    assert (tmp_path / "out.csv").read_bytes() == b"x;p\n1,5;0,25\n"
+    with pytest.raises(OptionError) as error:
+        write_rows(rows, {"p": ["имя"]}, tmp_path / "new.csv", csv)
+    assert str(error.value) == (
+        f"--output: {tmp_path / 'new.csv'}: 'имя' cannot be written in cp1252, as the file that is read is; a .jsonl "
+        "or .parquet file takes it"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
 def test_a_language_model(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_a_word_among_numbers_is_said_with_its_row(tmp_path: Path) -> None:
     values = [str(1.5 * i) for i in range(ROWS)]
     values[17] = "about 9"
     column = table_of(tmp_path, {"x": values, "y": cycle(1, 2)}).columns[0]
-    assert guess_task(column).why == guess_input(column).why == "numbers, but row 18 holds 'about 9'"
+    why = "numbers, but row 18 holds 'about 9'; if it means no value, list it in csv.missing"
+    assert guess_task(column).why == guess_input(column).why == why
 
 
 def test_paths_of_files_are_no_classes(tmp_path: Path) -> None:
@@ -206,7 +207,124 @@ def test_another_delimiter_is_found_though_texts_hold_commas(delimiter: str, tmp
     assert [column.name for column in table.columns] == ["id", "text", "label"]
 
 
-def test_a_file_that_is_no_utf_8_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_bytes("a,b\nüber,1\n".encode("cp1252"))
-    with pytest.raises(OptionError, match=r"t.csv cannot be read: 'utf-8' codec .*; save it as UTF-8$"):
+def test_a_file_in_an_encoding_that_is_not_found_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("имя,b\nпривет,1\n".encode("koi8-r"))
+    line = r"t.csv cannot be read: 'utf-8' codec .*; data.csv.encoding is 'utf-8', set the file's own$"
+    with pytest.raises(OptionError, match=line):
         inspect_table(tmp_path / "t.csv")
+
+
+# --- how text files are written ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_the_encoding_is_found(encoding: str, tmp_path: Path) -> None:
+    rows = [f"Zoë {i},a longer text in plain letters,{i % 2}" for i in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["näme,text,y", *rows]), encoding=encoding)
+    table = inspect_table(tmp_path / "t.csv")
+    assert table.csv.encoding == encoding and table.columns[0].name == "näme"
+
+
+#: Cells of a file with semicolons -> the decimal sign, and the first two numbers.
+DECIMALS: dict[str, tuple[dict[str, list[str]], str, list[float]]] = {
+    "commas": ({"n": ["3,5", "-4,25"]}, ",", [3.5, -4.25]),
+    "commas and thousands": ({"n": ["1.234,5", "1.234.567,25"]}, ",", [1234.5, 1234567.25]),
+    "thousands alone, next to commas": ({"n": ["1.234", "987"], "m": ["3,5", "4,5"]}, ",", [1234.0, 987.0]),
+    "one that could be thousands": ({"n": ["1,234", "3,5"]}, ",", [1.234, 3.5]),
+    "points": ({"n": ["3.5", "4.25"]}, ".", [3.5, 4.25]),
+    "points next to commas": ({"n": ["3.5", "4.25"], "m": ["3,5", "4,5"]}, ".", [3.5, 4.25]),
+    "points that part no thousands": ({"n": ["0.123", "0.456"], "m": ["3,5", "4,5"]}, ".", [0.123, 0.456]),
+    "missing words": ({"n": ["3,5", "k.A.", "4,5"]}, ",", [3.5, float("nan")]),
+}
+
+
+@pytest.mark.parametrize("what", DECIMALS)
+def test_the_decimal_sign_is_found(what: str, tmp_path: Path) -> None:
+    cells, decimal, numbers = DECIMALS[what]
+    frame = pd.DataFrame({name: cycle(*values) for name, values in cells.items()} | {"y": cycle(1, 2)})
+    frame.to_csv(tmp_path / "t.csv", index=False, sep=";")
+    table = inspect_table(tmp_path / "t.csv")
+    column = table.columns[0]
+    assert table.csv.decimal == decimal and column.kind == "numbers" and column.numbers is not None
+    assert column.numbers[:2].tolist() == pytest.approx(numbers, nan_ok=True)
+
+
+@pytest.mark.parametrize("values", [("1,234", "5,678"), ("1,2,3", "4,5"), ("1,5 m", "2,5 m")])
+def test_commas_that_may_be_something_else_are_no_decimal_ones(values: tuple[str, str], tmp_path: Path) -> None:
+    """Thousands, lists, words."""
+    pd.DataFrame({"n": cycle(*values), "y": cycle(1, 2)}).to_csv(tmp_path / "t.csv", index=False, sep=";")
+    table = inspect_table(tmp_path / "t.csv")
+    assert table.csv.decimal == "." and table.columns[0].kind == "words"
+
+
+def test_the_delimiter_of_a_file_without_names_and_with_decimal_commas(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"{i % 7},5;{i % 3},25;{'ab'[i % 2]}\n" for i in range(ROWS)))
+    table = inspect_table(tmp_path / "t.csv", ("n", "m", "c"))
+    assert (table.csv.delimiter, table.csv.decimal, table.csv.columns) == (";", ",", ("n", "m", "c"))
+    assert table.num_rows == ROWS and table.hint == ""
+    first = table.columns[0].numbers
+    assert first is not None and first[:3].tolist() == [0.5, 1.5, 2.5]
+
+
+def test_semicolons_in_some_cells_are_no_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,tags\n" + "".join(f"one; two,{'a;b' if i % 2 else 'a'}\n" for i in range(20)))
+    table = inspect_table(tmp_path / "t.csv")
+    assert table.csv.delimiter is None and [column.name for column in table.columns] == ["text", "tags"]
+
+
+def test_a_semicolon_in_a_name_is_no_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("size; in m,y\n" + "".join(f"{i},{i % 2}\n" for i in range(20)))
+    assert [column.name for column in inspect_table(tmp_path / "t.csv").columns] == ["size; in m", "y"]
+
+
+def test_a_first_line_of_values_is_said(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"{i / 7:.3f},{i},a\n" for i in range(ROWS)))
+    assert inspect_table(tmp_path / "t.csv").hint == "; if its first line is a row, name the columns in --columns"
+    with pytest.raises(OptionError, match=r"row 1: has 3 cells, expected 2, one for each column$"):
+        inspect_table(tmp_path / "t.csv", ("a", "b"))
+    (tmp_path / "t.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(OptionError, match=r"^--columns: says nothing for .*t.jsonl, whose columns have names$"):
+        inspect_table(tmp_path / "t.jsonl", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("values", "what", "separator"),
+    [
+        (("red|blue", "red", "blue|old", "red|old", "blue"), "multi_label", "|"),
+        (("red;blue", "red", "blue;old", "red;old", "blue"), "multi_label", ";"),
+        (("red, blue", "red", "blue, old", "red, old", "blue"), "multi_label", ","),
+        (("red", "blue", "red|"), "classification", None),
+        (("yes", "no"), "classification", None),
+    ],
+)
+def test_lists_in_cells_are_labels(values: tuple[str, ...], what: str, separator: str | None, tmp_path: Path) -> None:
+    column = table_of(tmp_path, {"x": cycle(*values), "y": range(ROWS)}).columns[0]
+    guess = guess_task(column)
+    assert (guess.what, guess.separator) == (what, separator)
+    if separator is not None:
+        assert column.split(separator).counts == {"red": 36, "blue": 36, "old": 24}
+
+
+def test_names_with_commas_are_no_lists(tmp_path: Path) -> None:
+    """Each value of a list stands in several cells."""
+    column = table_of(tmp_path, {"x": cycle(*(f"name {i}, place {i}" for i in range(8))), "y": range(ROWS)}).columns[0]
+    assert guess_task(column).separator is None
+
+
+def test_words_and_tags_in_cells(tmp_path: Path) -> None:
+    table = table_of(tmp_path, {"text": cycle("the cat sat", "a dog"), "tags": cycle("O B O", "O B")})
+    text, tags = table.columns
+    assert guess_task(tags, text).what == "token_classification" and guess_task(tags, text).separator == " "
+
+
+def test_two_spellings_are_said(tmp_path: Path) -> None:
+    column = table_of(tmp_path, {"x": cycle("yes", "no", "Yes"), "y": range(ROWS)}).columns[0]
+    assert guess_task(column).why == "words, 3 different values, 'yes' and 'Yes' among them: are they one?"
+
+
+def test_objects_are_no_images(tmp_path: Path) -> None:
+    rows = [{"meta": {"path": "a", "size": i}, "pairs": [[i], [1, 2]], "y": i % 2} for i in range(20)]
+    (tmp_path / "t.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    meta, pairs, _ = inspect_table(tmp_path / "t.jsonl").columns
+    assert guess_input(meta).why == guess_input(pairs).why == "lists of lists, or objects"
+    assert guess_task(meta).why == "lists of lists, or objects, no labels"

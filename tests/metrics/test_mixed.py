@@ -376,6 +376,17 @@ def test_the_constant_predictor() -> None:
     assert entropy["flags_normalized_entropy"] == pytest.approx(sum(ratios) / 2)
 
 
+def test_the_mean_explains_nothing_to_the_last_bit() -> None:
+    """1 - nMSE of sums over batches would be 2e-16, or -2e-16."""
+    for seed in range(20):
+        labels = torch.from_numpy(np.random.default_rng(seed).normal(3, 2, size=(97, 1)).astype(np.float32)).double()
+        metrics = MixedMetrics({"y": TaskType("regression")}, {"y": ["r2"]})
+        for part in labels.split(10):
+            metrics(batch(labels.mean().expand(len(part), 1), part), compute_result=False)
+        found = metrics._compute()["y_r2"]
+        assert (found, math.copysign(1, found)) == (0.0, 1.0)
+
+
 def test_the_constant_predictor_of_many_rows_and_of_one_output_each() -> None:
     labels = np.random.default_rng(0).normal(size=(2500, 2)).astype(np.float32)
     found = trivial_metrics(NUMBERS, labels[:500], labels[500:], metrics={"a": ["mae"], "b": ["mae", "spearman"]})

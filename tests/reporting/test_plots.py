@@ -78,6 +78,15 @@ def test_losses_have_a_labelled_logarithmic_panel_per_task():
     np.testing.assert_allclose(validation.get_ydata(), [3, 3, 3])
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_log_of_one_entry_is_drawn():
+    log = history(steps=(10,))
+    figure = weights_figure(
+        series_from_history(log, "weight/", TASKS), series_from_history(log, "coefficient/", TASKS), "run"
+    )
+    assert all(axis.get_xlim() == (10, 11) for axis in visible(figure))
+
+
 def test_losses_that_are_not_positive_are_not_drawn_on_a_logarithmic_scale():
     log = [{"step": s, **{f"loss/{t}": 1.0 - s for t in TASKS}} for s in (1, 2)]
     figure = losses_figure(series_from_history(log, "loss/", TASKS), series_from_history(log, "eval_", TASKS), "run")

@@ -64,7 +64,7 @@ def _values(table: Table, task: TaskType, place: LabelColumns) -> NDArray[np.flo
         classes = _classes(task, place)
         codes = _codes(table, columns.words(table, names[0], classes), np.arange(len(table.rows)), classes, names[0])
         return np.where(codes < 0, np.nan, codes)[:, None]
-    if len(names) == 1 and columns.has_lists(table, names[0]):
+    if len(names) == 1 and (task.size > 1 or columns.has_lists(table, names[0])):
         return multi_hot(*_listed(table, task, place), task.size)
     return np.stack([columns.bits(table, name) for name in names], axis=1)
 

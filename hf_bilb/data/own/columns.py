@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hf_bilb.config.options import shown
 from hf_bilb.data.own.files import Table
-from hf_bilb.data.own.words import with_point, word_of
+from hf_bilb.data.own.words import has_thousands_commas, with_point, word_of
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.masked import MISSING_INTEGER
 
@@ -127,7 +127,8 @@ def _parsed(table: Table, column: str, array: pa.Array) -> NDArray[np.float64]:
 def _decimal_hint(table: Table, cell: str) -> str:
     if table.csv.decimal == ",":
         return " with a decimal comma, as data.csv.decimal says"
-    return "; is data.csv.decimal ','?" if with_point(cell) is not None else ""
+    thousands = "; write thousands without commas" if has_thousands_commas(cell) else ""
+    return f"{thousands}; is data.csv.decimal ','?" if with_point(cell) is not None else thousands
 
 
 def words(table: Table, column: str, kept: Collection[str] = ()) -> Words:
@@ -206,7 +207,8 @@ def holds_images(table: Table, column: str) -> bool:
 
     feature = table.features[column]
     kind = table.rows.data.schema.field(column).type
-    return isinstance(feature, datasets.Image) or pa.types.is_binary(kind) or pa.types.is_struct(kind)
+    is_stored = pa.types.is_struct(kind) and {field.name for field in kind} <= {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or pa.types.is_binary(kind) or is_stored
 
 
 def has_lists(table: Table, column: str) -> bool:

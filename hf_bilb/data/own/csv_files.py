@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TABS = (".tsv", ".tab")
+_FIRST_LINES = 50
 _NUMBER = re.compile(r"[-+]?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d+)?")
 
 
@@ -42,11 +43,10 @@ def read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
 
     with reading(file, options.encoding):
         text = _CsvFile(file, options)
-        _warn_of_encoding(file, options.encoding)
         header, is_first_row, has_rows = text.header()
         if not has_rows:
             return None
-        return datasets.Dataset.from_csv(
+        rows = datasets.Dataset.from_csv(
             str(file),
             features=datasets.Features({name: datasets.Value("string") for name in header}),
             names=header,
@@ -61,6 +61,8 @@ def read_csv(file: Path, options: CsvOptions) -> datasets.Dataset | None:
             quoting=text.quoting,
             skipinitialspace=text.skips_spaces,
         )
+    _warn_of_encoding(file, options.encoding)
+    return rows
 
 
 def check_cells(file: Path, options: CsvOptions, rows: datasets.Dataset) -> None:
@@ -72,9 +74,12 @@ def check_cells(file: Path, options: CsvOptions, rows: datasets.Dataset) -> None
     if not pyarrow.compute.any(pyarrow.compute.equal(last, "")).as_py():  # pandas fills short rows with empty cells
         return
     with reading(file, options.encoding):
-        for number, found in enumerate(_CsvFile(file, options).row_lengths(), 1):
+        text = _CsvFile(file, options)
+        for number, found in enumerate(text.row_lengths(), 1):
             if found < expected:
-                raise _wrong_number(file, number, found, expected)
+                named = "; data.csv.columns names them: a file with other columns needs their names in its first line"
+                hint = named if text.header()[1] else delimiter_hint(rows.column_names)
+                raise _wrong_number(file, number, found, expected, hint)
 
 
 class _CsvFile:
@@ -120,9 +125,8 @@ class _CsvFile:
 
     def row_lengths(self) -> Iterator[int]:
         """Of each row how many cells it has."""
-        has_names = not self.header()[1]
         rows = self.rows("" if self.has_windows_lines else "\n")
-        return map(len, itertools.islice(rows, int(has_names), None))
+        return map(len, itertools.islice(rows, int(not self.header()[1]), None))
 
     def header(self) -> tuple[list[str], bool, bool]:
         """The columns' names, whether the first line is a row, and whether there is one."""
@@ -132,7 +136,7 @@ class _CsvFile:
             raise OptionError(
                 f"data: {self.file} cannot be read: its text holds NUL{encoding_hint(self.file, self.options.encoding)}"
             )
-        is_row = columns is not None and 2 * len(set(columns) & set(top)) <= len(columns)
+        is_row = columns is not None and 2 * len(set(columns) & set(top)) <= min(len(columns), len(top))
         header = list(columns) if columns is not None and is_row else top
         first = top if is_row and top else next(rows, None)
         if repeated := {name for name in header if header.count(name) > 1}:
@@ -159,28 +163,33 @@ def _warn_of_encoding(file: Path, encoding: str) -> None:
 
 
 def other_delimiter(file: Path, encoding: str) -> str | None:
-    """The delimiter of a text file whose first line is a single name with the usual one; None: it is the usual one."""
+    """A delimiter that parts all of the first lines of a file with commas into as many cells, or the first line of any
+    file that is a single name without it; None: it is the usual one."""
     with reading(file, encoding):
-        return _delimiter_in(next(_CsvFile(file, CsvOptions(encoding=encoding)).rows(), []))
+        usual = _CsvFile(file, CsvOptions(encoding=encoding))
+        for other in ";\t|" if usual.delimiter == "," else "":
+            rows = _CsvFile(file, CsvOptions(encoding=encoding, delimiter=other)).rows()
+            lengths = {len(row) for row in itertools.islice(rows, _FIRST_LINES)}
+            if len(lengths) == 1 and lengths != {1}:
+                return other
+        names = next(usual.rows(), [])
+        return _delimiter_in(names) if len(names) == 1 else None
 
 
 def delimiter_hint(names: Sequence[str]) -> str:
-    """For a file that became one column because it has another delimiter."""
+    """For a file that seems to have another delimiter."""
     other = _delimiter_in(names)
     return f"; is data.csv.delimiter {other!r}?" if other else ""
 
 
 def _delimiter_in(names: Sequence[str]) -> str | None:
-    """A delimiter in the only name that a first line seems to have."""
-    return next((one for one in ";\t|," if one in names[0]), None) if len(names) == 1 else None
+    """A delimiter in a name; a comma only in the single one that there is."""
+    return next((one for one in (";\t|," if len(names) == 1 else ";\t|") if any(one in name for name in names)), None)
 
 
-def looks_like_row(names: Sequence[str]) -> bool:
-    """Whether a first line holds values, not names: a number with a fraction, or most of its cells numbers or empty."""
+def header_hint(names: Sequence[str], option: str = "data.csv.columns") -> str:
+    """For a text file whose first line holds values, not names: a number with a fraction, or most of its cells numbers
+    or empty."""
     numbers = [name for name in names if not name or _NUMBER.fullmatch(name)]
-    return any(re.search("[.,]", name) for name in numbers) or 2 * len(numbers) > len(names)
-
-
-def header_hint(names: Sequence[str]) -> str:
-    """For a text file without names of columns."""
-    return "; if its first line is a row, name the columns in data.csv.columns" if looks_like_row(names) else ""
+    is_row = any(re.search("[.,]", name) for name in numbers) or 2 * len(numbers) > len(names)
+    return f"; if its first line is a row, name the columns in {option}" if is_row else ""

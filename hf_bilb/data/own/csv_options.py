@@ -22,7 +22,7 @@ class CsvOptions:
         delimiter: between two cells; null = a comma, of `.tsv` and `.tab` files a tab.
         quotes: whether a cell may stand in double quotes; null = yes, of `.tsv` and `.tab` files no.
         columns: the columns' names, for files that do not have them in their first line. A first line with most of
-            these names in it is one of names all the same.
+            these names in it, or mostly of them, is one of names all the same.
         comment: a character; lines at the top of a file that begin with it are passed over.
         decimal: what stands before the fraction of a number. With a comma, full stops part thousands: `1.234,5`.
         list_separator: a character between the values of a list in one cell, as in `red|blue`. It parts the labels of

@@ -24,6 +24,7 @@ UNREADABLE = (OSError, EOFError, ValueError, LookupError, NotImplementedError, S
 _LONGEST_CELL = 2**31 - 1  # that `csv` takes on every system
 _OF_PANDAS = "Error tokenizing data. C error: "
 _AT_ONCE = 2**20  # bytes
+_LEAST_ZEROS = 0.01  # of the bytes of text in UTF-16; one alone is a stray one
 
 
 def ending(file: Path) -> str:
@@ -102,7 +103,7 @@ def guess_encoding(file: Path) -> str | None:
             is_utf8 = is_utf8 and _decodes(decoder, chunk)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    if counts[0]:
+    if _LEAST_ZEROS * counts.sum() < counts[0]:
         return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
     if is_utf8 and _decodes(decoder, b"", final=True):
         return "utf-8"

@@ -12,10 +12,14 @@ from typing import Any
 #: What an empty cell is also written as: by JSON, pandas, Python.
 MISSING = frozenset({"", "null", "NaN", "nan", "None"})
 #: What may be meant as an empty cell, but is a word unless a recipe says so.
-PERHAPS_MISSING = frozenset({"?", "NA", "N/A", "n/a", "na", "#N/A", "-", "--", ".", "NULL", "missing", "unknown"})
+PERHAPS_MISSING = frozenset(
+    {"?", "NA", "N/A", "n/a", "na", "n.a.", "N.A.", "k.A.", "k. A.", "-", "--", ".", "NULL", "missing", "unknown",
+     "#N/A", "#NV", "#DIV/0!", "#VALUE!", "#WERT!"}
+)  # fmt: skip
 _WHOLE = re.compile(r"([-+]?\d+)\.0*")
-#: A number whose fraction stands behind a comma, and whose thousands full stops may part.
-_WITH_COMMA = re.compile(r"[-+]?(\d+|\d{1,3}(\.\d{3})+)?(,\d*)?([eE][-+]?\d+)?")
+#: A number whose fraction stands behind a comma, and whose thousands full stops may part: 0.123 is none.
+_WITH_COMMA = re.compile(r"[-+]?((\d+|[1-9]\d{0,2}(\.\d{3})+)(,\d+)?|,\d+)([eE][-+]?\d+)?")
+_WITH_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
 _TRUTH = {word: str(word.lower() == "true") for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
 _LONG = {"y": "yes", "n": "no", "t": "true", "f": "false"}
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d(?::\d\d)?)(?:\.(\d+))?(Z|[-+]\d\d:?\d\d)?")
@@ -35,14 +39,15 @@ def word_of(value: Any) -> str:
     return _TRUTH.get(text, text) if time is None else _time_of(*time.groups())
 
 
-def has_comma_number(text: str) -> bool:
-    """Whether it is a number with a decimal comma, or could be one: `4,1`, `1.234,5`, `1.234`, `7`."""
-    return bool(text[-1:].isdigit() and _WITH_COMMA.fullmatch(text))
-
-
 def with_point(text: str) -> str | None:
-    """A number with a decimal comma as one with a point: `1234.5` for `1.234,5`; None: it is none."""
-    return text.replace(".", "").replace(",", ".") if has_comma_number(text) else None
+    """A number of a text with decimal commas as one with a point: `4.1` for `4,1`, `1234.5` for `1.234,5`, `1234` for
+    `1.234`, `7` for `7`; None: it is none."""
+    return text.replace(".", "").replace(",", ".") if _WITH_COMMA.fullmatch(text) else None
+
+
+def has_thousands_commas(text: str) -> bool:
+    """Whether it is a number whose thousands commas part, or could be one: `1,234.5`, `1,234`."""
+    return bool(_WITH_THOUSANDS.fullmatch(text))
 
 
 def other_spelling(words: Iterable[str]) -> tuple[str, str] | None:

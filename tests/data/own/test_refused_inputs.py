@@ -188,6 +188,14 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {}, {"max_length": 4096},
         "data.max_length: 4096 is not valid, expected at most 128, as the tokenizer 'encoder' says",
     ),
+    "encoding that is none": (
+        {}, {"csv": {"encoding": "utf-9"}},
+        "data.csv.encoding: 'utf-9' is not known (did you mean \"utf-8\"?)",
+    ),
+    "list separator of two characters": (
+        {}, {"csv": {"list_separator": ", "}},
+        "data.csv.list_separator: ', ' is not valid, expected one character",
+    ),
     # --- files ---
     "pattern without files": (
         {}, {"files": {**PARTS, "train": "{dir}/trian.csv"}},
@@ -236,7 +244,8 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     ),
     "more names of columns than cells": (
         {"test.csv": "x,1,cats\ny,2,dogs\n"}, {"csv": {"columns": ["body", "stars", "topic", "more"]}},
-        "data: {dir}/test.csv, row 1: has 3 cells, expected 4, one for each column",
+        "data: {dir}/test.csv, row 1: has 3 cells, expected 4, one for each column; data.csv.columns names them: a "
+        "file with other columns needs their names in its first line",
     ),
     "another delimiter and decimal commas": (
         {"test.csv": "body;stars;topic\nx;1,5;cats\n"}, {},
@@ -255,6 +264,14 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         "data: {dir}/test.csv cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 20: invalid "
         "continuation byte; is data.csv.encoding 'cp1252'?",
     ),
+    "UTF-16": (
+        {"test.csv": "b\0o\0d\0y\0,\0s\0t\0a\0r\0s\0\n\0"}, {},
+        "data: {dir}/test.csv cannot be read: its text holds NUL; is data.csv.encoding 'utf-16-le'?",
+    ),
+    "UTF-8 that is read as UTF-16": (
+        {}, {"csv": {"encoding": "utf-16"}},
+        "data: {dir}/train.csv cannot be read: UTF-16 stream does not start with BOM; is data.csv.encoding 'utf-8'?",
+    ),
     "damaged archive": (
         {"test.csv.gz": "no archive"}, {"files": {**PARTS, "test": "{dir}/test.csv.gz"}},
         "data: {dir}/test.csv.gz cannot be read: Not a gzipped file (b'no')",
@@ -262,6 +279,18 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "broken JSON": (
         jsonl(test=LISTS + '{"words": ["a"\n'), OF_TAGS,
         "data: {dir}/test.jsonl, row 3: is no JSON: Expecting ',' delimiter, character 15",
+    ),
+    "JSON that is one object with all rows": (
+        {"test.json": '{"version": 2, "data": [{"body": "x", "stars": 1}]}'},
+        {"files": {**PARTS, "test": "{dir}/test.json"}},
+        "data: {dir}/test.json: is one object, expected one for each row, in a list or one a line; its rows are the "
+        "list 'data': save that alone",
+    ),
+    "JSON that is one object with all columns": (
+        {"test.json": '{"body": {"0": "x", "1": "y"}, "stars": {"0": 1, "1": 2}}'},
+        {"files": {**PARTS, "test": "{dir}/test.json"}},
+        "data: {dir}/test.json: is one object, expected one for each row, in a list or one a line; it holds columns: "
+        "save rows, in pandas by to_json(file, orient='records')",
     ),
     "JSON that is no object": (
         jsonl(test=LISTS + "3\n"), OF_TAGS,
@@ -290,6 +319,11 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         "data.tasks.stars.column: {dir}/train.csv has no column 'stars' (it has body;stars;topic; is "
         "data.csv.delimiter ';'?)",
     ),
+    "first line that is a row": (
+        {"train.csv": "the cat,1.5,cats\na dog,2,dogs\n"}, {},
+        "data.tasks.stars.column: {dir}/train.csv has no column 'stars' (it has the cat, 1.5, cats); if its first line "
+        "is a row, name the columns in data.csv.columns",
+    ),
     "files with different columns": (
         {"train2.csv": "body,topic\nx,cats\n"}, {"files": {**PARTS, "train": ["{dir}/train.csv", "{dir}/train2.csv"]}},
         "data: {dir}/train2.csv has no column 'stars', which {dir}/train.csv has (data.tasks.stars.column)",
@@ -306,6 +340,19 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "word where a number should be": (
         {"train.csv": GOOD + "x,good,cats\n"}, {},
         "data: {dir}/train.csv, row 5: column 'stars' is 'good', expected a number",
+    ),
+    "decimal comma": (
+        {"train.csv": GOOD + 'x,"4,5",cats\n'}, {},
+        "data: {dir}/train.csv, row 5: column 'stars' is '4,5', expected a number; is data.csv.decimal ','?",
+    ),
+    "comma between thousands": (
+        {"train.csv": GOOD + 'x,"1,234.5",cats\n'}, {},
+        "data: {dir}/train.csv, row 5: column 'stars' is '1,234.5', expected a number; write thousands without commas",
+    ),
+    "decimal point among decimal commas": (
+        {}, {"csv": {"decimal": ","}},
+        "data: {dir}/train.csv, row 4: column 'stars' is '4.5', expected a number with a decimal comma, as "
+        "data.csv.decimal says",
     ),
     "word among numbers in JSON": (
         {"test.jsonl": '{"body": "x", "stars": 1}\n{"body": "y", "stars": "two"}\n'},
@@ -401,6 +448,20 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "lists where classes should be": (
         jsonl(), {**OF_TAGS, "tasks": {"tags": TOPIC}},
         "data: {dir}/train.jsonl: column 'tags' holds lists, expected words or numbers",
+    ),
+    "lists of lists": (
+        jsonl(test='{"words": ["the", "cat"], "tags": [["O"], ["O"]]}\n'), OF_TAGS,
+        "data: {dir}/test.jsonl: column 'tags' holds lists of list<item: string>, expected lists of words",
+    ),
+    "another separator of lists": (
+        dict.fromkeys(("train.csv", "validation.csv"), "body,kind\nx,a|b\ny,a\n") | {"test.csv": "body,kind\nx,a;b\n"},
+        {"tasks": {"kind": {"type": "multi_label"}}, "csv": {"list_separator": "|"}},
+        "data: {dir}/test.csv, row 1: column 'kind' is 'a;b', which is in no row of the training part (classes: a, b)",
+    ),
+    "tags in a cell of another number than the words": (
+        {f"{part}.csv": "body,tags\nthe cat,O X\na dog ran,O X\n" for part in PARTS},
+        {"tasks": {"tags": TAGS}, "csv": {"list_separator": " "}},
+        "data: {dir}/train.csv, row 2: column 'tags' has 2 tags, 'body' has 3 words",
     ),
     "texts where words should be": (
         jsonl(test='{"words": "the cat", "tags": ["O", "O"]}\n'), OF_TAGS,
