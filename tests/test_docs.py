@@ -21,8 +21,12 @@ from hf_bilb.engine.objective import Derivatives, differentiate
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
-#: Pages whose Python needs a server, or what another command has left; their own test runs it.
-WITH_A_TEST_OF_THEIR_OWN = {"hub.md": "tests/hub/test_docs_hub.py"}
+#: Pages whose Python needs a server, another library or what another command has left; their own test runs it.
+WITH_A_TEST_OF_THEIR_OWN = {
+    "hub.md": "tests/hub/test_docs_hub.py",
+    "coming_from.md": "tests/test_docs_coming_from.py",
+    "when_something_fails.md": "tests/test_docs_failures.py",
+}
 BILB = PAGES["bilb_exactly.md"]
 
 
@@ -68,10 +72,19 @@ def test_yaml_arrives_in_the_recipe_and_in_the_training_arguments(block, tmp_pat
     assert_holds(training_arguments(recipe), {**trainer, "balancer": sections["balancer"]}, "arguments")
 
 
+def sections(page: Path) -> list[str]:
+    """The anchors of a page, as GitHub makes them of its headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_files_named_on_a_page_exist(name):
-    linked = re.findall(r"\]\((?!http|#)([^)#]+)", PAGES[name])
-    assert [link for link in linked if not (ROOT / "docs" / link).exists()] == []
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[name]):
+        path, _, section = link.partition("#")
+        target = ROOT / "docs" / (path or name)
+        assert target.exists(), link
+        assert not section or section in sections(target), link
     named = re.findall(r"`((?:\w+/)+\w+\.(?:py|md|yaml))`", PAGES[name])
     assert [path for path in named if not (ROOT / path).exists()] == []
 

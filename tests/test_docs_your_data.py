@@ -38,6 +38,13 @@ def run(folder: Path, command: str, *more: str) -> str:
     return done.stdout
 
 
+def files_of_a_run() -> set[str]:
+    """What docs/recipes.md says that a run leaves."""
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    table = page.partition("## What a run leaves")[2].partition("\n\n##")[0]
+    return {name for row in re.findall(r"^\| (`.+?) \|", table, flags=re.M) for name in re.findall(r"`([^`]+)`", row)}
+
+
 @pytest.fixture(scope="module")
 def flats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flats")
@@ -49,8 +56,8 @@ def flats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_from_a_csv_file_to_a_table_of_results(flats: Path) -> None:
     commands = [line for block in blocks("your_data.md", "sh") for line in block.splitlines()]
-    assert [shlex.split(command)[1] for command in commands] == ["init", "train", "compare"]
-    init, train, compare = commands
+    assert [shlex.split(command)[1] for command in commands] == ["init", "train", "compare", "predict", "evaluate"]
+    init, train, compare, predict, evaluate = commands
     assert "flats.yaml" in run(flats, init)
     printed = run(flats, train)
     results = read_results(flats / "runs" / "flats")
@@ -58,6 +65,13 @@ def test_from_a_csv_file_to_a_table_of_results(flats: Path) -> None:
         assert metric.value < metric.trivial
     for task in ("price", "days_on_market", "sold"):
         assert re.search(rf"^{task} +(MAE|accuracy)", printed, flags=re.M)
+    left = {re.sub(r"-\d+$", "-N/", path.name) for path in (flats / "runs" / "flats").iterdir()}
+    assert left == files_of_a_run() - {"levels.png", "gradient_conflicts.png", "gradients.jsonl"}
+    run(flats, predict)
+    header, first, *_ = (flats / "predicted.csv").read_text(encoding="utf-8").splitlines()
+    assert header.startswith("address,area") and "High Street" in first
+    measured = run(flats, evaluate)
+    assert all(task in measured for task in ("price", "days_on_market", "sold"))
     # As on the page, but for one seed and fewer epochs.
     said = run(flats, compare.replace("--seeds 0,1", "--seeds 0"), "trainer.num_train_epochs=1")
     assert "bilb" in said and "ls" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,16 +24,20 @@ def files_of(folder: str, *suffixes: str) -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in paths}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a wheel and a source distribution; built without a network."""
-    pytest.importorskip("setuptools", minversion="77.0.3", reason="builds with setuptools")
-    folder = tmp_path_factory.mktemp("source")
+def copy_sources(folder: Path) -> None:
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder / name)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a wheel and a source distribution; built without a network."""
+    pytest.importorskip("setuptools", minversion="77.0.3", reason="builds with setuptools")
+    folder = tmp_path_factory.mktemp("source")
+    copy_sources(folder)
     (folder / "built").mkdir()
     subprocess.run([sys.executable, "-c", BUILD], cwd=folder, check=True, capture_output=True)
     return folder / "built"
@@ -74,3 +79,38 @@ def test_the_installed_package_finds_its_recipes(installed: Path, tmp_path: Path
     assert "qm9/bilb_small.yaml" in python("-m", "hf_bilb", "recipes")
     assert python("-m", "hf_bilb", "recipes", "copy", "sarcos/ls.yaml").startswith("wrote ls.yaml, network.py")
     assert "factory: network.py:build" in python("-m", "hf_bilb", "show", "ls.yaml")
+
+
+def description(metadata: Path) -> str:
+    return metadata.read_text(encoding="utf-8").partition("\n\n")[2]
+
+
+def links_of(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", text)
+
+
+def test_the_readme_in_the_wheel_has_no_relative_link(installed: Path) -> None:
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    head = metadata.read_text(encoding="utf-8").partition("\n\n")[0]
+    assert "Description-Content-Type: text/markdown" in head
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = links_of(description(metadata))
+    assert links == [link for link in links_of(readme) if link.startswith("https://")] != []
+    assert description(metadata).count("\n") >= readme.count("\n")
+    assert "Your data (`docs/your_data.md`)" in description(metadata)
+
+
+def test_with_an_address_they_go_to_the_tag_of_the_version(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77.0.3", reason="builds with setuptools")
+    copy_sources(tmp_path)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    urls = '[project.urls]\nSource = "https://example.org/hf_bilb"\n\n[project.scripts]'
+    (tmp_path / "pyproject.toml").write_text(project.replace("[project.scripts]", urls))
+    build = "from setuptools import build_meta as b; print(b.prepare_metadata_for_build_wheel('.'))"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    base = "https://example.org/hf_bilb/blob/v0.1.0/"
+    links = links_of(description(metadata))
+    relative = [link for link in links_of((ROOT / "README.md").read_text("utf-8")) if not link.startswith("https://")]
+    assert [link.removeprefix(base) for link in links if link.startswith(base)] == relative != []
+    assert all(link.startswith("https://") for link in links)
