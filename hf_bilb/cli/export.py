@@ -12,7 +12,7 @@ from hf_bilb.cli.errors import one_line_errors
 @click.option(
     "--format", "format_", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="Of the file."
 )
-@click.option("--output", type=click.Path(), help="The folder to write.  [default: onnx in the folder MODEL]")
+@click.option("--output", type=click.Path(), help="The folder to write.  [default: MODEL/onnx; of the hub, NAME_onnx]")
 @click.option("--force", is_flag=True, help="Write over an export that is already there.")
 @click.option("--atol", default=1e-4, show_default=True, help="Largest difference from torch that is let through.")
 @click.option("--revision", help="Branch, tag or commit of a repository on the hub.")
@@ -36,7 +36,7 @@ def export(
 
     \b
         hf-bilb export runs/reviews --format onnx
-        hf-bilb export me/reviews --format onnx --output reviews_onnx
+        hf-bilb export me/reviews --format onnx --output exported/reviews
 
     In the folder: model.onnx, hf_bilb.json (class names, units, means), the tokenizer, and a README.md with the inputs,
     the outputs and code that uses them. The outputs are raw: numbers in standardised units, and logits. They are

@@ -64,7 +64,7 @@ def export_onnx(
 
     Args:
         model: the folder of a run, a checkpoint in it, or `owner/name` on the hub.
-        output: the folder to write; None: `onnx` in that of the run.
+        output: the folder to write; None: `onnx` in that of the run, `<name>_onnx` here for one of the hub.
         force: write over an export that is there.
         atol: largest difference between a task's outputs and torch's; where they are above 1, of the largest one.
         revision, trust_remote_code: as of `hf_bilb.load`.
@@ -80,9 +80,9 @@ def export_onnx(
     Cost: the model twice in memory, and three passes of it over a few rows.
     """
     check_packages()
-    source = find_folder(model, revision)
     target = _target(Path(model).expanduser(), output)
     check_target(target, force)
+    source = find_folder(model, revision)
     saved = read_folder(source)
     check_can_be_exported(source, saved)
     from hf_bilb.inference.load import load
@@ -110,9 +110,7 @@ def check_packages() -> None:
 def _target(model: Path, output: str | Path | None) -> Path:
     if output is not None:
         return Path(output).expanduser()
-    if not model.is_dir():
-        raise OptionError(f"--output: is required where the model comes from the hub, as {shown(str(model))} does")
-    return model / "onnx"
+    return model / "onnx" if model.is_dir() else Path(f"{model.name}_onnx")
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -107,9 +107,7 @@ def translate(
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter tells those who develop it."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    loggers += [one for name, one in logging.root.manager.loggerDict.items()
-                if isinstance(one, logging.Logger) and name.startswith(("torch.onnx.", "onnxscript.", "onnx_ir."))]  # fmt: skip
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [one.level for one in loggers]
     try:
         for one in loggers:

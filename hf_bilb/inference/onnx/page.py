@@ -47,9 +47,8 @@ def page_text(
     lines = [
         f"# {name} as ONNX",
         "",
-        f"`{saved.model}`, exported by hf_bilb {version}: `model.onnx`, opset {opset}, float32. `hf_bilb.json` has what "
-        "is needed to make its inputs and to read its outputs; the file itself has the same in its metadata, under "
-        "`hf_bilb`.",
+        f"`{saved.model}`, exported by hf_bilb {version}: `model.onnx`, opset {opset}, float32. `hf_bilb.json` says "
+        "how rows become its inputs and what its outputs mean; in `model.onnx` the metadata `hf_bilb` are the same.",
         "",
         "| input | shape | type | what |",
         "| --- | --- | --- | --- |",
