@@ -170,15 +170,19 @@ def _table(kind: TableInputs | FeatureInputs, inputs: Sequence[str]) -> list[str
     if kind.categorical and ("categorical" in inputs or one_hot):
         parts.append("categorical")
         lines += [
-            "words = [",
-            '    pd.Categorical(rows[name].map(str, na_action="ignore"), categories=known)  # whole numbers as "3"',
+            "places = [  # from 0; -1 where missing or not known; whole numbers are words such as 3",
+            '    pd.Index(known).get_indexer(rows[name].map(str, na_action="ignore"))',
             '    for name, known in zip(columns["categorical"], columns["categories"])',
             "]",
         ]
         if one_hot:
-            lines.append("categorical = np.concatenate([pd.get_dummies(word) for word in words], axis=1)")
+            lines += [
+                'sizes = [len(known) for known in columns["categories"]]',
+                "one_hot = [np.eye(size + 1)[place][:, :-1] for size, place in zip(sizes, places)]",
+                "categorical = np.concatenate(one_hot, axis=1)",
+            ]
         else:
-            lines.append("categorical = np.stack([word.codes + np.int64(1) for word in words], axis=1)")
+            lines.append("categorical = np.stack(places, axis=1) + 1")
     if one_hot:
         lines.append(f'inputs = {{"features": np.concatenate([{", ".join(parts)}], axis=1, dtype=np.float32)}}')
     else:
