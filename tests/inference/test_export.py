@@ -588,3 +588,54 @@ def test_large_weights_lie_in_a_file_of_their_own(
 )
 def test_differences(got: list[float], right: list[float], difference: float) -> None:
     assert check._difference(np.array(got), np.array(right)) == pytest.approx(difference)
+
+
+# --- docs/export.md -----------------------------------------------------------------------------------------------
+
+PAGE = DOCS.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("number", "name", "folder"), [(0, "text", "reviews"), (1, "table", "people"),
+                                                       (2, "image", "photos")])  # fmt: skip
+def test_code_of_the_docs(number: int, name: str, folder: str, exported: Callable[[str], Any], tmp_path: Path) -> None:
+    """It is that of the exported page, and answers as `predict` for the rows that it prints."""
+    run, made = exported(name)
+    code = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)[number]
+    own = code_of((made / "README.md").read_text()).replace('Path(".")', f'Path("runs/{folder}/onnx")')
+    assert [line for line in code.splitlines() if not line.startswith("rows = ")] == [
+        line for line in own.splitlines() if not line.startswith("rows = ")
+    ]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / folder).symlink_to(run.folder)
+    (tmp_path / "photo.jpg").symlink_to(run.test.parent / "1.jpg")
+    found = answers(code, tmp_path)
+    rows = {
+        "text": [("Great service.", "We will come again."), ("No.", "Never again.")],
+        "table": [{"age": 31, "hours": 20, "job": "a"}, {"age": None, "hours": 35, "job": "unheard of"}],
+        "image": [tmp_path / "photo.jpg"],
+    }[name]
+    expected = hf_bilb.load(run.folder, device="cpu").predict(rows)
+    for task, kind in expected.tasks.items():
+        if kind.type == "classification":
+            assert found[task].tolist() == expected[task].tolist()
+        else:
+            right = expected[task] if kind.type == "regression" else expected.probabilities[task]
+            np.testing.assert_allclose(found[task].squeeze(), right.squeeze(), rtol=1e-4)
+
+
+def test_the_page_names_the_options_and_the_commands(exported: Callable[[str], Any], monkeypatch: Any) -> None:
+    said = CliRunner().invoke(main, ["export", "--help"]).output
+    assert set(re.findall(r"^\| `(--[a-z-]+)", PAGE, re.M)) == set(re.findall(r"^ +(--[a-z-]+)", said, re.M))
+    (commands,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, flags=re.M | re.S)
+    run, _ = exported("text")
+    _, command = commands.splitlines()
+    arguments = command.replace("runs/reviews", str(run.folder)).split()
+    assert arguments[:2] == ["hf-bilb", "export"] and "--force writes over" in refused(call(*arguments[2:]))
+
+
+def test_names_that_the_page_gives() -> None:
+    (printed,) = re.findall(r"^```\n(loading .*?)^```$", PAGE, flags=re.M | re.S)
+    assert len(printed.splitlines()) == 4
+    assert (
+        export.export_onnx.__module__ == "hf_bilb.inference.onnx.export" and f"{export._LARGEST_FILE / 1e9} GB" in PAGE
+    )
