@@ -372,14 +372,14 @@ RESNET = {
     "num_groups": 1,
 }  # fmt: skip
 SWIN = {
-    "model_type": "swin", "embed_dim": 4, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 32,
+    "model_type": "swin", "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 32,
 }  # fmt: skip
 
 
 def test_attention_in_windows(tmp_path: Path) -> None:
     """With the attention that torch fuses, Swin is not translated."""
     tasks = {"one": TaskType("regression")}
-    model = MultiTaskImageModel(MultiTaskImageConfig(SWIN, 8, tasks, image_size=32, image_mean=[0.5, 0.4, 0.3]))
+    model = MultiTaskImageModel(MultiTaskImageConfig(SWIN, 16, tasks, image_size=32, image_mean=[0.5, 0.4, 0.3]))
     folder = write_model(tmp_path / "run", model, ImageInputs("image", 32), tasks)
     onnx_of(folder)
     batch = {"pixel_values": torch.rand(3, 3, 32, 32)}

@@ -46,16 +46,16 @@ def differences(file: Path, tasks: Sequence[str], pairs: Sequence[tuple[Batch, S
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    found = dict.fromkeys(tasks, 0.0)
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         names = [one.name for one in session.get_inputs()]
-        for batch, expected in pairs:
-            computed = session.run(None, {name: batch[name].numpy() for name in names})
-            for task, got, right in zip(tasks, computed, expected, strict=True):
-                found[task] = max(found[task], _difference(got, right.double().numpy()))
+        computed = [session.run(None, {name: batch[name].numpy() for name in names}) for batch, _ in pairs]
     except Exception as error:  # of onnxruntime's own kinds, which have no base but this
         raise ExportError(f"onnxruntime cannot run the exported model: {' '.join(str(error).split())}") from error
+    found = dict.fromkeys(tasks, 0.0)
+    for outputs, (_, expected) in zip(computed, pairs, strict=True):
+        for task, got, right in zip(tasks, outputs, expected, strict=True):
+            found[task] = max(found[task], _difference(got, right.double().numpy()))
     return found
 
 

@@ -151,8 +151,11 @@ def _texts(kind: TextInputs) -> list[str]:
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         f"rows = {rows}",
         "tokens = tokenizer(",
-        f"    {', '.join(given)},",
-        '    padding=True, truncation=True, max_length=saved["inputs"]["max_length"], return_tensors="np",',
+        *(f"    {one}," for one in given),
+        "    padding=True,",
+        "    truncation=True,",
+        '    max_length=saved["inputs"]["max_length"],',
+        '    return_tensors="np",',
         ")",
         "inputs = {one.name: tokens[one.name] for one in session.get_inputs()}",
     ]
