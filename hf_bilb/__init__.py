@@ -11,6 +11,7 @@ from hf_bilb._version import __version__
 from hf_bilb.config.lazy import lazy_attribute
 from hf_bilb.errors import (
     CheckpointError,
+    ExportError,
     FolderInUseError,
     HfBilbError,
     HubError,
@@ -58,6 +59,7 @@ __all__ = [
     "BilevelObjective",
     "CheckpointError",
     "Direction",
+    "ExportError",
     "FolderInUseError",
     "GradientBalancer",
     "GradientOptions",

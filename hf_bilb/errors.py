@@ -72,5 +72,9 @@ class StorageError(HfBilbError, OSError):
     """A folder or file that cannot be written to. One line that names the option, the path and the cause."""
 
 
+class ExportError(HfBilbError, RuntimeError):
+    """A model that cannot be exported, or whose export computes something else. One line that names the cause."""
+
+
 class HubError(HfBilbError, RuntimeError):
     """The Hub cannot be reached, or did not do what it was asked for. One line that names the cause."""

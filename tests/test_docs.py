@@ -25,6 +25,7 @@ PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / 
 WITH_A_TEST_OF_THEIR_OWN = {
     "hub.md": "tests/hub/test_docs_hub.py",
     "coming_from.md": "tests/test_docs_coming_from.py",
+    "export.md": "tests/inference/test_export.py",
     "when_something_fails.md": "tests/test_docs_failures.py",
 }
 BILB = PAGES["bilb_exactly.md"]

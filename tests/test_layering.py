@@ -30,7 +30,7 @@ BELOW = {
     "trainer": {"_version", "config", "storage", "losses", "engine", "balancers", "metrics", "hub", "reporting"},
     "reporting": {"config", "storage", "metrics"},
     "hub": {"config", "storage", "metrics", "reporting"},
-    "inference": {"config", "storage", "losses", "metrics", "models", "data", "reporting"},
+    "inference": {"_version", "config", "storage", "losses", "metrics", "models", "data", "reporting"},
     "experiments": {
         "config", "storage", "losses", "engine", "balancers", "metrics", "models", "data", "trainer", "reporting",
         "inference", "hub",

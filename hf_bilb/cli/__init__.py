@@ -1,5 +1,5 @@
-"""The command line: `hf-bilb init | recipes | train | show | predict | evaluate | report | compare | push | balancers |
-prepare`.
+"""The command line: `hf-bilb init | recipes | train | show | predict | evaluate | export | report | compare | push |
+balancers | prepare`.
 
 One file for each group of commands; what they do is in `hf_bilb.experiments`. Nothing heavy is imported for `--help`
 and for the errors of a recipe.
@@ -11,6 +11,7 @@ import click
 
 from hf_bilb.cli.balancers import balancers
 from hf_bilb.cli.errors import TRACEBACK, OneLineUsage
+from hf_bilb.cli.export import export
 from hf_bilb.cli.init import init
 from hf_bilb.cli.predict import evaluate, predict
 from hf_bilb.cli.prepare import prepare
@@ -32,5 +33,5 @@ def main(traceback: bool) -> None:
     """Train one model on several tasks and keep the tasks in balance."""
 
 
-for command in (init, recipes, train, show, predict, evaluate, report, compare, push, balancers, prepare):
+for command in (init, recipes, train, show, predict, evaluate, export, report, compare, push, balancers, prepare):
     main.add_command(command)

@@ -21,7 +21,7 @@ import click
 
 from hf_bilb.config.options import shown
 from hf_bilb.config.user_code import own_code
-from hf_bilb.errors import HfBilbError, HubError, NonFiniteLossError, one_line
+from hf_bilb.errors import ExportError, HfBilbError, HubError, NonFiniteLossError, one_line
 
 
 def speaks() -> bool:
@@ -76,6 +76,8 @@ def _said(error: Exception) -> UserError | None:
     """The line for an error; None for one that is nobody's mistake but ours."""
     if isinstance(error, (NonFiniteLossError, HubError)):
         return Failed(error)
+    if isinstance(error, ExportError):
+        return Failed(error if error.__cause__ is None else _with_hint(str(error)))
     if isinstance(error, HfBilbError):
         return UserError(error if error.__cause__ is None else _with_hint(str(error)))
     if isinstance(error, BrokenProcessPool):

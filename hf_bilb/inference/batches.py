@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_bilb.config.options import shown
 from hf_bilb.data.inputs.encoded import Encoded
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import CheckpointError, OptionError
+from hf_bilb.losses.task_types import TaskType
 
 T = TypeVar("T")
 
@@ -47,6 +48,22 @@ def forward_columns(model: Any) -> frozenset[str] | None:
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None
     return frozenset(parameters)
+
+
+def by_task(
+    tasks: Mapping[str, TaskType], logits: Tensor | tuple[Tensor, ...], name: object = "the model"
+) -> dict[str, Tensor]:
+    """Each task's outputs, `[B, size]`, of tokens `[B, T, C]`, from one tensor with those of all or one for each.
+
+    Raises:
+        CheckpointError: the model, which messages call `name`, has another number of outputs.
+    """
+    if not isinstance(logits, Tensor):
+        return dict(zip(tasks, logits, strict=True))
+    sizes = [task.size for task in tasks.values()]
+    if logits.shape[-1] != sum(sizes):
+        raise CheckpointError(f"{name}: gives {logits.shape[-1]} outputs, its tasks have {sum(sizes)}")
+    return dict(zip(tasks, logits.split(sizes, dim=-1), strict=True))
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

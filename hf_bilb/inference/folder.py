@@ -61,4 +61,6 @@ def _no_model(folder: Path) -> CheckpointError:
         return CheckpointError(f"{folder}: this run has not finished; its last checkpoint is {last}")
     if (folder / "recipe.yaml").is_file():
         return CheckpointError(f"{folder}: this run has not finished, and has no checkpoint yet")
+    if (folder / "model.onnx").is_file():
+        return CheckpointError(f"{folder}: holds an ONNX model, which onnxruntime runs; its README.md says how")
     return CheckpointError(f"{folder}: holds no model: no weights are in it")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from hf_bilb.data.inputs.encoded import Encoded
 from hf_bilb.data.inputs.format import DataFormat
 from hf_bilb.data.inputs.kinds import NoInputs
-from hf_bilb.errors import CheckpointError
 from hf_bilb.inference.batches import (
     batches_of,
+    by_task,
     check_batch_size,
     device_of,
     forward_columns,
@@ -75,7 +75,7 @@ class LoadedModel:
         encoded = self.format.encode(inputs, self.tokenizer)
         found: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
         for _, logits in self._outputs(encoded, batch_size, progress):
-            for name, output in self._by_task(logits).items():
+            for name, output in by_task(self.tasks, logits, self.folder).items():
                 found[name].extend(output.cpu()) if output.ndim == 3 else found[name].append(output.cpu())
         return Predictions.of(self.tasks, found, encoded.words)
 
@@ -147,15 +147,6 @@ class LoadedModel:
             }
             with torch.inference_mode():
                 yield batch, self.model(**taken)["logits"]
-
-    def _by_task(self, logits: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Each task's outputs, `[B, size]`, or of tokens `[B, T, C]`."""
-        if not isinstance(logits, Tensor):
-            return dict(zip(self.tasks, logits, strict=True))
-        sizes = [task.size for task in self.tasks.values()]
-        if logits.shape[-1] != sum(sizes):
-            raise CheckpointError(f"{self.folder}: the model gives {logits.shape[-1]} outputs, its tasks {sum(sizes)}")
-        return dict(zip(self.tasks, logits.split(sizes, dim=-1), strict=True))
 
     def __repr__(self) -> str:
         reads = "nothing of a user's" if isinstance(self.format.inputs, NoInputs) else self.format.inputs.kind

@@ -50,6 +50,13 @@ class SavedModel:
     format: DataFormat
     module: Mapping[str, Any] | None = None
 
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
+        values = {"format": FORMAT, "model": self.model, "data": self.data, **self.format.to_dict()}
+        if self.module is not None:
+            values["module"] = self.module
+        return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+
 
 def model_files(model_options: Mapping[str, Any], data_name: str, data: TaskData, model: nn.Module) -> dict[str, bytes]:
     """Name -> content of what is written next to the weights of a run's model.
@@ -61,19 +68,14 @@ def model_files(model_options: Mapping[str, Any], data_name: str, data: TaskData
         model: of the run.
     """
     files: dict[str, bytes] = {}
-    saved = {
-        "format": FORMAT,
-        "model": model_options["name"],
-        "data": data_name,
-        **_format_of(data, data_name).to_dict(),
-    }
+    module = None
     if model_options["name"] == "torch_module":
-        saved["module"], code = _module(model_options, data)
+        module, code = _module(model_options, data)
         files.update(code)
     config = _config_of_adapted(model)
     if config is not None:
         files["config.json"] = config.encode()
-    files[FILE] = (json.dumps(saved, indent=1, ensure_ascii=False) + "\n").encode()
+    files[FILE] = SavedModel(model_options["name"], data_name, _format_of(data, data_name), module).to_bytes()
     return files
 
 

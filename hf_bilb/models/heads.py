@@ -67,5 +67,5 @@ class TaskHeads(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """`features [B, D]` -> predictions `[B, K]`."""
-        hidden = functional.silu(self.hidden(features)).view(len(features), *self.weight.shape)
+        hidden = functional.silu(self.hidden(features)).unflatten(1, self.weight.shape)
         return torch.einsum("bkp,kp->bk", hidden, self.weight) + self.bias

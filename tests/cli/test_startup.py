@@ -31,7 +31,9 @@ def run(*arguments: str) -> tuple[str, str]:
     return done.stdout.splitlines()[-1], done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "-h"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["compare", "-h"], ["export", "-h"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert run(*arguments)[0] == "HEAVY 0 []"
 

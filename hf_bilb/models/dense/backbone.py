@@ -45,7 +45,7 @@ from hf_bilb.losses.dense import DENSE_TASKS, IMAGE_LABELS, check_dense_task, la
 from hf_bilb.losses.mixed import MixedLosses
 from hf_bilb.losses.task_types import LABELS, PIXEL_TYPES, ROW_TYPES, TaskType, have_one_output, pixel_tasks
 from hf_bilb.models.base import check_size
-from hf_bilb.models.dense.layers import DenseModel, TaskConv2d, TaskOutputs, finished
+from hf_bilb.models.dense.layers import DenseModel, TaskConv2d, TaskOutputs, dense_task_types, finished
 from hf_bilb.models.lora import LoraOptions, add_encoder_lora
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.pretrained import (
@@ -179,12 +179,8 @@ class DenseBackboneConfig(TasksConfig):
         """Name -> type, in order; of the papers' tasks the one with as many outputs, though their losses are others."""
         if self.tasks:
             return super().task_types
-        known = {
-            "segmentation": TaskType("segmentation", self.num_classes),
-            "depth": TaskType("dense_regression"),
-            "normals": TaskType("dense_regression", 3),
-            **{name: TaskType("classification", classes) for name, classes in self.image_tasks.items()},
-        }
+        of_images = {name: TaskType("classification", classes) for name, classes in self.image_tasks.items()}
+        known = {**dense_task_types(self.num_classes), **of_images}
         return {name: known[name] for name in self.task_names}
 
     @property

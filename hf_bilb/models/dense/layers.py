@@ -16,6 +16,7 @@ from transformers import initialization
 
 from hf_bilb.errors import TaskLossError
 from hf_bilb.losses.dense import dense_task_losses, unit_vectors
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import MultiTaskModel
 from hf_bilb.models.outputs import MultiTaskOutput
 
@@ -183,6 +184,15 @@ class DenseHeads(nn.Module):
     def forward(self, maps: Tensor) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.outputs(self.hidden(maps))
         return found
+
+
+def dense_task_types(num_classes: int) -> dict[str, TaskType]:
+    """The papers' tasks as those with as many outputs, though their losses are others."""
+    return {
+        "segmentation": TaskType("segmentation", num_classes),
+        "depth": TaskType("dense_regression"),
+        "normals": TaskType("dense_regression", 3),
+    }
 
 
 def output_sizes(task_names: Sequence[str], num_classes: int) -> list[int]:

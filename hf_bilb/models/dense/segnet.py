@@ -26,8 +26,16 @@ from transformers import PretrainedConfig
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.contract import check_task_names
 from hf_bilb.losses.dense import DENSE_TASKS, check_dense_task
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.models.base import check_size
-from hf_bilb.models.dense.layers import DenseHeads, DenseModel, convolution_block, finished, output_sizes
+from hf_bilb.models.dense.layers import (
+    DenseHeads,
+    DenseModel,
+    convolution_block,
+    dense_task_types,
+    finished,
+    output_sizes,
+)
 from hf_bilb.models.outputs import KEYS_TO_IGNORE_AT_INFERENCE, MultiTaskOutput
 from hf_bilb.models.spec import ModelSpec
 
@@ -88,6 +96,12 @@ class SegNetConfig(PretrainedConfig):
         self.sync_batch_norm = sync_batch_norm
         self.num_router_features = width
         super().__init__(**kwargs)
+
+    @property
+    def task_types(self) -> dict[str, TaskType]:
+        """Name -> type, in order."""
+        known = dense_task_types(self.num_classes)
+        return {name: known[name] for name in self.task_names}
 
 
 @dataclass(frozen=True)

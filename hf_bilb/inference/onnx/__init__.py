@@ -1,0 +1,1 @@
+"""Trained models as ONNX: translated (`graph.py`), compared with torch (`check.py`), written (`export.py`)."""
