@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_bilb.errors import one_line
+from hf_bilb.hub.remote_code import has_code
 
 
 def snippet(name: str, saved: Mapping[str, Any]) -> str:
@@ -20,6 +21,22 @@ def snippet(name: str, saved: Mapping[str, Any]) -> str:
     inputs = saved.get("inputs") or {"kind": "none"}
     lines += _READS.get(inputs["kind"], _nothing)(inputs)
     return "\n".join(lines)
+
+
+def without_package(name: str, model: str) -> str:
+    """Code that loads the network of a repository by transformers alone; empty where that cannot be.
+
+    Args:
+        name: of the repository.
+        model: its name in recipes, or its `model_type`.
+    """
+    if model == "causal_lm":
+        kind, trusted = "AutoModelForCausalLM", ""
+    elif has_code(model):
+        kind, trusted = "AutoModel", ", trust_remote_code=True"
+    else:
+        return ""
+    return f"from transformers import {kind}\n\nnetwork = {kind}.from_pretrained({name!r}{trusted})"
 
 
 def _text(inputs: Mapping[str, Any]) -> list[str]:

@@ -141,7 +141,7 @@ def test_data_and_model_of_the_hub(finished: Path) -> None:
     results = read_results(finished)
     results.settings["data"]["hub"] = "owner/set:part"
     results.settings["model"] = {"name": "multi_task_text", "encoder": "google-bert/bert-base-uncased"}
-    text = card_text(run_facts(finished, results, "me/mine", "mit"))
+    text = card_text(run_facts(finished, results, "me/mine", True, "mit"))
     assert card_errors(text) == []
     head = ModelCard(text).data.to_dict()
     assert (head["datasets"], head["base_model"]) == (["owner/set"], "google-bert/bert-base-uncased")
