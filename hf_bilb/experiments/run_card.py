@@ -93,7 +93,7 @@ def run_facts(
         versions=results.versions,
         images=[(file, caption) for file, caption in IMAGES.items() if (folder / file).is_file()],
         snippet=snippet(name, saved),
-        without_package=without_package(name, str(saved.get("model", results.model))) if in_repository else "",
+        without_package=without_package(name, results.model, adapters) if in_repository else "",
         recipe=dump_yaml(without_machine(settings)) if settings else "",
         pipeline_tag=_pipeline_tag(saved, tasks),
         base_model=base_model(settings.get("model", {})),

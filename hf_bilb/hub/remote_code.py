@@ -37,7 +37,7 @@ def with_code(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
         CheckpointError: `config.json` is damaged.
     """
     found = dict(files)
-    config = _read_config(found.get(CONFIG))
+    config = _read_config(found.get(CONFIG, b"{}"))
     classes = _classes(config.get("model_type"))
     if not classes:
         return found
@@ -66,11 +66,9 @@ def _classes(model_type: object) -> dict[str, type[Any]]:
     return classes if ours else {}
 
 
-def _read_config(config: Path | bytes | None) -> dict[str, Any]:
-    if config is None:
-        return {}
+def _read_config(source: Path | bytes) -> dict[str, Any]:
     try:
-        found = json.loads(config if isinstance(config, bytes) else config.read_bytes())
+        found = json.loads(source if isinstance(source, bytes) else source.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{config if isinstance(config, Path) else CONFIG}: is damaged: {error}") from None
+        raise CheckpointError(f"{source if isinstance(source, Path) else CONFIG}: is damaged: {error}") from None
     return found if isinstance(found, dict) else {}

@@ -23,12 +23,13 @@ def snippet(name: str, saved: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def without_package(name: str, model: str) -> str:
+def without_package(name: str, model: str, adapters: bool) -> str:
     """Code that loads the network of a repository by transformers alone; empty where that cannot be.
 
     Args:
         name: of the repository.
         model: its name in recipes, or its `model_type`.
+        adapters: only adapters and heads are in the repository.
     """
     if model == "causal_lm":
         kind, trusted = "AutoModelForCausalLM", ""
@@ -36,7 +37,12 @@ def without_package(name: str, model: str) -> str:
         kind, trusted = "AutoModel", ", trust_remote_code=True"
     else:
         return ""
-    return f"from transformers import {kind}\n\nnetwork = {kind}.from_pretrained({name!r}{trusted})"
+    lines = [f"from transformers import {kind}", ""]
+    where = repr(name)
+    if adapters and trusted:  # of a name, transformers looks for the adapters' base model in place of the code
+        lines.insert(0, "from huggingface_hub import snapshot_download")
+        where = f"snapshot_download({name!r})"
+    return "\n".join([*lines, f"network = {kind}.from_pretrained({where}{trusted})"])
 
 
 def _text(inputs: Mapping[str, Any]) -> list[str]:

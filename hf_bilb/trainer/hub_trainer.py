@@ -42,10 +42,11 @@ class HubTrainer(AtomicCheckpointTrainer):
             return None
         folder = Path(self.args.output_dir)
         local = model_files(folder)
-        added = {name: content for name, content in with_code(local).items() if content is not local.get(name)}
+        repository = self._repository(token, revision)
+        whole = with_code(local)
+        added = {name: content for name, content in whole.items() if content is not local.get(name)}
         if not added:
             return pushed
-        repository = self._repository(token, revision)
         if blocking:
             return push_files(repository, added, CODE_MESSAGE)
         return self._background.run_as_future(lambda: [pushed.result(), push_files(repository, added, CODE_MESSAGE)][1])
@@ -65,6 +66,7 @@ class HubTrainer(AtomicCheckpointTrainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder = Path(checkpoint_folder)
+        repository = self._repository()
         files = with_code(model_files(folder))
         replaced, message = list(REPLACED), self._progress()
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -72,7 +74,7 @@ class HubTrainer(AtomicCheckpointTrainer):
             files |= files_of(folder, place)
             replaced.append(f"{place}/*")
             message += ", checkpoint"
-        job = self._background.run_as_future(push_files, self._repository(), files, message, replaced)
+        job = self._background.run_as_future(push_files, repository, files, message, replaced)
         if self._is_pushing():
             self.push_in_progress.jobs.append(job)
         else:

@@ -54,7 +54,7 @@ def trainer_facts(trainer: BilevelMTLTrainer, name: str | None, **given: Any) ->
         "training": tuple(_training(trainer)),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
         "snippet": _snippet(trainer, model, str(repository)),
-        "without_package": without_package(str(repository), model_type) if is_pushed else "",
+        "without_package": without_package(str(repository), model_type, has_adapters(model)) if is_pushed else "",
         "adapters": has_adapters(model),
     }
     return CardFacts(**{**facts, **given})
