@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import BertConfig, ResNetConfig
@@ -95,6 +96,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     expected: dict[str, dict[str, Any]] = {}
     with Hub() as hub, pytest.MonkeyPatch.context() as patch:
         use(hub, patch)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
 
         def put(name: str, model: Any, batch: dict[str, Any]) -> None:
             model.train()(**batch)  # running statistics
