@@ -2,8 +2,8 @@
 
 python -m tests.hub.share_worker FOLDER
 
-FOLDER/rows.json: run -> its file of rows; None: it reads none. FOLDER/<run>.pt: a batch, of a language model `input_ids`.
-Saved to FOLDER/pulled.pt: run -> outputs by task for the rows, else for the batch.
+FOLDER/rows.json: run -> its file of rows; None: it reads none. FOLDER/<run>.pt: a batch, of a language model
+`input_ids`. Saved to FOLDER/pulled.pt: run -> outputs by task for the rows, else for the batch.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mpnn": ({"task_names": ["a", "b"], "hidden_size": 8, "edge_hidden_size": 8}, MOLECULES),
     "mtan": ({"num_classes": 5, "width": 4}, DENSE),
     "multi_task_text": ({"encoder_config": BERT, "tasks": TAGS}, TEXT),
-    "qm9_mlp": ({"task_names": ["a", "b"], "num_features": 6, "hidden_sizes": [8]}, DESCRIPTORS),
+    "qm9_mlp": ({"task_names": ["a", "b"], "num_features": 6, "hidden_size": 8}, DESCRIPTORS),
     "segnet": ({"num_classes": 5, "width": 4}, DENSE),
     "tabular_mlp": ({"tasks": TASKS, **COLUMNS}, {**TABLE, "labels": LABELS}),
 }

@@ -254,10 +254,10 @@ SMILES = "CCO CCN CCC c1ccccc1 CC(=O)O CCCl CO CN C1CCCCC1 Oc1ccccc1 CCOC CC#N".
 
 def smiles_run(root: Path) -> Run:
     """Molecules as SMILES; needs RDKit."""
-    rows = [{"smiles": SMILES[n % 12] + "C" * (n // 12), "toxic": n % 2, "bitter": n % 3 % 2} for n in range(48)]
+    rows = [{"smiles": SMILES[n % 12] + "C" * (n // 12), "NR-AR": n % 2, "SR-p53": n % 3 % 2} for n in range(48)]
     lines = [",".join(map(str, row.values())) for row in rows]
-    (root / "molecules.csv").write_text("\n".join(["smiles,toxic,bitter", *lines]) + "\n")
-    data = {"name": "tox21", "file": str(root / "molecules.csv"), "tasks": ["toxic", "bitter"], "split": "random",
+    (root / "molecules.csv").write_text("\n".join(["smiles,NR-AR,SR-p53", *lines]) + "\n")
+    data = {"name": "tox21", "file": str(root / "molecules.csv"), "tasks": ["NR-AR", "SR-p53"], "split": "random",
             "cache_dir": str(root / "cache"), "num_workers": 1}  # fmt: skip
     model = {"name": "mpnn", "hidden_size": 8, "edge_hidden_size": 8}
     return finished(root, model, data, jsonl(root / "new.jsonl", [{"smiles": text} for text in SMILES]))
@@ -266,4 +266,4 @@ def smiles_run(root: Path) -> Run:
 def qm9_run(root: Path) -> Run:
     """Molecules with coordinates, which no file of rows has; needs qm9pack."""
     data = {"name": "qm9", "num_train": 60, "num_validation": 20, "num_test": 20}
-    return finished(root, {"name": "qm9_mlp", "hidden_sizes": [8]}, data, root / "none")
+    return finished(root, {"name": "qm9_mlp", "hidden_size": 8}, data, root / "none")
