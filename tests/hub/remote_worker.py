@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.abc
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,14 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, NotInstalled("hf_bilb"))
 
 import torch  # noqa: E402
-from huggingface_hub import file_exists, snapshot_download  # noqa: E402
+from huggingface_hub import file_exists, hf_hub_download, snapshot_download  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
 
 def outputs(repo: str, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
-        name = snapshot_download(repo) if file_exists(repo, "adapter_config.json") else repo  # as the card has it
-        model = AutoModel.from_pretrained(name, trust_remote_code=True)
+        model = by_card(repo) if file_exists(repo, "README.md") else by_name(repo)
     except (ValueError, ImportError) as error:
         return f"{type(error).__name__}: {error}"
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -48,6 +48,20 @@ def outputs(repo: str, folder: Path) -> Any:
         again = AutoModel.from_pretrained(folder / "again", trust_remote_code=True)
         assert torch.equal(computed(again, folder / "multi_task_text.pt")["losses"], found["losses"])
     return found
+
+
+def by_name(repo: str) -> Any:
+    name = snapshot_download(repo) if file_exists(repo, "adapter_config.json") else repo
+    return AutoModel.from_pretrained(name, trust_remote_code=True)
+
+
+def by_card(repo: str) -> Any:
+    """By the code of the card, as it stands: the last block."""
+    card = Path(hf_hub_download(repo, "README.md")).read_text(encoding="utf-8")
+    *_, code = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["network"]
 
 
 def computed(model: torch.nn.Module, batch: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import hf_bilb
 from hf_bilb.errors import OptionError
@@ -37,6 +37,9 @@ def pulled(name: str, rows: str | None, batch: dict[str, Any]) -> dict[str, Any]
             logits = {"logits": loaded.model(**batch).logits, "without hf_bilb": auto(**batch).logits}
         answers = loaded.predict(ANSWERED["prompts"], batch_size=1, max_new_tokens=ANSWERED["max_new_tokens"])
         return {**logits, "answers": list(answers)}
+    if name == "table":  # its class is that of the package, where the package is imported
+        network = AutoModel.from_pretrained(repo, trust_remote_code=True)
+        assert type(network).__module__ == "hf_bilb.models.tabular_mlp"
     if rows is None:
         with torch.inference_mode():
             return {"logits": loaded.model(**batch)["logits"].clone()}
