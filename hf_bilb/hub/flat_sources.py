@@ -153,8 +153,8 @@ class _Module:
     def written(self, header: str) -> str:
         """The file."""
         parts = [header.format(module=self.name)] if header else []
-        docstring = ast.get_docstring(self.tree, clean=False)
-        top = f'"""{docstring}"""\n\n' if docstring is not None else ""
+        first = self.tree.body[0]
+        top = f"{ast.get_source_segment(self.source, first)}\n\n" if _is_text(first) else ""
         parts.append(f"{top}from __future__ import annotations")
         text = "\n\n".join([*parts, *self._written_imports()])
         was_short = False
