@@ -37,7 +37,7 @@ from transformers import AutoConfig, AutoModel  # noqa: E402
 def outputs(repo: str, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
-        model = by_card(repo) if file_exists(repo, "README.md") else by_name(repo)
+        model = by_card(repo) if file_exists(repo, "results.json") else by_name(repo)
     except (ValueError, ImportError) as error:
         return f"{type(error).__name__}: {error}"
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
