@@ -29,7 +29,7 @@ BELOW = {
     "data": {"config", "losses", "metrics"},
     "trainer": {"_version", "config", "storage", "losses", "engine", "balancers", "metrics", "hub", "reporting"},
     "reporting": {"config", "storage", "metrics"},
-    "hub": {"config", "storage", "metrics", "reporting"},
+    "hub": {"_version", "config", "storage", "metrics", "reporting"},
     "inference": {"_version", "config", "storage", "losses", "metrics", "models", "data", "reporting"},
     "experiments": {
         "config", "storage", "losses", "engine", "balancers", "metrics", "models", "data", "trainer", "reporting",

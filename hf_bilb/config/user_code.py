@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 import zlib
@@ -90,7 +91,7 @@ def _line_of(error: BaseException, source: str) -> int | None:
 
 
 def _is_file(filename: str, source: str) -> bool:
-    return source.endswith(".py") and filename == str(Path(source).resolve())
+    return source.endswith(".py") and filename == os.path.abspath(source)
 
 
 def own_code(error: BaseException) -> str | None:
@@ -110,7 +111,7 @@ def _import_file(file: Path, path: str) -> ModuleType:
     if not file.is_file():
         near = nearest(file.name, [one.name for one in file.parent.glob("*.py")] if file.parent.is_dir() else [])
         raise _NoSuchFile(f"{path}: there is no file {shown(str(file))}{near}, seen from {str(Path.cwd())!r}")
-    file = file.resolve()
+    file = Path(os.path.abspath(file))  # in the Hub's cache a link, to a file without the suffix .py
     if (before := _imported_from(file)) is not None:
         return before
     name = f"hf_bilb_reference_{file.stem}_{zlib.crc32(str(file).encode()):08x}"  # two files may have one name
@@ -129,6 +130,6 @@ def _imported_from(file: Path) -> ModuleType | None:
     """The module that `file` has become, under whatever name; run a second time, it would register a second time."""
     for module in list(sys.modules.values()):
         origin = vars(module).get("__file__") if isinstance(module, ModuleType) else None
-        if isinstance(origin, str) and origin.endswith(file.name) and Path(origin).resolve() == file:
+        if isinstance(origin, str) and origin.endswith(file.name) and Path(origin).resolve() == file.resolve():
             return module
     return None

@@ -16,6 +16,7 @@ from hf_bilb.experiments.run_card import IMAGES, check_base_is_public, own_card,
 from hf_bilb.hub.card import CARD_FILE, card_text
 from hf_bilb.hub.files import LAST_CHECKPOINT, REPLACED, files_of, model_files
 from hf_bilb.hub.paths import without_machine
+from hf_bilb.hub.remote_code import with_code
 from hf_bilb.hub.repository import Repository, prepare_repository, push_files
 from hf_bilb.reporting.history import STATE_FILE
 from hf_bilb.reporting.results import FILE_NAME as RESULTS_FILE
@@ -123,8 +124,8 @@ def _push(
     checkpoints: Mapping[str, Path],
     license: str | None = None,
 ) -> str:
-    card = own_card(folder) or card_text(run_facts(folder, results, repository.name, license))
-    files: dict[str, Path | bytes] = {**model_files(folder), **_about_the_run(folder), CARD_FILE: card.encode()}
+    card = own_card(folder) or card_text(run_facts(folder, results, repository.name, True, license))
+    files = {**with_code(model_files(folder)), **_about_the_run(folder), CARD_FILE: card.encode()}
     places = {path.partition("/")[0] for path in checkpoints}
     replaced = (*REPLACED, *IMAGES, *(f"{place}/*" for place in places))
     push_files(repository, {**files, **checkpoints}, message, replaced)

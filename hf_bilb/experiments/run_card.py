@@ -14,7 +14,7 @@ from hf_bilb.config.yaml import dump_yaml
 from hf_bilb.errors import OptionError
 from hf_bilb.hub.card import CARD_FILE, CardFacts, CardTask, card_text, is_written_by_hand
 from hf_bilb.hub.paths import base_name, without_machine
-from hf_bilb.hub.snippet import snippet
+from hf_bilb.hub.snippet import snippet, without_package
 from hf_bilb.inference.saved import FILE as SAVED_FILE
 from hf_bilb.reporting.history import read_history
 from hf_bilb.reporting.results import RunResults
@@ -33,17 +33,18 @@ IMAGES = {
 _MOST_NAMES = 20
 
 
-def write_card(folder: Path, results: RunResults, name: str) -> Path:
+def write_card(folder: Path, results: RunResults, name: str, in_repository: bool) -> Path:
     """Write `README.md` into a run's folder, unless somebody has made it his own; returns the file.
 
     Args:
         folder: of the finished run.
         results: of the run.
         name: what `hf_bilb.load` finds the model by.
+        in_repository: whether the run is pushed, under this name.
     """
     path = folder / CARD_FILE
     if own_card(folder) is None:
-        write_text(path, card_text(run_facts(folder, results, name)))
+        write_text(path, card_text(run_facts(folder, results, name, in_repository)))
     return path
 
 
@@ -56,13 +57,16 @@ def own_card(folder: Path) -> str | None:
     return text if is_written_by_hand(text) else None
 
 
-def run_facts(folder: Path, results: RunResults, name: str, license: str | None = None) -> CardFacts:
+def run_facts(
+    folder: Path, results: RunResults, name: str, in_repository: bool, license: str | None = None
+) -> CardFacts:
     """What the card of a run says.
 
     Args:
         folder: of the run; pictures, log and `hf_bilb.json` are taken where they are there.
         results: of the run, also of one that an earlier version has measured.
         name: of the repository, or what else `hf_bilb.load` finds the model by.
+        in_repository: whether it is, or will be, on the Hub, where the code of a packaged model lies next to it.
         license: the Hub's word for it.
     """
     saved = read_json(folder / SAVED_FILE)
@@ -89,6 +93,7 @@ def run_facts(folder: Path, results: RunResults, name: str, license: str | None 
         versions=results.versions,
         images=[(file, caption) for file, caption in IMAGES.items() if (folder / file).is_file()],
         snippet=snippet(name, saved),
+        without_package=without_package(name, results.model, adapters) if in_repository else "",
         recipe=dump_yaml(without_machine(settings)) if settings else "",
         pipeline_tag=_pipeline_tag(saved, tasks),
         base_model=base_model(settings.get("model", {})),

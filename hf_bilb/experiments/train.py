@@ -81,7 +81,7 @@ def _share(recipe: Recipe, results: RunResults, repository: Repository | None) -
     """Write the card and push. The other ranks do not wait for it: an upload may take longer than they would."""
     folder = recipe.output_dir
     name = folder.absolute().name if repository is None else repository.name
-    write_card(folder, results, name)
+    write_card(folder, results, name, in_repository=repository is not None)
     if repository is None:
         return
     click.echo(f"pushing to {repository.address}")

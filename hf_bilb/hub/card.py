@@ -57,6 +57,7 @@ class CardFacts:
         versions: of Python and the libraries.
         images: file in the repository and what it shows.
         snippet: Python code that loads the model.
+        without_package: the same for the network alone, by transformers; empty where it cannot.
         recipe: the recipe as YAML.
         pipeline_tag: the Hub's word for what the model does; None: it has none that fits.
         base_model: the model on the Hub that this one was made from.
@@ -84,6 +85,7 @@ class CardFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     images: Sequence[tuple[str, str]] = ()
     snippet: str = ""
+    without_package: str = ""
     recipe: str = ""
     pipeline_tag: str | None = None
     base_model: str | None = None
@@ -97,7 +99,7 @@ def card_text(facts: CardFacts) -> str:
     """The card, head included."""
     parts = [f"---\n{card_head(facts)}---", MARKER, f"# {plain(facts.name)}", _summary(facts)]
     for heading, body in (
-        ("How to use it", fenced(facts.snippet, "python") if facts.snippet else ""),
+        ("How to use it", _use(facts)),
         ("Tasks", _tasks(facts)),
         ("Results", _results(facts)),
         ("Data", _data(facts)),
@@ -173,6 +175,19 @@ def _summary(facts: CardFacts) -> str:
     )
     kind = " The repository holds adapters and heads; the base model is loaded with them." * facts.adapters
     return f"{said}{code(facts.balancer)}.{base}{kind}"
+
+
+def _use(facts: CardFacts) -> str:
+    parts = [fenced(facts.snippet, "python")] if facts.snippet else []
+    if facts.without_package:
+        peft = ", and `peft`," * facts.adapters
+        code = "" if "trust_remote_code" not in facts.without_package else " with the code in this repository"
+        parts += [
+            f"Without `{LIBRARY}` installed, `transformers`{peft} loads the network{code}. It takes the tensors of a "
+            "batch and gives `logits`; `hf_bilb.json` says how rows become inputs, and what the outputs mean.",
+            fenced(facts.without_package, "python"),
+        ]
+    return "\n\n".join(parts)
 
 
 def _tasks(facts: CardFacts) -> str:

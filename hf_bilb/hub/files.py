@@ -19,10 +19,12 @@ _OTHERS = (
 )  # fmt: skip
 #: Those of weights in a checkpoint that are not the model's.
 _BALANCER = "balancer*"
+#: Those with the code of a packaged model, which a push makes anew (`hub/remote_code.py`).
+_CODE = "hf_bilb_*.py"
 #: Left from another push they would be loaded, or tell of its run. `training_args.bin` is a pickle, with paths in it.
 REPLACED = (
     "model*.safetensors", "model*.safetensors.index.json", "adapter_*", "beside_adapters.safetensors",
-    "pytorch_model*", "hf_bilb.json", "config.json", "training_args.bin",
+    "pytorch_model*", "hf_bilb.json", "config.json", "training_args.bin", _CODE,
 )  # fmt: skip
 
 
@@ -31,10 +33,14 @@ def model_files(folder: Path) -> dict[str, Path]:
 
     Not those that training alone needs: optimizer, balancer, random state.
     """
-    here = [path for path in sorted(folder.iterdir()) if path.is_file() and not fnmatch(path.name, _BALANCER)]
+    here = [path for path in sorted(folder.iterdir()) if path.is_file() and not _is_no_part(path.name)]
     if not any(fnmatch(path.name, pattern) for path in here for pattern in _WEIGHTS):
         return {}
     return {path.name: path for path in here if any(fnmatch(path.name, p) for p in (*_WEIGHTS, *_OTHERS))}
+
+
+def _is_no_part(name: str) -> bool:
+    return fnmatch(name, _BALANCER) or fnmatch(name, _CODE)
 
 
 def files_of(folder: Path, place: str) -> dict[str, Path]:

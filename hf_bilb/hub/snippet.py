@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_bilb.errors import one_line
+from hf_bilb.hub.remote_code import has_code
 
 
 def snippet(name: str, saved: Mapping[str, Any]) -> str:
@@ -20,6 +21,28 @@ def snippet(name: str, saved: Mapping[str, Any]) -> str:
     inputs = saved.get("inputs") or {"kind": "none"}
     lines += _READS.get(inputs["kind"], _nothing)(inputs)
     return "\n".join(lines)
+
+
+def without_package(name: str, model: str, adapters: bool) -> str:
+    """Code that loads the network of a repository by transformers alone; empty where that cannot be.
+
+    Args:
+        name: of the repository.
+        model: its name in recipes, or its `model_type`.
+        adapters: only adapters and heads are in the repository.
+    """
+    if model == "causal_lm":
+        kind, trusted = "AutoModelForCausalLM", ""
+    elif has_code(model):
+        kind, trusted = "AutoModel", ", trust_remote_code=True"
+    else:
+        return ""
+    lines = [f"from transformers import {kind}", ""]
+    where = repr(name)
+    if adapters and trusted:  # of a name, transformers looks for the adapters' base model in place of the code
+        lines.insert(0, "from huggingface_hub import snapshot_download")
+        where = f"snapshot_download({name!r})"
+    return "\n".join([*lines, f"network = {kind}.from_pretrained({where}{trusted})"])
 
 
 def _text(inputs: Mapping[str, Any]) -> list[str]:

@@ -31,11 +31,11 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     if not is_hub_name(str(name)):
         raise OptionError(no_folder(str(path)))
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(name), revision=revision, ignore_patterns=["checkpoint-*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise OptionError(f"{no_folder(str(path))}, and the hub gives none: {_first_line(error)}") from None
 
 

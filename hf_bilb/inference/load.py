@@ -50,7 +50,7 @@ def load(
     folder = find_folder(folder_or_hub_id, revision)
     saved = read_folder(folder)
     target = _device(device)
-    model = _model(folder, saved, trust_remote_code)
+    model = _model(folder, saved, trust_remote_code, str(folder_or_hub_id))
     if not getattr(model, "is_quantized", False):
         model = model.to(target)
     tokenizer = _tokenizer(folder, saved)
@@ -59,9 +59,9 @@ def load(
     return LoadedModel(model, tokenizer, saved.format, folder)
 
 
-def _model(folder: Path, saved: SavedModel, trust_remote_code: bool) -> nn.Module:
+def _model(folder: Path, saved: SavedModel, trust_remote_code: bool, name: str) -> nn.Module:
     if saved.module is not None:
-        return _own_module(folder, saved, trust_remote_code)
+        return _own_module(folder, saved, trust_remote_code, name)
     if saved.model == "causal_lm":
         from hf_bilb.models.causal_lm import load_causal_lm
 
@@ -75,13 +75,13 @@ def _model(folder: Path, saved: SavedModel, trust_remote_code: bool) -> nn.Modul
     return model.eval()
 
 
-def _own_module(folder: Path, saved: SavedModel, trust_remote_code: bool) -> nn.Module:
+def _own_module(folder: Path, saved: SavedModel, trust_remote_code: bool, name: str) -> nn.Module:
     """The network that somebody's own code builds."""
     assert saved.module is not None
     factory = str(saved.module["factory"])
     if not trust_remote_code:
         raise OptionError(
-            f"{folder}: its network is built by {factory}, code that comes with it: pass trust_remote_code=True "
+            f"{name}: its network is built by {factory}, code that comes with it: pass trust_remote_code=True "
             "(--trust-remote-code) to run it"
         )
     from hf_bilb.models.torch_module import TorchModuleOptions, build_torch_module

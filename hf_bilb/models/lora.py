@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
-from transformers.utils import CONFIG_NAME, find_adapter_config_file
+from transformers.utils import CONFIG_NAME
 
 from hf_bilb.config.options import bounded, check_bounds, nearest
 from hf_bilb.errors import CheckpointError, MissingPackageError, OptionError
@@ -155,21 +153,6 @@ def _outside_the_encoder(model: EncoderModel) -> list[str]:
         if part is not model.encoder and any(True for _ in part.parameters()):
             layers += [f"{name}.{i}" for i in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
     return layers
-
-
-def adapter_folder(name: str | Path, asked: Mapping[str, Any]) -> Path | None:
-    """The folder of a run with adapters, downloaded where `name` is one on the hub; None: there are none.
-
-    Args:
-        name: what `from_pretrained` was called with.
-        asked: its keyword arguments, of which those of the hub are read.
-    """
-    on_hub = {key: asked[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in asked}
-    if Path(name).is_dir():
-        return Path(name) if (Path(name) / ADAPTER_CONFIG).is_file() else None
-    if find_adapter_config_file(str(name), **on_hub) is None:
-        return None
-    return Path(snapshot_download(str(name), ignore_patterns=["checkpoint-*"], **on_hub))
 
 
 def load_adapted(model_class: Any, folder: Path) -> PeftModel:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import ADAPTER_CONFIG_NAME as ADAPTER_CONFIG
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from hf_bilb.config.pretrained import pretrained_path
@@ -42,11 +46,11 @@ class EncoderModel(MultiTaskModel):
             OptionError: the encoder cannot be loaded.
             MissingPackageError: its package is not installed.
         """
-        from hf_bilb.models.lora import adapter_folder, load_adapted  # which imports this module
-
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         folder = None if name is None else adapter_folder(name, kwargs)
         if folder is not None:
+            from hf_bilb.models.lora import load_adapted  # which imports this module
+
             return load_adapted(cls, folder)
         return super().from_pretrained(*args, output_loading_info=output_loading_info, **kwargs)
 
@@ -63,6 +67,21 @@ class EncoderModel(MultiTaskModel):
             kind = _KINDS[cls.main_input_name]
             raise OptionError(f"{path}: {encoder!r} takes {encoder_class.main_input_name}, expected {kind} encoder")
         return folder, config
+
+
+def adapter_folder(name: str | Path, asked: Mapping[str, Any]) -> Path | None:
+    """The folder of a run with adapters, downloaded where `name` is one on the hub; None: there are none.
+
+    Args:
+        name: what `from_pretrained` was called with.
+        asked: its keyword arguments, of which those of the hub are read.
+    """
+    on_hub = {key: asked[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in asked}
+    if Path(name).is_dir():
+        return Path(name) if (Path(name) / ADAPTER_CONFIG).is_file() else None
+    if find_adapter_config_file(str(name), **on_hub) is None:
+        return None
+    return Path(snapshot_download(str(name), ignore_patterns=["checkpoint-*"], **on_hub))
 
 
 def as_encoder_config(given: PretrainedConfig | Mapping[str, Any] | None, model_type: str) -> PretrainedConfig:

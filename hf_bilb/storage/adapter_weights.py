@@ -103,7 +103,8 @@ def with_adapters(model: nn.Module, folder: str | Path) -> PeftModel:
 
 
 def _refused(folder: str | Path, error: Exception) -> CheckpointError:
-    text = " ".join(str(error).split())
+    # Of a tensor that it misses, peft says the name alone.
+    text = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
     return CheckpointError(f"{folder}: its adapters do not match the model: {text}")
 
 

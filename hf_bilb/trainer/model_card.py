@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_bilb.balancers.registry import get_balancer_spec
 from hf_bilb.hub.card import CardFacts, CardTask
-from hf_bilb.hub.snippet import snippet
+from hf_bilb.hub.snippet import snippet, without_package
 from hf_bilb.reporting.results import MetricResult, finite
 from hf_bilb.storage.adapter_weights import has_adapters
 from hf_bilb.storage.weights import unwrapped
@@ -36,7 +36,9 @@ def trainer_facts(trainer: BilevelMTLTrainer, name: str | None, **given: Any) ->
     """
     model = unwrapped(trainer.model)
     folder = Path(trainer.args.output_dir).absolute().name
+    is_pushed = bool(trainer.hub_model_id or trainer.args.hub_model_id)
     repository = trainer.hub_model_id or trainer.args.hub_model_id or folder
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     spec = get_balancer_spec(trainer.balancer.name)
     facts: dict[str, Any] = {
         "name": name or str(repository).rpartition("/")[2],
@@ -52,6 +54,7 @@ def trainer_facts(trainer: BilevelMTLTrainer, name: str | None, **given: Any) ->
         "training": tuple(_training(trainer)),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
         "snippet": _snippet(trainer, model, str(repository)),
+        "without_package": without_package(str(repository), model_type, has_adapters(model)) if is_pushed else "",
         "adapters": has_adapters(model),
     }
     return CardFacts(**{**facts, **given})

@@ -21,7 +21,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 def run_card(repo: str, folder: Path) -> None:
     os.chdir(folder)
     card = Path(hf_hub_download(repo, "README.md")).read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    code, _ = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)  # the other one is for whom has no hf_bilb
     names: dict[str, Any] = {}
     exec(code, names)
     (folder / "found.json").write_text(json.dumps(names["predictions"].to_columns(all_classes=True)))

@@ -13,6 +13,7 @@ from huggingface_hub.utils import _http
 from hf_bilb.cli import main
 from tests.hub.server import TOKEN, Hub
 
+ROOT = Path(__file__).resolve().parents[2]
 REPO = "somebody/people"
 TASKS = ("pay", "rich", "town|*x*")
 RECIPE = """

@@ -17,7 +17,7 @@ from hf_bilb.experiments.run_card import base_model, run_facts
 from hf_bilb.hub.card import CardFacts, CardTask, card_text
 from hf_bilb.hub.markdown import code, fenced, plain
 from hf_bilb.hub.paths import without_machine
-from hf_bilb.hub.snippet import snippet
+from hf_bilb.hub.snippet import snippet, without_package
 from hf_bilb.reporting.results import MetricResult, read_results
 from tests.hub.server import card_errors
 
@@ -141,11 +141,23 @@ def test_data_and_model_of_the_hub(finished: Path) -> None:
     results = read_results(finished)
     results.settings["data"]["hub"] = "owner/set:part"
     results.settings["model"] = {"name": "multi_task_text", "encoder": "google-bert/bert-base-uncased"}
-    text = card_text(run_facts(finished, results, "me/mine", "mit"))
+    text = card_text(run_facts(finished, results, "me/mine", True, "mit"))
     assert card_errors(text) == []
     head = ModelCard(text).data.to_dict()
     assert (head["datasets"], head["base_model"]) == (["owner/set"], "google-bert/bert-base-uncased")
     assert (head["base_model_relation"], head["license"]) == ("finetune", "mit")
+
+
+def test_code_without_the_package_is_shown_of_what_is_on_the_hub(finished: Path) -> None:
+    results = read_results(finished)
+    pushed, local = (card_text(run_facts(finished, results, "me/mine", there)) for there in (True, False))
+    assert "AutoModel.from_pretrained('me/mine', trust_remote_code=True)" in pushed
+    assert "trust_remote_code" not in local
+    adapted = without_package("me/mine", "multi_task_text", adapters=True)
+    assert "from_pretrained(snapshot_download('me/mine'), trust_remote_code=True)" in adapted
+    language = without_package("me/mine", "causal_lm", adapters=True)
+    assert language.endswith("AutoModelForCausalLM.from_pretrained('me/mine')")
+    assert without_package("me/mine", "torch_module", adapters=False) == ""
 
 
 def test_a_file_with_another_text_is_read_as_it_is() -> None:

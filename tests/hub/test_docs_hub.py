@@ -37,9 +37,11 @@ def test_the_commands(hub: Hub, finished: Path, tmp_path: Path, monkeypatch: pyt
         shutil.copy(finished.parent / "people.csv", tmp_path / name)
     push, again = (block.strip().splitlines() for block in blocks("sh"))
     assert len(push) == 1 and run(*shlex.split(push[0])[1:], "--with-checkpoints").exit_code == 0
-    use, _ = blocks("python")
+    use, bare, _ = blocks("python")
+    bare = f"import sys\nsys.modules['hf_bilb'] = None\n{bare}"  # it is not installed
     download, resume = map(shlex.split, again)
-    for command in ([sys.executable, "-c", use], [str(Path(sys.executable).parent / download[0]), *download[1:]]):
+    python = [sys.executable, "-c"]
+    for command in ([*python, use], [*python, bare], [str(Path(sys.executable).parent / download[0]), *download[1:]]):
         done = subprocess.run(command, env=hub.environment(tmp_path), cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     done = run(*resume[1:], "trainer.max_steps=35")
@@ -58,7 +60,7 @@ def test_the_recipe(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_the_trainer(tmp_path: Path) -> None:
-    _, code = blocks("python")
+    *_, code = blocks("python")
     exec(code, {"trainer": trained(tmp_path / "net")})
     assert "license: apache-2.0" in (tmp_path / "net" / "README.md").read_text()
 

@@ -24,6 +24,16 @@ ALWAYS = {
 }  # fmt: skip
 
 
+#: Code of the model, for whom has no hf_bilb: its config and model, and what they are made of.
+CODE = {"hf_bilb_models_tabular_mlp.py", "hf_bilb_models_base.py", "hf_bilb_errors.py"}
+
+
+def names(files: dict[str, bytes]) -> set[str]:
+    """Those of a repository, without the code's, which is there."""
+    assert files.keys() >= CODE
+    return {path for path in files if not path.startswith("hf_bilb_")}
+
+
 def push(folder: Path, *arguments: object) -> None:
     done = run("push", folder, REPO, *arguments)
     assert done.exit_code == 0, done.output
@@ -35,10 +45,13 @@ def push(folder: Path, *arguments: object) -> None:
 
 def test_a_finished_run_is_pushed_in_one_commit(hub: Hub, a_run: Path) -> None:
     push(a_run)
-    assert hub.repos[REPO].keys() == ALWAYS
+    assert names(hub.repos[REPO]) == ALWAYS
     assert [(repo, message) for repo, message, _ in hub.commits] == [(REPO, "mine, tasks balanced by bilb")]
-    for name in ("model.safetensors", "config.json", "hf_bilb.json", "weights.png"):
+    for name in ("model.safetensors", "hf_bilb.json", "weights.png"):
         assert hub.repos[REPO][name] == (a_run / name).read_bytes()
+    config, local = json.loads(hub.repos[REPO]["config.json"]), json.loads((a_run / "config.json").read_text())
+    assert config.pop("auto_map").keys() == {"AutoConfig", "AutoModel"} and config == local
+    assert not list(a_run.glob("*.py"))
     assert REPO not in hub.private
 
 
@@ -66,7 +79,7 @@ def test_options_of_the_command(hub: Hub, a_run: Path) -> None:
     push(a_run, "--private", "--revision", "second", "--commit-message", "Try it", "--license", "mit")
     assert hub.repos[REPO] == {} and REPO in hub.private
     pushed = hub.branches[REPO, "second"]
-    assert pushed.keys() == ALWAYS and [message for _, message, _ in hub.commits] == ["Try it"]
+    assert names(pushed) == ALWAYS and [message for _, message, _ in hub.commits] == ["Try it"]
     assert yaml.safe_load(pushed["README.md"].decode().split("---\n")[1])["license"] == "mit"
     push(a_run, "--private", "--revision", "second")
 
@@ -74,8 +87,10 @@ def test_options_of_the_command(hub: Hub, a_run: Path) -> None:
 def test_what_others_have_in_the_repository_stays(hub: Hub, a_run: Path) -> None:
     hub.repos[REPO] = {"LICENSE": b"mine", "README.md": b"old", "checkpoint-7/optimizer.pt": b"kept"}
     hub.repos[REPO] |= {"adapter_model.safetensors": b"stale", "gallery.png": b"stale", "training_args.bin": b"stale"}
+    hub.repos[REPO]["hf_bilb_models_text_encoder.py"] = b"stale"
     push(a_run)
-    assert hub.repos[REPO].keys() == ALWAYS | {"LICENSE", "checkpoint-7/optimizer.pt"}
+    assert names(hub.repos[REPO]) == ALWAYS | {"LICENSE", "checkpoint-7/optimizer.pt"}
+    assert "hf_bilb_models_text_encoder.py" not in hub.repos[REPO]
     assert hub.repos[REPO]["LICENSE"] == b"mine" and hub.repos[REPO]["README.md"] != b"old"
 
 
@@ -109,7 +124,7 @@ def test_a_recipe_pushes_once_when_all_is_measured(hub: Hub, tmp_path: Path) -> 
     done = run("train", recipe, "trainer.push_to_hub=true", f"trainer.hub_model_id={REPO}")
     assert done.exit_code == 0, done.output
     assert [message for _, message, _ in hub.commits] == ["End of training"]
-    assert hub.repos[REPO].keys() == ALWAYS
+    assert names(hub.repos[REPO]) == ALWAYS
     assert f"hf_bilb.load('{REPO}')" in (tmp_path / "run" / "README.md").read_text()
     assert hub.repos[REPO]["README.md"] == (tmp_path / "run" / "README.md").read_bytes()
 
@@ -124,9 +139,9 @@ def test_strategies_of_trainers(hub: Hub, tmp_path: Path, strategy: str) -> None
     assert messages == [*(f"Training in progress, step {step}{ending}" for step in (10, 20, 30)), "End of training"]
     assert "README.md" not in hub.commits[0][2], "nothing is measured yet"
     assert hub.repos[REPO].keys() >= ALWAYS
-    places = {path.partition("/")[0] for path in hub.repos[REPO].keys() - ALWAYS}
-    names = {"checkpoint-10", "checkpoint-20", "checkpoint-30"}
-    assert places == {"checkpoint": {"last-checkpoint"}, "all_checkpoints": names, "every_save": set()}[strategy]
+    places = {path.partition("/")[0] for path in names(hub.repos[REPO]) - ALWAYS}
+    saves = {"checkpoint-10", "checkpoint-20", "checkpoint-30"}
+    assert places == {"checkpoint": {"last-checkpoint"}, "all_checkpoints": saves, "every_save": set()}[strategy]
     place = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-30"}.get(strategy)
     local = {file.name: file.read_bytes() for file in (tmp_path / "run" / "checkpoint-30").iterdir()}
     there = {path: content for path, content in hub.repos[REPO].items() if place and path.startswith(f"{place}/")}
@@ -275,7 +290,7 @@ def test_an_upload_that_broke_off_goes_on(hub: Hub, a_run: Path) -> None:
     assert len(came) >= 2 and hub.repos[REPO] == {}, "a reader sees all or nothing"
     hub.start_again()
     push(a_run)
-    assert hub.repos[REPO].keys() == ALWAYS and len(hub.commits) == 1
+    assert names(hub.repos[REPO]) == ALWAYS and len(hub.commits) == 1
     assert hub.uploads[: len(came)] == came
     assert len(set(hub.uploads)) == len(hub.uploads), "what came is not sent again"
 
@@ -289,7 +304,7 @@ def test_a_training_loses_nothing_where_its_push_fails(hub: Hub, tmp_path: Path)
     assert command == f"hf-bilb push {tmp_path}/run {REPO}"
     hub.start_again()
     assert run(*shlex.split(command)[1:]).exit_code == 0
-    assert hub.repos[REPO].keys() == ALWAYS
+    assert names(hub.repos[REPO]) == ALWAYS
 
 
 def test_the_token_is_in_no_message(hub: Hub, a_run: Path) -> None:

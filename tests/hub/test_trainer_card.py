@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from tests.checkpoints.runs import QM9, Run, build_trainer
 from tests.hub.server import Hub, card_errors
+from tests.inference import runs
 from tests.synthetic import TASK_NAMES
 
 
@@ -59,3 +61,15 @@ def test_a_plain_module_is_pushed(hub: Hub, tmp_path: Path, monkeypatch: pytest.
     trainer.push_to_hub()
     assert {"README.md", "model.safetensors"} <= hub.repos["somebody/net"].keys()
     assert b"`bilb`" in hub.repos["somebody/net"]["README.md"]
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_packaged_model_is_pushed_with_its_code(hub: Hub, tmp_path: Path, blocking: bool) -> None:
+    trainer = runs.table_run(tmp_path).trainer
+    trainer.args.hub_model_id = "somebody/table"
+    pushed = trainer.push_to_hub(blocking=blocking)
+    assert (pushed if blocking else pushed.result()).commit_message == "Code of the model"
+    there = hub.repos["somebody/table"]
+    assert json.loads(there["config.json"])["auto_map"]["AutoModel"] == "hf_bilb_models_tabular_mlp.TabularMlpModel"
+    assert "hf_bilb_models_tabular_mlp.py" in there and not list((tmp_path / "run").glob("*.py"))
+    assert b"trust_remote_code=True" in there["README.md"]

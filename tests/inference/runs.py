@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from hf_bilb.config.yaml import dump_yaml
 from hf_bilb.data import TaskData
 from hf_bilb.experiments.build import build_trainer, load_data, resolve_data_options
-from hf_bilb.experiments.recipe import read_recipe
+from hf_bilb.experiments.recipe import Recipe, read_recipe
 from hf_bilb.experiments.train import _save
 from hf_bilb.trainer.trainer import BilevelMTLTrainer
 from tests.data.glue_files import write_encoder
@@ -41,8 +41,8 @@ class Run:
         return dict(zip(tasks, np.split(found, len(tasks), axis=1), strict=True))
 
 
-def finished(root: Path, model: dict[str, Any], data: dict[str, Any], test: Path, **trainer: Any) -> Run:
-    """Train two steps in `root/run`, and save as a run does."""
+def recipe_of(root: Path, model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any]) -> Recipe:
+    """Two steps in `root/run`."""
     settings = {
         "output_dir": str(root / "run"), "max_steps": 2, "seed": 0, "learning_rate": 1e-2,
         "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "save_strategy": "steps", "save_steps": 1,
@@ -50,7 +50,12 @@ def finished(root: Path, model: dict[str, Any], data: dict[str, Any], test: Path
     }  # fmt: skip
     path = root / "recipe.yaml"
     path.write_text(dump_yaml({"model": model, "data": data, "balancer": "ls", "trainer": settings}))
-    recipe = read_recipe(str(path))
+    return read_recipe(str(path))
+
+
+def finished(root: Path, model: dict[str, Any], data: dict[str, Any], test: Path, **trainer: Any) -> Run:
+    """Train, and save as a run does."""
+    recipe = recipe_of(root, model, data, trainer)
     set_seed(0)
     loaded = load_data(recipe, resolve_data_options(recipe))
     made = build_trainer(recipe, loaded)
@@ -219,19 +224,46 @@ def image_run(root: Path) -> Run:
     return finished(root, {"name": "image_encoder", "encoder": str(root / "vit")}, data, test)
 
 
-def language_run(root: Path, lora: bool = False) -> Run:
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+
+
+def write_base(folder: Path) -> Path:
+    """The model that adapters of a language run stand on."""
+    set_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=300)).save_pretrained(folder)
+    return folder
+
+
+def language_run(root: Path, lora: bool = False, base: str | None = None) -> Run:
     rows = [
         {"task": "ab"[number % 2], "prompt": f"say {word} ", "response": word * (1 + number % 2)}
         for number, word in enumerate(WORDS * 8)
     ]
     test = jsonl(root / "test.jsonl", rows[40:])
-    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
     data = {"name": "instructions", "jsonl": {"train": str(jsonl(root / "train.jsonl", rows)), "test": str(test)},
             "tokenizer": {"vocab_size": 300}, "max_length": 48}  # fmt: skip
     if not lora:
-        return finished(root, {"name": "causal_lm", "config": config}, data, test)
-    set_seed(1)
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=300))
-    base.save_pretrained(root / "base")
-    return finished(root, {"name": "causal_lm", "model": str(root / "base"), "lora": {"r": 2}}, data, test)
+        return finished(root, {"name": "causal_lm", "config": LLAMA}, data, test)
+    base = str(write_base(root / "base")) if base is None else base
+    return finished(root, {"name": "causal_lm", "model": base, "lora": {"r": 2}}, data, test)
+
+
+SMILES = "CCO CCN CCC c1ccccc1 CC(=O)O CCCl CO CN C1CCCCC1 Oc1ccccc1 CCOC CC#N".split()
+
+
+def smiles_run(root: Path) -> Run:
+    """Molecules as SMILES; needs RDKit."""
+    rows = [{"smiles": SMILES[n % 12] + "C" * (n // 12), "NR-AR": n % 2, "SR-p53": n % 3 % 2} for n in range(48)]
+    lines = [",".join(map(str, row.values())) for row in rows]
+    (root / "molecules.csv").write_text("\n".join(["smiles,NR-AR,SR-p53", *lines]) + "\n")
+    data = {"name": "tox21", "file": str(root / "molecules.csv"), "tasks": ["NR-AR", "SR-p53"], "split": "random",
+            "cache_dir": str(root / "cache"), "num_workers": 1}  # fmt: skip
+    model = {"name": "mpnn", "hidden_size": 8, "edge_hidden_size": 8}
+    return finished(root, model, data, jsonl(root / "new.jsonl", [{"smiles": text} for text in SMILES]))
+
+
+def qm9_run(root: Path) -> Run:
+    """Molecules with coordinates, which no file of rows has; needs qm9pack."""
+    data = {"name": "qm9", "num_train": 60, "num_validation": 20, "num_test": 20}
+    return finished(root, {"name": "qm9_mlp", "hidden_size": 8}, data, root / "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 import hf_bilb
 from hf_bilb.errors import CheckpointError, OptionError
@@ -147,18 +149,45 @@ torch.save(logits, {str(tmp_path / "logits.pt")!r})
 # --- what is wrong is one line ------------------------------------------------------------------------------------
 
 
-def test_a_weight_that_no_file_has_is_an_error(run_of: Callable[[str], Run], tmp_path: Path) -> None:
-    for name, file in (("text", "model.safetensors"), ("lora", "adapter_model.safetensors"),
-                       ("language", "model.safetensors"), ("module", "model.safetensors")):  # fmt: skip
-        folder = tmp_path / name
-        shutil.copytree(run_of(name).folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
-        tensors = load_file(folder / file)
-        lost = next(key for key in tensors if "topic" in key or "heads.0.weight" in key or "layers.1.mlp" in key)
-        save_file({key: value for key, value in tensors.items() if key != lost}, folder / file, {"format": "pt"})
+@pytest.mark.parametrize("name", ["text", "lora", "table", "image", "language", "language_lora", "module"])
+def test_a_weight_that_no_file_has_is_an_error(name: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
+    folder = tmp_path / name
+    shutil.copytree(run_of(name).folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    lost = without_a_weight(folder / file)
+    loaders = [lambda: hf_bilb.load(folder, trust_remote_code=True)]
+    if name in ("text", "lora", "table", "image"):  # of a language model the class is that of transformers
+        loaders.append(lambda: AutoModel.from_pretrained(folder))
+    for loader in loaders:
         with pytest.raises(CheckpointError) as raised:
-            hf_bilb.load(folder, trust_remote_code=True)
+            loader()
         said = lost.replace(".weight", "").removeprefix("base_model.model.")
         assert said in str(raised.value) and str(raised.value).startswith(str(folder))
+        assert "is missing" in str(raised.value) or "are missing" in str(raised.value)
+
+
+def without_a_weight(file: Path) -> str:
+    """Take one weight of the last layers out of a file; returns its name."""
+    tensors = load_file(file)
+    places = ("head_", "heads.0.weight", "layers.1.mlp", "layers.1.self_attn", "layer.1.")
+    lost = next(key for place in places for key in tensors if place in key)
+    save_file({key: value for key, value in tensors.items() if key != lost}, file, {"format": "pt"})
+    return lost
+
+
+@pytest.mark.parametrize(("name", "base"), [("lora", "encoder"), ("language_lora", "base")])
+def test_a_weight_that_the_model_under_adapters_lacks_is_an_error(
+    name: str, base: str, run_of: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = run_of(name)
+    file = run.folder.parent / base / "model.safetensors"
+    shutil.copy(file, tmp_path)
+    try:
+        lost = without_a_weight(file)
+        with pytest.raises(OptionError, match=rf": its files lack {re.escape(lost)}"):
+            hf_bilb.load(run.folder)
+    finally:
+        shutil.copy(tmp_path / file.name, file)
 
 
 def test_adapters_without_their_encoder(run_of: Callable[[str], Run], tmp_path: Path) -> None:
