@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from hf_bilb.config.options import nearest
@@ -50,11 +49,6 @@ class CsvOptions:
                 raise OptionError(f"{key}: {value!r} is not valid, expected one character")
         if self.columns is not None:
             check_repeats("columns", self.columns)
-
-    @cached_property
-    def empty_words(self) -> frozenset[str]:
-        """What means an empty cell, as it may stand there, and as the word that it becomes (`word_of`)."""
-        return MISSING | {*self.missing, *map(word_of, self.missing)}
 
 
 def _is_encoding(name: str) -> bool:

@@ -16,6 +16,7 @@ from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.json_files import read_json
 from hf_bilb.data.own.options import Patterns, SourceOptions
 from hf_bilb.data.own.text_files import ending, reading, state
+from hf_bilb.data.own.words import MISSING, word_of
 from hf_bilb.data.splits import PARTS
 from hf_bilb.errors import OptionError
 
@@ -48,10 +49,10 @@ class Table:
     folder: Path
     csv: CsvOptions = field(default_factory=CsvOptions)
 
-    @property
+    @cached_property
     def missing(self) -> frozenset[str]:
-        """Words that mean an empty cell."""
-        return self.csv.empty_words
+        """What means an empty cell, as it may stand there, and as the word that it becomes (`word_of`)."""
+        return MISSING | {*self.csv.missing, *map(word_of, self.csv.missing)}
 
     @cached_property
     def features(self) -> datasets.Features:
