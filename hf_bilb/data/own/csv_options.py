@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_bilb.config.options import nearest
-from hf_bilb.data.own.words import MISSING, word_of
 from hf_bilb.errors import OptionError
 
 _USUAL_ENCODINGS = ("utf-8", "utf-16", "cp1252", "latin-1")
