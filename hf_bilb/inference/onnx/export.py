@@ -153,7 +153,7 @@ def _export(
 ) -> dict[str, float] | None:
     """Everything into `folder`; returns the differences from torch, by task."""
     from hf_bilb.inference.onnx.check import can_be_compared, differences, outputs_of
-    from hf_bilb.inference.onnx.graph import plain_model, translate
+    from hf_bilb.inference.onnx.graph import merged, translate
     from hf_bilb.inference.onnx.made_up import made_up_inputs
 
     _check_weights(loaded)
@@ -164,7 +164,7 @@ def _export(
     batches = [made_up.batch(1, False, seed=1), made_up.batch(3, True, seed=2)]
     pairs = [(batch, outputs_of(network, tasks, batch)) for batch in batches]
     say("translating it into ONNX")
-    graph = translate(plain_model(network), tasks, made_up.batch(2, False, seed=0), made_up.axes)
+    graph = translate(merged(network), tasks, made_up.batch(2, False, seed=0), made_up.axes)
     # Of a module of somebody's own the code stays where it is.
     described = replace(saved, format=replace(saved.format, tasks=tasks), module=None)
     _write(graph, described, loaded.tokenizer, folder, name)

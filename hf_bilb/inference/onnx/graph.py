@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_bilb.errors import ExportError
 from hf_bilb.inference.batches import by_task
@@ -40,17 +39,10 @@ class TaskOutputs(nn.Module):
         return tuple(by_task(self.tasks, logits).values())
 
 
-def plain_model(model: Any) -> nn.Module:
-    """The model for the translation: adapters merged into its weights, attention in its plain form.
-
-    It is changed in place. The attention that torch fuses computes the same, but not every encoder that has it (Swin)
-    is translated.
-    """
-    merged: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    for part in merged.modules():
-        if isinstance(part, PreTrainedModel):
-            part.set_attn_implementation("eager")
-    return merged.eval()
+def merged(model: Any) -> nn.Module:
+    """The model with its adapters, where it has some, merged into its weights, which changes it."""
+    plain: nn.Module = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return plain.eval()
 
 
 def output_names(tasks: Mapping[str, TaskType], inputs: Sequence[str]) -> list[str]:
@@ -70,7 +62,7 @@ def translate(
     """The graph of `model`, without what names files of this machine.
 
     Args:
-        model: as `plain_model` gives it.
+        model: without adapters (`merged`).
         tasks: of its outputs.
         batch: inputs that it is traced with.
         axes: input -> dimension that may have any size -> its name.
@@ -82,7 +74,7 @@ def translate(
     dims = {name: torch.export.Dim(name) for of_input in wanted.values() for name in of_input.values()}
     shapes = tuple({place: dims[name] for place, name in of_input.items()} for of_input in wanted.values())
     wrapped = TaskOutputs(model, tasks, list(batch)).eval()
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad():  # with gradients the attention of some encoders (Swin) is not translated
         try:
             program = torch.onnx.export(
                 wrapped,
