@@ -45,16 +45,9 @@ class ImageInputs:
 
 
 @dataclass(frozen=True)
-class PixelInputs:
-    """Images of a table, of a model with tasks of pixels.
+class PixelInputs(ImageInputs):
+    """The same, of a model with tasks of pixels."""
 
-    Attributes:
-        column: of a table.
-        image_size: height and width that the whole frame is resized to.
-    """
-
-    column: str
-    image_size: int
     kind: ClassVar[str] = "pixels"
 
 
