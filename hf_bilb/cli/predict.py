@@ -127,7 +127,7 @@ def _write_images(
     check_free(rows.column_names, names, str(source))
     predictions = loaded.predict(source, BATCH_SIZE if batch_size is None else batch_size)
     write_images(predictions, rows, source, target, files, prefix, all_classes)
-    return f"{len(predictions)} images; {INDEX} has {', '.join(names)}"
+    return f"{len(predictions)} image{'s' * (len(predictions) > 1)}; {INDEX} has {', '.join(names)}"
 
 
 @click.command()

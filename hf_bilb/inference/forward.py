@@ -40,7 +40,8 @@ def outputs_of(
             if name not in withheld and (columns is None or name in columns)
         }
         with torch.inference_mode():
-            yield batch, model(**taken)["logits"]
+            logits = model(**taken)["logits"]
+        yield batch, logits  # outside: whoever takes it would be in that mode, too
 
 
 def measured(

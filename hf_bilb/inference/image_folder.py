@@ -105,8 +105,8 @@ def check_is_folder(output: Path) -> None:
     """Raise `OptionError` for the name of a table: predictions of pixels are many files."""
     if is_table(output):
         raise OptionError(
-            f"--output: {shown(str(output))} is the name of a table, but the model has tasks of pixels, which are files "
-            "for every image; expected the name of a folder"
+            f"--output: {shown(str(output))} is the name of a table, but the model has tasks of pixels, which are "
+            "files for every image; expected the name of a folder"
         )
 
 
@@ -162,7 +162,7 @@ def _in_file_names(tasks: Iterable[str]) -> list[str]:
     """Names of tasks without signs that a file's name cannot have; each once."""
     found: list[str] = []
     for name in tasks:
-        plain = re.sub(r"[^\w.-]+", "_", name)
+        plain = re.sub(r"[^\w.-]+", "_", name).strip("_") or "task"
         number = sum(one == plain or one.rpartition("-")[0] == plain for one in found)
         found.append(f"{plain}-{number + 1}" if number else plain)
     return found

@@ -16,8 +16,14 @@ from tests.inference.runs import Run, finished
 #: Of the made-up images, in turn.
 SIZES = ((37, 53), (24, 32), (41, 20))
 NUM_CLASSES = 11
-RESNET: dict[str, Any] = {"name": "dense_backbone", "decoder_size": 8, "encoder": {
-    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}}  # fmt: skip
+_ENCODER = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+RESNET: dict[str, Any] = {"name": "dense_backbone", "decoder_size": 8, "encoder": _ENCODER}
 TASKS: dict[str, Any] = {
     "shape": {"type": "segmentation", "column": "mask", "classes": [f"class {n}" for n in range(NUM_CLASSES)]},
     "height (m)": {"type": "dense_regression", "column": "heights", "unit": "m", "missing": 0},
