@@ -3,6 +3,7 @@
 | file | what it is |
 |---|---|
 | `predictions.csv` | a row for each image: the files of its predictions, and what is said of the whole image |
+| `classes.json` | task -> names of its classes 0, 1, ... |
 | `<image>_<task>.png` | numbers of classes, as indices of a palette; of more than 256 classes 16 bits |
 | `<image>_<task>.npy` | numbers: float32 `[height, width]`, or `[numbers, height, width]` |
 | `<image>_<task>_preview.png` | on demand: the numbers, or directions, as colours |
@@ -14,8 +15,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,15 +34,17 @@ from hf_bilb.errors import OptionError, StorageError
 from hf_bilb.inference.image_predictions import ImagePrediction
 from hf_bilb.inference.pixels import ImagePredictions, LoadedPixelModel
 from hf_bilb.inference.tables import is_table, write_rows
+from hf_bilb.losses.task_types import TaskType
 from hf_bilb.reporting.previews import class_palette, direction_picture, number_picture
 from hf_bilb.storage.folders import check_output_folder
-from hf_bilb.storage.writing import folder_written_aside, written_aside
+from hf_bilb.storage.writing import folder_written_aside, write_text, written_aside
 
 if TYPE_CHECKING:
     import datasets
 
 #: The table in the folder.
 INDEX = "predictions.csv"
+CLASSES = "classes.json"
 _PALETTE_SIZE = 256
 
 
@@ -142,11 +146,18 @@ def write_images(
                         file.write(prediction, path)
                 for column, value in prediction.to_columns(all_classes).items():
                     columns.setdefault(column, []).append(value)
+            _write_class_names(predictions.tasks, aside / CLASSES)
             write_rows(rows, {prefix + column: values for column, values in columns.items()}, aside / INDEX)
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(f"--output: {output}: cannot be written: {error.strerror or error}") from None
+
+
+def _write_class_names(tasks: Mapping[str, TaskType], path: Path) -> None:
+    names = {name: task.names for name, task in tasks.items() if task.type == "segmentation" and task.names}
+    if names:
+        write_text(path, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
 
 
 def without_images(rows: datasets.Dataset) -> datasets.Dataset:
@@ -182,7 +193,7 @@ def _image_names(source: Path, count: int, files: Sequence[MapFile]) -> list[str
 def _check_nothing_else(folder: Path) -> None:
     """Raise `OptionError` unless a folder holds predictions alone, so that it may go."""
     index = folder / INDEX
-    known = {INDEX}
+    known = {INDEX, CLASSES}
     if index.is_file():
         with index.open(newline="", encoding="utf-8", errors="replace") as stream:
             known.update(cell for row in csv.reader(stream) for cell in row)

@@ -163,6 +163,11 @@ class ImagePredictions:
     def __init__(self, model: LoadedPixelModel, encoded: Encoded, batch_size: int, progress: bool | None) -> None:
         self._model, self._encoded, self._batch_size, self._progress = model, encoded, batch_size, progress
 
+    @property
+    def tasks(self) -> Mapping[str, TaskType]:
+        """Name -> type."""
+        return self._model.tasks
+
     def __len__(self) -> int:
         return len(self._encoded)
 

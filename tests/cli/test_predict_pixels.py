@@ -60,7 +60,8 @@ def test_a_table_of_images_becomes_a_folder(run: Run, model: LoadedPixelModel, t
     assert list(index.columns) == [*given.columns, *(f"predicted_{name}" for name in (
         "shape", "height (m)", "flow", "scene", "scene_probability", "brightness"))]  # fmt: skip
     listed = [index[f"predicted_{task}"] for task in ("shape", "height (m)", "flow")]
-    assert names(out) == {"predictions.csv"}.union(*map(set, listed)) and len(names(out)) == 1 + 3 * 10
+    assert names(out) == {"predictions.csv", "classes.json"}.union(*map(set, listed)) and len(names(out)) == 2 + 3 * 10
+    assert json.loads((out / "classes.json").read_text()) == {"shape": TASKS["shape"]["classes"]}
     assert index.loc[0, "predicted_shape"] == "01_shape.png" and index.loc[9, "predicted_flow"] == "10_flow.npy"
     assert index.loc[3, "predicted_height (m)"] == "04_height_m.npy" and names(tmp_path) == {"out"}
     for (_, row), one in zip(index.iterrows(), model.predict(run.test), strict=True):
@@ -163,7 +164,8 @@ def test_a_folder_that_is_there(run: Run, tmp_path: Path) -> None:
     done = call("predict", run.folder, images, "--output", out)
     assert done.exit_code == 2 and "is already there; --force writes over it" in done.output and names(out) == before
     index = predict(run, images / "3.png", out, "--force")
-    assert len(index) == 1 and names(out) == {"predictions.csv", "3_shape.png", "3_height_m.npy", "3_flow.npy"}
+    assert len(index) == 1 and "3_shape.png" in names(out)
+    assert names(out) == {"predictions.csv", "classes.json", "3_shape.png", "3_height_m.npy", "3_flow.npy"}
     (out / "thesis.txt").write_text("years of work")
     done = call("predict", run.folder, images, "--output", out, "--force")
     assert done.exit_code == 2 and "holds 'thesis.txt', which is no prediction" in done.output
