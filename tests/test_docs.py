@@ -22,7 +22,7 @@ from hf_bilb.engine.objective import Derivatives, differentiate
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 #: Pages whose Python needs a server, or what another command has left; their own test runs it.
-WITH_A_TEST_OF_THEIR_OWN = {"hub.md": "tests/hub/test_docs_hub.py"}
+WITH_A_TEST_OF_THEIR_OWN = {"hub.md": "tests/hub/test_docs_hub.py", "pixels.md": "tests/test_docs_pixels.py"}
 BILB = PAGES["bilb_exactly.md"]
 
 

@@ -37,6 +37,7 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
 
     What `folder` held before stays until then. Its files are brought to the disk by whoever writes them.
     """
+    folder = Path(os.path.abspath(folder))  # `.` has no name of its own
     aside, former = (folder.with_name(f".{folder.name}.{os.getpid()}{ending}") for ending in ("", ".former"))
     aside.mkdir()
     try:

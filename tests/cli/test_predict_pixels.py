@@ -172,6 +172,15 @@ def test_a_folder_that_is_there(run: Run, tmp_path: Path) -> None:
     assert (out / "thesis.txt").read_text() == "years of work" and "3_flow.npy" in names(out)
 
 
+def test_into_the_folder_that_one_is_in(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    done = call("predict", run.folder, run.test, "--output", ".")
+    monkeypatch.chdir(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert names(tmp_path) == {"out"} and "predictions.csv" in names(tmp_path / "out")
+
+
 def test_what_is_wrong_is_one_line_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()

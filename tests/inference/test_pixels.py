@@ -320,6 +320,12 @@ def test_masks_and_arrays_of_other_files(scenes_of: Callable[[str, str], Run], t
     expected = measured(run)
     found = loaded(run).evaluate(rows, batch_size=2)
     assert found == {key: value for key, value in expected.items() if key.startswith(("depth", "normals"))}
+    # An empty cell is an image without labels of the task: the others are measured.
+    emptied = [{**row, "depth": "" if number == 1 else row["depth"]} for number, row in enumerate(rows)]
+    others = loaded(run).evaluate([row for row in rows if row is not rows[1]], batch_size=1)
+    with_gap = loaded(run).evaluate(emptied, batch_size=1)
+    assert with_gap["depth_abs_error"] == others["depth_abs_error"] != found["depth_abs_error"]
+    assert with_gap["normals_mean_angle"] == loaded(run).evaluate(rows, batch_size=1)["normals_mean_angle"]
 
 
 # --- one network of one's own, and real images --------------------------------------------------------------------
