@@ -26,13 +26,9 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.slow
 def test_from_images_to_predictions(tmp_path: Path) -> None:
     def run(*command: str) -> str:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "HF_HOME": str(tmp_path / "cache"),
-        }
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        of_test = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env={**os.environ, **of_test},
+                              capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -142,7 +142,7 @@ def upsampled(maps: Tensor, size: Size) -> Tensor:
 def best_classes(logits: Tensor, size: Size) -> Tensor:
     """`[C, h, w]` -> `[H, W]` int64, the class of the largest logit, the first of several; a NaN is the largest.
 
-    The logits of eight classes are in memory at a time, so that an image of 12 megapixels takes 0.7 GB for any C.
+    The logits of eight classes are in memory at a time, so that an image of 12 megapixels takes 1.2 GB for any C.
     """
     classes = torch.zeros(size, dtype=torch.int64)
     largest: Tensor | None = None
