@@ -26,6 +26,7 @@ WITH_A_TEST_OF_THEIR_OWN = {
     "hub.md": "tests/hub/test_docs_hub.py",
     "coming_from.md": "tests/test_docs_coming_from.py",
     "export.md": "tests/inference/test_export.py",
+    "pixels.md": "tests/test_docs_pixels.py",
     "when_something_fails.md": "tests/test_docs_failures.py",
 }
 BILB = PAGES["bilb_exactly.md"]

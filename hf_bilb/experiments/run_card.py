@@ -146,9 +146,10 @@ def _tasks(results: RunResults, saved: Mapping[str, Any]) -> tuple[CardTask, ...
 def _outputs(task: Mapping[str, Any]) -> str:
     names = list(map(str, task.get("names", ())))
     listed = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES))
-    if task["type"] == "regression":
-        unit = task.get("unit", "")
-        return "; ".join(filter(None, (listed, f"in {unit}" if unit else "")))
+    if task["type"] in ("regression", "dense_regression"):
+        unit, size = task.get("unit", ""), task.get("size", 1)
+        at_pixels = f"{size} number{'s' * (size > 1)} at each pixel" if task["type"] == "dense_regression" else ""
+        return "; ".join(filter(None, (at_pixels, listed, f"in {unit}" if unit else "")))
     if task["type"] == "multi_label" and task.get("size", 1) == 1:
         return "yes or no"
     kind = "labels" if task["type"] == "multi_label" else "classes"
@@ -163,6 +164,8 @@ def _pipeline_tag(saved: Mapping[str, Any], tasks: tuple[CardTask, ...]) -> str 
         return "token-classification" if types == {"token_classification"} else "text-classification"
     if kind in ("table", "features"):
         return "tabular-classification" if has_classes else "tabular-regression"
+    if kind in ("pixels", "scenes"):
+        return "image-segmentation" if "segmentation" in types else None
     if kind == "image":
         return "image-classification" if has_classes else None
     return {"smiles": "graph-ml", "prompt": "text-generation"}.get(str(kind))

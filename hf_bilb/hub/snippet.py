@@ -19,7 +19,10 @@ def snippet(name: str, saved: Mapping[str, Any]) -> str:
     trusted = ", trust_remote_code=True" if saved.get("module") else ""
     lines = ["import hf_bilb", "", f"model = hf_bilb.load({name!r}{trusted})"]
     inputs = saved.get("inputs") or {"kind": "none"}
-    lines += _READS.get(inputs["kind"], _nothing)(inputs)
+    if any(task["type"] in _MAPS for task in saved.get("tasks", ())):
+        lines += _pixels(inputs, saved["tasks"])
+    else:
+        lines += _READS.get(inputs["kind"], _nothing)(inputs)
     return "\n".join(lines)
 
 
@@ -59,6 +62,17 @@ def _image(inputs: Mapping[str, Any]) -> list[str]:
     return _predicted("['photo.jpg']")
 
 
+def _pixels(inputs: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    if inputs["kind"] == "none":  # of a run of an earlier version
+        return _nothing(inputs)
+    lines = ["for prediction in model.predict(['photo.jpg']):  # or a folder of images"]
+    for task in tasks:
+        shown = _MAPS.get(task["type"])
+        taken = f"prediction[{task['name']!r}]"
+        lines.append(f"    print({taken})" if shown is None else f"    print({taken}.shape)  # {shown}")
+    return lines
+
+
 def _table(inputs: Mapping[str, Any]) -> list[str]:
     return [*_columns([*inputs["numeric"], *inputs["categorical"]]), *_predicted("'rows.csv'")]
 
@@ -83,6 +97,10 @@ _READS = {
     "smiles": _molecules,
     "prompt": _prompts,
 }
+
+
+#: Types of tasks of pixels -> what a map of the image's size holds.
+_MAPS = {"segmentation": "numbers of classes", "dense_regression": "numbers"}
 
 
 def _predicted(rows: str) -> list[str]:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_bilb.config.options import shown
 from hf_bilb.config.registry import MODELS
-from hf_bilb.data.inputs.kinds import PromptInputs, TextInputs
+from hf_bilb.data.inputs.kinds import PixelInputs, PromptInputs, SceneInputs, TextInputs
 from hf_bilb.errors import CheckpointError, OptionError
 from hf_bilb.inference.folder import find_folder, read_folder
 from hf_bilb.inference.language import LoadedLanguageModel
 from hf_bilb.inference.loaded import LoadedModel
+from hf_bilb.inference.pixels import LoadedPixelModel
 from hf_bilb.inference.saved import SavedModel
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> LoadedModel | LoadedLanguageModel:
+) -> LoadedModel | LoadedPixelModel | LoadedLanguageModel:
     """A trained model with everything that predicting needs.
 
         model = hf_bilb.load("runs/reviews")
@@ -37,7 +38,8 @@ def load(
         trust_remote_code: run the Python file in the folder that builds the network, for runs of `torch_module`.
 
     Returns:
-        `LoadedModel`, or of a language model `LoadedLanguageModel`; in evaluation mode.
+        `LoadedModel`; of tasks of pixels `LoadedPixelModel`, of a language model `LoadedLanguageModel`; in evaluation
+        mode.
 
     Raises:
         OptionError: no such folder or repository or device; the network's file needs `trust_remote_code`; the encoder
@@ -56,6 +58,8 @@ def load(
     tokenizer = _tokenizer(folder, saved)
     if isinstance(saved.format.inputs, PromptInputs):
         return LoadedLanguageModel(model, tokenizer, saved.format, folder)
+    if isinstance(saved.format.inputs, PixelInputs | SceneInputs):
+        return LoadedPixelModel(model, saved.format, folder)
     return LoadedModel(model, tokenizer, saved.format, folder)
 
 

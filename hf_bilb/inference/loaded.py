@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,8 @@ from torch import Tensor, nn
 from hf_bilb.data.inputs.encoded import Encoded
 from hf_bilb.data.inputs.format import DataFormat
 from hf_bilb.data.inputs.kinds import NoInputs
-from hf_bilb.inference.batches import (
-    batches_of,
-    by_task,
-    check_batch_size,
-    device_of,
-    forward_columns,
-    to_device,
-    with_progress,
-)
+from hf_bilb.inference.batches import by_task, check_batch_size
+from hf_bilb.inference.forward import measured, num_batches, outputs_of
 from hf_bilb.inference.predictions import Predictions
 from hf_bilb.losses.task_types import LABELS, TAG_LABELS, TaskType
 from hf_bilb.metrics.info import MetricInfo
@@ -106,15 +98,8 @@ class LoadedModel:
         """
         check_batch_size(batch_size)
         encoded = self.format.encode(inputs, self.tokenizer, with_labels=True)
-        from transformers import EvalPrediction
-
-        metrics, measured = self._metrics(), {}
-        total = math.ceil(len(encoded) / batch_size)
-        for number, (batch, logits) in enumerate(self._outputs(encoded, batch_size, progress), 1):
-            labels = tuple(batch[name] for name in self._label_names)
-            prediction = EvalPrediction(predictions=logits, label_ids=labels if len(labels) > 1 else labels[0])
-            measured = metrics(prediction, compute_result=number == total)
-        return measured
+        outputs = self._outputs(encoded, batch_size, progress)
+        return measured(self._metrics(), outputs, self._label_names, num_batches(encoded, batch_size))
 
     @property
     def metric_infos(self) -> tuple[MetricInfo, ...]:
@@ -135,18 +120,7 @@ class LoadedModel:
 
     def _outputs(self, encoded: Encoded, batch_size: int, progress: bool | None) -> Iterator[tuple[Any, Any]]:
         """Each batch with its logits."""
-        columns, device = forward_columns(self.model), device_of(self.model)
-        work = batches_of(encoded, batch_size)
-        self.model.eval()
-        for batch in with_progress(work, math.ceil(len(encoded) / batch_size), progress):
-            batch = to_device(batch, device)
-            taken = {
-                name: value
-                for name, value in batch.items()
-                if name not in (LABELS, TAG_LABELS) and (columns is None or name in columns)
-            }
-            with torch.inference_mode():
-                yield batch, self.model(**taken)["logits"]
+        return outputs_of(self.model, encoded, batch_size, progress, (LABELS, TAG_LABELS))
 
     def __repr__(self) -> str:
         reads = "nothing of a user's" if isinstance(self.format.inputs, NoInputs) else self.format.inputs.kind

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_bilb.config.options import shown
+from hf_bilb.data.inputs.format import DataFormat
 from hf_bilb.data.inputs.given import as_table
+from hf_bilb.data.inputs.images import image_files
+from hf_bilb.data.inputs.kinds import ImageInputs, SceneInputs
 from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.data.own.files import is_csv
 from hf_bilb.errors import OptionError, StorageError
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 def check_output(output: Path, source: Path, force: bool) -> None:
     """Raise `OptionError` or `StorageError` where `output` cannot be, or shall not be, written."""
-    if output.suffix.lower() not in _WRITERS:
+    if not is_table(output):
         known = ", ".join(_WRITERS)
         raise OptionError(f"--output: {shown(str(output))} is of no known kind, expected a name that ends in {known}")
     if output.is_dir():
@@ -37,9 +40,18 @@ def check_output(output: Path, source: Path, force: bool) -> None:
     check_output_folder(output.parent, "--output")
 
 
-def read_rows(file: Path, csv: CsvOptions) -> datasets.Dataset:
-    """The rows of a file as they are; raises as `read_table`."""
-    return as_table(file, csv, ()).rows
+def read_rows(file: Path, data_format: DataFormat) -> datasets.Dataset:
+    """The rows of a file as they are; of images alone the names of their files. Raises as `read_table`."""
+    if isinstance(data_format.inputs, ImageInputs | SceneInputs) and (files := image_files(file)) is not None:
+        import datasets
+
+        return datasets.Dataset.from_dict({data_format.inputs.column: [one.name for one in files]})
+    return as_table(file, data_format.csv, ()).rows
+
+
+def is_table(output: Path) -> bool:
+    """Whether `write_rows` knows files of this ending."""
+    return output.suffix.lower() in _WRITERS
 
 
 def check_free(columns: list[str], added: list[str], name: str) -> None:

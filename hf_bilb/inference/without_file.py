@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_bilb.config.registry import MODELS, WITHOUT_CONFIG
 from hf_bilb.data.inputs.format import DataFormat
-from hf_bilb.data.inputs.kinds import ImageInputs, InputKind, NoInputs, TableInputs, TextInputs
+from hf_bilb.data.inputs.kinds import ImageInputs, InputKind, NoInputs, PixelInputs, TableInputs, TextInputs
 from hf_bilb.errors import CheckpointError
 from hf_bilb.inference.saved import FILE, SavedModel
 
@@ -38,6 +38,8 @@ def _inputs(config: Any) -> InputKind:
         return TextInputs((("text",), ("text", "text_pair")), min(positions, 512))
     if config.model_type in ("image_encoder", "celeba_cnn"):
         return ImageInputs("image", config.image_size)
+    if config.model_type == "dense_backbone" and config.tasks and config.image_size and config.dense_tasks:
+        return PixelInputs("image", config.image_size)
     if config.model_type == "tabular_mlp":
         size = len(config.numeric_names)
         return TableInputs(

@@ -17,12 +17,13 @@ from hf_bilb.data.dense.options import DenseOptions
 from hf_bilb.data.dense.rows import DenseRows
 from hf_bilb.data.dense.trivial import trivial_metrics
 from hf_bilb.data.inputs.format import DataFormat
-from hf_bilb.data.inputs.kinds import NoInputs
+from hf_bilb.data.inputs.kinds import DenseMeasurement, LabelColumns, SceneInputs
 from hf_bilb.data.rows import collate_images
 from hf_bilb.data.splits import draw_rows
 from hf_bilb.data.task_data import GalleryInfo, TaskData
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.dense import dense_item_counts
+from hf_bilb.losses.task_types import TaskType
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,30 @@ def dense_task_data(options: DenseOptions, facts: DenseFacts, train: DensePart, 
         trivial_predictor="best constant answer",
         single_task_base=computed.delta_m_base,
         single_task_source="models trained on one task each (tables of CAGrad, Nash-MTL, FAMO and LDC-MTL)",
-        format=DataFormat(NoInputs("pixel-wise tasks have no table of predictions"), {}),
+        format=_format(options, facts, names, labels, test.size),
         gallery=GalleryInfo(facts.class_names, facts.depth_unit, labels.class_names),
     )
+
+
+def _format(
+    options: DenseOptions, facts: DenseFacts, names: tuple[str, ...], labels: ImageLabels, size: tuple[int, int]
+) -> DataFormat:
+    known = {
+        "segmentation": TaskType("segmentation", facts.num_classes, facts.class_names),
+        "depth": TaskType("dense_regression", unit=facts.depth_unit),
+        "normals": TaskType("dense_regression", 3),
+        **{name: TaskType("classification", len(found), found) for name, found in labels.class_names.items()},
+    }
+    places = {name: LabelColumns((name,), ignore_index=-1 if name == "segmentation" else None) for name in names}
+    measurement = DenseMeasurement(facts.batch_size, options.delta_m_average, _base(facts, names))
+    return DataFormat(SceneInputs(size), {name: known[name] for name in names}, places, dense=measurement)
+
+
+def _base(facts: DenseFacts, names: tuple[str, ...]) -> dict[str, float] | None:
+    """The published base of Delta_m; None: there is none for these tasks."""
+    from hf_bilb.metrics.dense import published_base
+
+    return (published_base(facts.name, names) or None) if facts.published else None
 
 
 def _all_tasks(
@@ -150,13 +172,13 @@ def _metrics(
     options: DenseOptions, facts: DenseFacts, names: tuple[str, ...], image_tasks: Mapping[str, int]
 ) -> partial[Any]:
     """`DenseMetrics` with all its arguments."""
-    from hf_bilb.metrics.dense import DenseMetrics, published_base
+    from hf_bilb.metrics.dense import DenseMetrics
 
     return partial(
         DenseMetrics,
         names,
         facts.num_classes,
-        delta_m_base=(published_base(facts.name, names) or None) if facts.published else None,
+        delta_m_base=_base(facts, names),
         batch_size=facts.batch_size,
         delta_m_average=options.delta_m_average,
         depth_unit=facts.depth_unit,

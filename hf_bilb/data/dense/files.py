@@ -210,10 +210,17 @@ def _read_image(path: Path, source: tuple[int, int], size: tuple[int, int], as_b
     values = _checked(path, source, 3)
     if (values.dtype == np.uint8) != as_bytes or (values.dtype.kind in "iu" and not as_bytes):
         raise OptionError(f"{path}: {values.dtype}, expected {'uint8' if as_bytes else 'floats'}, as the first image")
+    return resize_image(np.moveaxis(checked_image(values, str(path)), -1, 0), size)
+
+
+def checked_image(values: NDArray[Any], where: str) -> NDArray[Any]:
+    """The array, which has to be `[H, W, 3]` of uint8, or of floats from 0 to 1; `where` begins the message."""
+    if values.ndim != 3 or values.shape[2] != 3 or not values.size:
+        raise OptionError(f"{where}: {list(values.shape)}, expected [height, width, 3]")
     # A resampled image may overshoot a little; NaN fails, too.
-    if not as_bytes and not (values.min() >= -0.5 and values.max() <= 1.5):
-        raise OptionError(f"{path}: values from {values.min():g} to {values.max():g}, expected 0 to 1 (or uint8)")
-    return resize_image(np.moveaxis(values, -1, 0), size)
+    if values.dtype != np.uint8 and not (values.dtype.kind == "f" and values.min() >= -0.5 and values.max() <= 1.5):
+        raise OptionError(f"{where}: values from {values.min():g} to {values.max():g}, expected 0 to 1 (or uint8)")
+    return values
 
 
 def _read_classes(path: Path, source: tuple[int, int], size: tuple[int, int], num_classes: int) -> NDArray[np.int8]:
@@ -232,12 +239,17 @@ def _read_depth(path: Path, source: tuple[int, int], size: tuple[int, int]) -> N
 
 
 def _read_normals(path: Path, source: tuple[int, int], size: tuple[int, int]) -> NDArray[np.float32]:
-    values = np.moveaxis(_checked(path, source, 3), -1, 0).astype(np.float32)
+    return resize_nearest(checked_normals(np.moveaxis(_checked(path, source, 3), -1, 0), str(path)), size)
+
+
+def checked_normals(values: NDArray[Any], where: str) -> NDArray[np.float32]:
+    """Normals `[3, H, W]` as float32, zeros where one is not finite; `where` begins the message."""
+    values = values.astype(np.float32)
     values[:, ~np.isfinite(values).all(axis=0)] = 0
     longest = float(np.sqrt(np.square(values).sum(axis=0)).max())
     if longest > 1.1:
-        raise OptionError(f"{path}: a vector of length {longest:g}, expected unit vectors or zeros as normals")
-    return resize_nearest(values, size)
+        raise OptionError(f"{where}: a vector of length {longest:g}, expected unit vectors or zeros as normals")
+    return values
 
 
 def measured(depth: NDArray[Any]) -> NDArray[np.float32]:

@@ -234,15 +234,20 @@ def resized(image: Image.Image, image_size: int, where: str) -> NDArray[np.uint8
     """An image of Pillow as RGB `[3, image_size, image_size]`; raises as `decode`."""
     from PIL import Image
 
+    rgb = as_rgb(image, where)
+    if rgb.size != (image_size, image_size):
+        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+def as_rgb(image: Image.Image, where: str) -> Image.Image:
+    """An image of Pillow in RGB; raises as `decode`."""
     try:
-        rgb = (_in_8_bits(image, where) if image.mode[0] in "IF" else image).convert("RGB")
+        return (_in_8_bits(image, where) if image.mode[0] in "IF" else image).convert("RGB")
     except OptionError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes when it is asked for pixels
         raise _not_decoded(where, error) from None
-    if rgb.size != (image_size, image_size):
-        rgb = rgb.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return np.asarray(rgb).transpose(2, 0, 1)
 
 
 def _not_decoded(where: str, error: Exception) -> OptionError:

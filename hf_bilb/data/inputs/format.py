@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_bilb.config.options import parse_options, unknown_name
-from hf_bilb.data.inputs.kinds import ENCODERS, KINDS, InputKind, LabelColumns
+from hf_bilb.data.inputs.kinds import ENCODERS, KINDS, DenseMeasurement, InputKind, LabelColumns
 from hf_bilb.data.own.csv_options import CsvOptions
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import TaskType
@@ -26,12 +26,14 @@ class DataFormat:
         tasks: name -> type, in the order of the model's outputs; empty for models whose outputs are no such tasks.
         labels: task -> where its labels stand; empty where rows of a user's are not measured.
         csv: how text files are read, and which words mean an empty cell.
+        dense: how it is measured, where the tasks are the papers' of dense prediction; else None.
     """
 
     inputs: InputKind
     tasks: Mapping[str, TaskType]
     labels: Mapping[str, LabelColumns] = field(default_factory=dict)
     csv: CsvOptions = field(default_factory=CsvOptions)
+    dense: DenseMeasurement | None = None
 
     def encode(self, inputs: Any, tokenizer: Any, with_labels: bool = False) -> Encoded:
         """The rows of what a user hands over; with their labels on demand.
@@ -54,6 +56,7 @@ class DataFormat:
             "tasks": [{"name": name, **task.to_dict()} for name, task in self.tasks.items()],
             "labels": {name: dataclasses.asdict(place) for name, place in self.labels.items()},
             "csv": dataclasses.asdict(self.csv),
+            **({} if self.dense is None else {"dense": dataclasses.asdict(self.dense)}),
         }
 
     @classmethod
@@ -75,6 +78,7 @@ class DataFormat:
                 {task.pop("name"): TaskType.from_dict(task) for task in tasks},
                 labels,
                 parse_options(CsvOptions, values["csv"], f"{path}: csv"),
+                parse_options(DenseMeasurement, values["dense"], f"{path}: dense") if "dense" in values else None,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise OptionError(f"{path}: is damaged or of another version: {type(error).__name__}: {error}") from None

@@ -2,49 +2,108 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_bilb.data.images.files import ImageSource, decode, resized
+from hf_bilb.data.images.files import ImageSource, decoding, resized
 from hf_bilb.data.inputs.encoded import Encoded, Wanted
 from hf_bilb.data.inputs.given import INPUTS, as_table, check_column, is_file
 from hf_bilb.data.inputs.kinds import ImageInputs
-from hf_bilb.data.inputs.labels import Labels
-from hf_bilb.data.own import columns
-from hf_bilb.data.own.images import HeldImages, named_images
+from hf_bilb.data.own.files import Table
+from hf_bilb.data.own.images import files_of
+from hf_bilb.data.own.pixels import load_array
 from hf_bilb.data.rows import BatchedRows, collate_images
 from hf_bilb.errors import OptionError
 from hf_bilb.losses.task_types import LABELS
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+#: Endings of the files that are images, in a folder of them; `.npy` holds an array [height, width, 3].
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_NPY = b"\x93NUMPY"
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Where the images of N rows are.
+
+    Attributes:
+        source: the images.
+        places: `[N]`, which of them each row has.
+        table: that names or holds them; None: they were handed over without one.
+    """
+
+    source: ImageSource
+    places: NDArray[np.int64]
+    table: Table | None = None
+
 
 def encode_images(kind: ImageInputs, inputs: Any, tokenizer: Any, wanted: Wanted) -> Encoded:
     """Rows with `pixel_values`, decoded when they are asked for; see `ENCODERS`."""
-    values = _in_memory(kind.column, inputs)
-    if values is not None and not wanted.places:
-        return _rows(kind, GivenImages(values), np.arange(len(values)), None)
-    table = as_table(inputs, wanted.csv, (kind.column,))
-    check_column(kind.column, table.features, table.name)
-    labels = wanted.labels(table)
-    if columns.holds_images(table, kind.column):
-        return _rows(kind, HeldImages([(table, kind.column)]), np.arange(len(table.rows)), labels)
-    return _rows(kind, *named_images([(table, kind.column)], "image", required=True), labels)
-
-
-def _rows(kind: ImageInputs, source: ImageSource, places: NDArray[np.int64], labels: Labels | None) -> Encoded:
+    rows = find_rows(kind.column, inputs, wanted)
+    labels = None if rows.table is None else wanted.labels(rows.table)
     values = None if labels is None else labels.values
-    return Encoded(LazyImages(source, places, kind.image_size, values), collate_images)
+    return Encoded(LazyImages(rows.source, rows.places, kind.image_size, values), collate_images)
+
+
+def find_rows(column: str, inputs: Any, wanted: Wanted) -> ImageRows:
+    """The images of what a user hands over.
+
+    Args:
+        column: of a table.
+        inputs: as of `as_table`; or a list of images, `[N, H, W, 3]`, an image file, or a folder of such files.
+        wanted: with labels, there has to be a table.
+
+    Raises:
+        OptionError: a column that is missing, an image that is none; in one line with file, row and column.
+    """
+    if is_file(inputs) and (files := image_files(Path(inputs).expanduser())) is not None:
+        if wanted.places:
+            raise OptionError(f"{inputs}: has no labels, expected a table with a column {column!r} and those of labels")
+        return ImageRows(GivenImages(files), np.arange(len(files)))
+    values = _in_memory(column, inputs)
+    if values is not None and not wanted.places:
+        if not values:
+            raise OptionError(f"{INPUTS}: there are no rows")
+        return ImageRows(GivenImages(values), np.arange(len(values)))
+    table = as_table(inputs, wanted.csv, (column,))
+    check_column(column, table.features, table.name)
+    return ImageRows(*files_of([(table, column)], "image", required=True), table)
+
+
+def image_files(path: Path) -> list[Path] | None:
+    """The image files in a folder, by their names, or the one that `path` is; None: it is a table.
+
+    Raises:
+        OptionError: a folder that holds no image, and was not saved by `datasets` either.
+    """
+    if path.is_file():
+        return [path] if path.suffix.lower() in ENDINGS else None
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    files = (file for file in path.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+    found = sorted(file for file in files if file.is_file())
+    if not found:
+        raise OptionError(f"{path}: holds no image, expected files that end in {', '.join(ENDINGS)}")
+    return found
 
 
 def _in_memory(column: str, inputs: Any) -> list[Any] | None:
     """The images of a list, or of a column in memory; None for files and data sets, which hold them encoded."""
     import pandas as pd
 
+    if isinstance(inputs, np.ndarray) and inputs.ndim == 4:
+        return list(inputs)
     if isinstance(inputs, pd.DataFrame | Mapping):
         check_column(column, list(map(str, inputs)), INPUTS)
         return [_encoded(value) for value in inputs[column]]
@@ -90,13 +149,48 @@ class LazyImages(BatchedRows):
         return batch if self.labels is None else {**batch, LABELS: torch.from_numpy(self.labels[chosen])}
 
     def _decoded(self, place: int) -> NDArray[np.uint8]:
-        if isinstance(self.source, GivenImages) and (image := self.source.opened(place)) is not None:
+        with opened(self.source, place) as image:
             return resized(image, self.image_size, self.source.describe(place))
-        return decode(self.source.read(place), self.image_size, self.source.describe(place))
+
+
+@contextlib.contextmanager
+def opened(source: ImageSource, place: int) -> Iterator[Image.Image]:
+    """One of the images, opened; an array as an image of 8 bits.
+
+    Raises:
+        OptionError: it does not decode; names it. So does what Pillow raises inside.
+    """
+    where = source.describe(place)
+    given = as_given(source, place)
+    if isinstance(given, bytes):
+        with decoding(given, where) as image:
+            yield image
+    else:
+        yield _in_8_bits(given, where) if isinstance(given, np.ndarray) else given
+
+
+def as_given(source: ImageSource, place: int) -> Any:
+    """One of the images: a `PIL.Image.Image`, an array (which a `.npy` file holds, too), or the bytes of a file."""
+    value = source.values[place] if isinstance(source, GivenImages) else None
+    if value is None or isinstance(value, str | bytes | os.PathLike):
+        value = source.read(place)
+    return load_array(value, source.describe(place)) if isinstance(value, bytes) and value.startswith(_NPY) else value
+
+
+def _in_8_bits(values: NDArray[Any], where: str) -> Image.Image:
+    from PIL import Image
+
+    if not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)) or not values.size:
+        raise OptionError(f"{where}: is an array {list(values.shape)}, expected [height, width, 3] or [height, width]")
+    if values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1:
+        values = np.rint(values * 255).astype(np.uint8)
+    if values.dtype != np.uint8:
+        raise OptionError(f"{where}: is an array of {values.dtype}, expected uint8, or floats from 0 to 1")
+    return Image.fromarray(values)
 
 
 class GivenImages:
-    """Images in a list: paths, bytes of files, or `PIL.Image.Image`.
+    """Images in a list: paths, bytes of files, `PIL.Image.Image`, or arrays `[H, W, 3]`.
 
     Args:
         values: N of them.
@@ -108,22 +202,18 @@ class GivenImages:
     key = INPUTS
 
     def __init__(self, values: Sequence[Any]) -> None:
+        from PIL import Image
+
         self.values = list(values)
         for row, value in enumerate(self.values):
             if isinstance(value, str | os.PathLike):
                 if not Path(value).expanduser().is_file():
                     raise OptionError(f"{self.describe(row)}: there is no file {str(value)!r}")
-            elif not isinstance(value, bytes) and self.opened(row) is None:
+            elif not isinstance(value, bytes | np.ndarray | Image.Image):
                 raise OptionError(f"{self.describe(row)}: got a {type(value).__name__}, expected a path or an image")
 
     def __len__(self) -> int:
         return len(self.values)
-
-    def opened(self, row: int) -> Any:
-        """The image, where it is one already; else None."""
-        from PIL import Image
-
-        return self.values[row] if isinstance(self.values[row], Image.Image) else None
 
     def fingerprint(self, rows: range) -> str:
         """They are not cached."""

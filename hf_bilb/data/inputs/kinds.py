@@ -5,8 +5,9 @@ The modules of this folder read rows of a user's as these say, by the functions 
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from hf_bilb.config.registry import Registry
 from hf_bilb.errors import OptionError
@@ -41,6 +42,27 @@ class ImageInputs:
     column: str
     image_size: int
     kind: ClassVar[str] = "image"
+
+
+@dataclass(frozen=True)
+class PixelInputs(ImageInputs):
+    """The same, of a model with tasks of pixels."""
+
+    kind: ClassVar[str] = "pixels"
+
+
+@dataclass(frozen=True)
+class SceneInputs:
+    """Images of a packaged set of dense prediction, of a model with the papers' tasks (`hf_bilb.losses.dense`).
+
+    Attributes:
+        size: height and width that the whole frame is resized to.
+        column: of a table.
+    """
+
+    size: tuple[int, int]
+    column: str = "image"
+    kind: ClassVar[str] = "scenes"
 
 
 @dataclass(frozen=True)
@@ -132,24 +154,52 @@ class LabelColumns:
         columns: of the table.
         metrics: names of metrics; None: those that are usual for the type.
         class_words: class -> the words that mean it; None: each means itself.
+        ignore_index: of masks, the number of a pixel without a label; None: there is none.
+        missing: of arrays, the number of a pixel without a label, in addition to NaN; None: there is none.
     """
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...] | None = None
     class_words: dict[str, tuple[str, ...]] | None = None
+    ignore_index: int | None = None
+    missing: float | None = None
 
 
-InputKind = TextInputs | ImageInputs | TableInputs | FeatureInputs | MoleculeInputs | PromptInputs | NoInputs
-KINDS: dict[str, type[InputKind]] = {
-    one.kind: one
-    for one in (TextInputs, ImageInputs, TableInputs, FeatureInputs, MoleculeInputs, PromptInputs, NoInputs)
-}
+@dataclass(frozen=True)
+class DenseMeasurement:
+    """How a model with the papers' tasks is measured: arguments of `hf_bilb.metrics.dense.DenseMetrics`.
+
+    Attributes:
+        batch_size: images of a batch whose figures are averaged.
+        delta_m_average: which form of a metric Delta_m takes.
+        delta_m_base: metric -> result of a model trained on its task alone; None: there is no Delta_m.
+    """
+
+    batch_size: int
+    delta_m_average: Literal["batch_mean", "exact"] = "batch_mean"
+    delta_m_base: dict[str, float] | None = None
+
+
+InputKind = (
+    TextInputs
+    | ImageInputs
+    | PixelInputs
+    | SceneInputs
+    | TableInputs
+    | FeatureInputs
+    | MoleculeInputs
+    | PromptInputs
+    | NoInputs
+)
+KINDS: dict[str, type[InputKind]] = {one.kind: one for one in typing.get_args(InputKind)}
 #: Kind -> function (the dataclass, what a user hands over, tokenizer, `Wanted`) -> `Encoded`; `OptionError` in one
 #: line, with file, row and column.
 ENCODERS: Registry[Any] = Registry(
     {
         "text": "hf_bilb.data.inputs.text:encode_texts",
         "image": "hf_bilb.data.inputs.images:encode_images",
+        "pixels": "hf_bilb.data.inputs.pixels:encode_pixels",
+        "scenes": "hf_bilb.data.inputs.pixels:encode_scenes",
         "table": "hf_bilb.data.inputs.tables:encode_table",
         "features": "hf_bilb.data.inputs.tables:encode_features",
         "smiles": "hf_bilb.data.inputs.molecules:encode_molecules",

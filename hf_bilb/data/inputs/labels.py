@@ -33,10 +33,11 @@ class Labels:
 
 
 def read_known_labels(table: Table, tasks: Mapping[str, TaskType], places: Mapping[str, LabelColumns]) -> Labels:
-    """The labels of all tasks whose columns the table has.
+    """The labels of all tasks of rows and tokens whose columns the table has.
 
     Raises:
-        OptionError: no column of any task; a value that is no label of its task: names file, row and column.
+        OptionError: no column of any task, of pixels ones neither; a value that is no label of its task: names file,
+            row and column.
     """
     known = [name for name in tasks if all(column in table.rows.column_names for column in places[name].columns)]
     if not known:
@@ -45,6 +46,8 @@ def read_known_labels(table: Table, tasks: Mapping[str, TaskType], places: Mappi
             check_column(column, table.features, table.name)
     values, tags = [], {}
     for name, task in tasks.items():
+        if task.items == "pixels":
+            continue
         if task.type == "token_classification":
             tags[name] = _tags(table, task, places[name]) if name in known else _no_tags(len(table.rows))
         elif name in known:

@@ -110,7 +110,13 @@ def _task_data(joined: Joined, inputs: Inputs, options: OwnDataOptions) -> TaskD
 
 def _format(types: Mapping[str, TaskType], kind: InputKind, options: OwnDataOptions) -> DataFormat:
     places = {
-        name: LabelColumns(task.label_columns(name), task.metrics, task.class_words)
+        name: LabelColumns(
+            task.label_columns(name),
+            task.metrics,
+            task.class_words,
+            task.ignore_index if task.type == "segmentation" else None,
+            task.missing,
+        )
         for name, task in options.tasks.items()
     }
     csv = next((task.csv for task in options.tasks.values() if task.csv is not None), options.csv)

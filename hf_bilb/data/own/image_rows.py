@@ -38,18 +38,25 @@ class PixelColumn:
     file: Path
     rows: NDArray[np.int64]
 
-    def tensor(self, values: NDArray[np.generic], missing: NDArray[np.bool_]) -> Tensor:
-        """Some labels of the file as a column of a batch; `missing [B]`: of no row."""
-        if self.task.type == "segmentation":
-            classes = values.astype(np.int64)
-            classes[missing] = MISSING_INTEGER
-            return torch.from_numpy(classes)
-        numbers = values.astype(np.float64)
-        if self.task.means:
-            scale = Standardizer(*(np.array(of)[:, None, None] for of in (self.task.means, self.task.stds)))
-            numbers = scale.standardize(numbers)
-        numbers[missing] = np.nan
-        return torch.from_numpy(numbers).float()
+
+def pixel_column(task: TaskType, values: NDArray[np.generic], missing: NDArray[np.bool_]) -> Tensor:
+    """Labels of pixels as a column of a batch.
+
+    Args:
+        task: their type.
+        values: B of them, as `hf_bilb.data.own.pixels.PixelLabels` holds them.
+        missing: `[B]`: of no row.
+    """
+    if task.type == "segmentation":
+        classes = values.astype(np.int64)
+        classes[missing] = MISSING_INTEGER
+        return torch.from_numpy(classes)
+    numbers = values.astype(np.float64)
+    if task.means:
+        scale = Standardizer(*(np.array(of)[:, None, None] for of in (task.means, task.stds)))
+        numbers = scale.standardize(numbers)
+    numbers[missing] = np.nan
+    return torch.from_numpy(numbers).float()
 
 
 class OwnImageRows(MappedRows):
@@ -90,7 +97,7 @@ class OwnImageRows(MappedRows):
         columns = {LABELS: torch.from_numpy(self.labels[chosen])} if self.labels.shape[1] else {}
         for name, column in self.pixels.items():
             found = column.rows[chosen]
-            columns[name] = column.tensor(self._arrays[name][np.maximum(found, 0)], found < 0)
+            columns[name] = pixel_column(column.task, self._arrays[name][np.maximum(found, 0)], found < 0)
         return columns
 
     def label_batches(self) -> Iterator[tuple[Tensor, ...]]:

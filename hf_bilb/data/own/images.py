@@ -206,9 +206,19 @@ def _find(columns_of: Sequence[tuple[Source, str]], what: str, required: bool) -
             f"data: {paths[0].name} has paths in column {paths[1]!r}, {images[0].name} has images in {images[1]!r}, "
             "expected the same in all"
         )
-    files: ImageSource
-    files, rows = _held(tables, required) if held[0] else named_images(tables, what, required)
+    files, rows = files_of(tables, what, required)
     return FoundFiles(files, np.split(rows, np.cumsum([len(source) for source, _ in columns_of])[:-1]))
+
+
+def files_of(tables: Sequence[tuple[Table, str]], what: str, required: bool) -> tuple[ImageSource, NDArray[np.int64]]:
+    """The images, or other files, that columns of tables hold or name, and which of them each row has; -1: none.
+
+    Args:
+        tables: each with its column, all of one kind.
+        what: they are, for messages.
+        required: an empty cell is an error.
+    """
+    return _held(tables, required) if columns.holds_images(*tables[0]) else named_images(tables, what, required)
 
 
 def _held(tables: Sequence[tuple[Table, str]], required: bool) -> tuple[HeldImages, NDArray[np.int64]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_bilb.data.inputs.kinds import ImageInputs, InputKind, NoInputs, TextInputs
+from hf_bilb.data.inputs.kinds import ImageInputs, InputKind, PixelInputs, TextInputs
 from hf_bilb.data.own.image_rows import OwnImageRows, PixelColumn
 from hf_bilb.data.own.images import decoded_images
 from hf_bilb.data.own.joined import Joined
@@ -107,11 +107,9 @@ def image_inputs(joined: Joined, image_size: int, cache_dir: str | None) -> Inpu
 
 
 def _kind_of_images(joined: Joined, image_size: int) -> InputKind:
-    if joined.of_pixels:
-        return NoInputs("the tasks of its data are maps of pixels")
     column = joined.sources[0].options.inputs.image
     assert column is not None  # of sources of this kind
-    return ImageInputs(column, image_size)
+    return (PixelInputs if joined.of_pixels else ImageInputs)(column, image_size)
 
 
 def text_inputs(joined: Joined, tokenizer_name: str | None, max_length: int) -> Inputs:

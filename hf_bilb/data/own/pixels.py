@@ -178,7 +178,7 @@ def decode_label(data: bytes, where: str) -> NDArray[Any]:
         OptionError: it is neither; begins with `where`.
     """
     if data.startswith(_NPY):
-        values = _load(data, where)
+        values = load_array(data, where)
     else:
         with decoding(data, where) as image:
             image.load()
@@ -187,7 +187,8 @@ def decode_label(data: bytes, where: str) -> NDArray[Any]:
     return values.astype(np.uint8) if values.dtype == bool else values
 
 
-def _load(data: bytes, where: str) -> NDArray[Any]:
+def load_array(data: bytes, where: str) -> NDArray[Any]:
+    """The numbers `[.., ..]` or `[.., .., ..]` of a `.npy` file; raises `OptionError`, which begins with `where`."""
     try:
         values: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -198,6 +199,13 @@ def _load(data: bytes, where: str) -> NDArray[Any]:
             "width]"
         )
     return values
+
+
+def check_same_size(values: NDArray[Any], size: tuple[int, int], where: str) -> None:
+    """Raise `OptionError`, which begins with `where`, unless a label `[..., H, W]` has the size of its image."""
+    if values.shape[-2:] != size:
+        found, expected = (" x ".join(map(str, one)) for one in (values.shape[-2:], size))
+        raise OptionError(f"{where} is {found} pixels (height x width), its image {expected}")
 
 
 # --- reading all of them ------------------------------------------------------------------------------------------
@@ -248,9 +256,7 @@ def _read_chunk(labels: ImageSource, frames: Frames, kind: LabelKind, pairs: NDA
         values = kind.read(labels.read(label), where)
         with decoding(frames.images.read(image), f"data: {frames.images.describe(image)}") as opened:
             width, height = opened.size
-        if values.shape[-2:] != (height, width):
-            found = " x ".join(map(str, values.shape[-2:]))
-            raise OptionError(f"{where} is {found} pixels (height x width), its image {height} x {width}")
+        check_same_size(values, (height, width), where)
         resized = resize_nearest(values, (frames.size, frames.size))
         return resized, kind.facts(resized)
 
