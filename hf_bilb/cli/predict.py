@@ -55,8 +55,8 @@ def predict(
     """Write FILE's rows with what MODEL says of each into --output.
 
     MODEL is the folder of a run, a checkpoint in it, or owner/name on the hub; FILE a .csv, .tsv, .jsonl or .parquet
-    file with the input columns of the training data, an image, or a folder of images. Text files are read, and written, as those that the model was
-    trained on: in the same encoding, with the same delimiter and decimal sign.
+    file with the input columns of the training data, an image, or a folder of images. Text files are read, and written,
+    as those that the model was trained on: in the same encoding, with the same delimiter and decimal sign.
 
     \b
         hf-bilb predict runs/reviews new.csv --output predicted.csv
