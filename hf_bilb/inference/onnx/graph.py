@@ -133,10 +133,26 @@ def _check_sizes(graph: onnx_ir.Graph, wanted: Mapping[str, Mapping[int, str]]) 
 
 
 def _drop_unused(graph: onnx_ir.Graph) -> None:
-    """Inputs that the model passes over, such as token types."""
+    """Inputs that the model passes over, such as token types, though the graph may take the batch's size from them."""
     for value in list(graph.inputs):
-        if not value.uses() and not value.is_graph_output():
+        uses = tuple(value.uses())
+        if value.is_graph_output() or any(node.op_type != "Shape" for node, _ in uses):
+            continue
+        others = [other for other in graph.inputs if other is not value]
+        found = [
+            next((other for other in others if _sizes(other, node) == _sizes(value, node)), None) for node, _ in uses
+        ]
+        if None not in found:
+            for (node, place), other in zip(uses, found, strict=True):
+                node.replace_input_with(place, other)
             graph.inputs.remove(value)
+
+
+def _sizes(value: onnx_ir.Value, node: onnx_ir.Node) -> list[str]:
+    """The dimensions of `value` that a node of type Shape reads."""
+    assert value.shape is not None
+    start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
+    return [str(size) for size in value.shape[start:end]]
 
 
 def _name_outputs(graph: onnx_ir.Graph, names: Sequence[str]) -> None:
