@@ -196,6 +196,9 @@ class Bilb(BilevelObjective):
     def __init__(self, num_tasks: int, options: BilbOptions) -> None:
         super().__init__()
         self.options = options
+        if options.activation == "sigmoid":
+            # Sigmoid weights near zero cancel in sigma / sum sigma while f vanishes: the method has silently become LS.
+            self.collapsed_below = 0.05
         if options.router == "parameter":
             if options.initial_logits is None:
                 raise OptionError(
@@ -230,9 +233,7 @@ class Bilb(BilevelObjective):
             weight, ratio = options.discrepancy_weight.edge_fraction * edge, options.discrepancy_weight.edge_fraction
         else:
             weight, ratio = options.discrepancy_weight, options.discrepancy_weight / edge
-        # Sigmoid weights near zero cancel in sigma / sum sigma while f vanishes: the method has silently become LS.
-        collapsed = (sigma.detach().amax() < 0.05) if options.activation == "sigmoid" else None
-        return ObjectiveValue(self.penalty_weight * g + weight * f, sigma, f, several * ratio, collapsed)
+        return ObjectiveValue(self.penalty_weight * g + weight * f, sigma, f, several * ratio)
 
     def levels(self, losses: Tensor, active: Tensor, features: Tensor | None) -> Levels:
         """f, g and sigma."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.engine.constants import one, zero
 from hf_bilb.engine.records import Normalization
 
 
@@ -27,7 +28,6 @@ class ObjectiveValue(NamedTuple):
         weights: sigma `[K]`, where the method has weights.
         discrepancy: scalar f, where the method has one.
         edge_ratio: scalar, discrepancy weight over the value beyond which a coefficient can turn negative.
-        collapsed: bool scalar, True when the weights have become so small that the method has turned into another.
         clamped_share: scalar, the share of weights that lie at their clamp.
     """
 
@@ -35,7 +35,6 @@ class ObjectiveValue(NamedTuple):
     weights: Tensor | None = None
     discrepancy: Tensor | None = None
     edge_ratio: Tensor | None = None
-    collapsed: Tensor | None = None
     clamped_share: Tensor | None = None
 
 
@@ -56,6 +55,8 @@ class Objective(nn.Module, ABC):
     divides_by_losses: bool = False
     #: D, the length of the features that F looks at; 0 when it looks at none.
     num_features: int = 0
+    #: All weights below it: the method has turned into another; None: that cannot be.
+    collapsed_below: float | None = None
     #: L2 penalty on the method's own parameters, a part of their gradient.
     weight_decay: float = 0.0
 
@@ -98,6 +99,11 @@ class HistoryObjective(Objective):
     The record is buffers or extra state, so that it is saved and goes back when an update is dropped. Both hooks do
     nothing unless a method overrides them, and must not read the device.
     """
+
+    @property
+    def has_record(self) -> bool:
+        """Whether it remembers losses."""
+        return type(self).observe is not HistoryObjective.observe
 
     def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
         """Take in the losses at which F is evaluated next; called while balancing, neither in a warm-up nor frozen.
@@ -235,7 +241,7 @@ def differentiate(
         if known is not None:
             return known
     # Placeholder one: finite under every normalization, so that no NaN or infinity reaches the graph.
-    point = torch.where(active, losses.detach(), normalization.one).requires_grad_()
+    point = torch.where(active, losses.detach(), one(losses)).requires_grad_()
     inputs = [point, *objective.parameters()]
     if features is not None:
         features = features.detach().requires_grad_()
@@ -248,7 +254,7 @@ def differentiate(
         detached.append(None if field is None else field.detach())
     of_losses, *of_parameters = gradients
     of_features = None if features is None else of_parameters.pop()
-    coefficients = torch.where(active, of_losses, 0.0)
+    coefficients = torch.where(active, of_losses, zero(of_losses))
     return Derivatives(ObjectiveValue._make(detached), coefficients, tuple(of_parameters), of_features)
 
 
@@ -264,7 +270,7 @@ def progress_gradients(
 
     losses = [(step.before, step.active), (step.after, step.compared)]
     losses += [] if step.opposite is None else [(step.opposite, step.compared)]
-    normalised = [normalization(torch.where(known, loss, normalization.one)).detach() for loss, known in losses]
+    normalised = [normalization(torch.where(known, loss, one(loss))).detach() for loss, known in losses]
     before, after, *opposite = normalised
     progress = StepProgress(before, after, step.active, step.compared, *opposite)
     parameters = list(objective.parameters())

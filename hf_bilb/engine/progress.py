@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_bilb.engine import reduction
 from hf_bilb.engine.checks import LossChecks
+from hf_bilb.engine.constants import one
 from hf_bilb.engine.monitor import Monitor
 from hf_bilb.engine.objective import ProgressObjective, StepProgress, progress_gradients
 from hf_bilb.engine.optimizer import OwnOptimizer
@@ -137,16 +138,17 @@ class Follower:
         Raises:
             NonFiniteLossError: a loss is finite, but none that the method can take; the message says `where`.
         """
-        if not all(self._checks.check_after(losses, where) for losses in after):
+        known = [self._known_losses(losses) for losses in after]
+        if not all(self._checks.check_after(*losses, where) for losses in zip(after, known, strict=True)):
             return
-        first, *rest = map(self._known_losses, after)
+        first, *rest = known
         step = StepProgress(self._known_losses(before), first, active, active, rest[0] if rest else None)
         self._step(step, before.num_items)
 
     def _step(self, step: StepProgress, num_items: Tensor) -> None:
         gradients = progress_gradients(self._objective, self._normalization, step)
-        one = self._normalization.one
-        after, before = torch.where(step.compared, step.after, one), torch.where(step.active, step.before, one)
+        after = torch.where(step.compared, step.after, one(step.after))
+        before = torch.where(step.active, step.before, one(step.before))
         self._optimizer.accumulate(gradients, num_items, torch.dot(after, after) + torch.dot(before, before))
         taken = self._optimizer.step()
         if taken is not None:
