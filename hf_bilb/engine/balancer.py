@@ -384,17 +384,25 @@ class LossBalancer:
         if self._follower is not None:
             self._follower.begin(whole, active)
         if self._history is not None and self._history.has_record:
-            valid = self._checks.valid(whole, self.phase, forming)
-            self._record(self._history, whole, active & valid & whole.present.any())
+            known = active & whole.present.any() if self.absent_tasks == "hold" else active
+            if self.normalization.needs_positive_losses:
+                known = known & self._checks.valid(whole, self.phase, forming)
+            self._record(self._history, whole, known)
 
     def _record(self, history: HistoryObjective, whole: GlobalBatch, known: Tensor) -> None:
-        """Let a method's record take in the `known` losses, none of them where one is beyond all measure."""
+        """Let a method's record take in the `known` losses; none of them where one is none that the method can take, or
+        beyond all measure."""
         last = self._memory.last_losses
         given = torch.where(known, last, one(last))
         losses = self.normalization(given)
         if self._follower is None:  # what a follower learns is in its own step
-            entered = torch.where(known, losses, zero(losses))
-            usable = torch.dot(given, given) + torch.dot(entered, entered) < TOO_LARGE_SQUARED
+            squares = torch.dot(given, given)
+            if losses is not given:
+                entered = torch.where(known, losses, zero(losses))
+                squares = squares + torch.dot(entered, entered)
+            usable = squares < TOO_LARGE_SQUARED  # which no NaN is
+            if history.needs_positive_losses:
+                usable = usable & (losses.amin() > 0)
             known = known & usable
             self._monitor.learn(usable, whole.losses)
         history.observe(losses, whole.num_items, known, self._epoch)

@@ -18,6 +18,16 @@ def one(like: Tensor) -> Tensor:
     return _constant(1.0, like.dtype, like.device)
 
 
+def lowest(like: Tensor) -> Tensor:
+    """The lowest finite scalar of the type of `like`, likewise."""
+    return _constant(torch.finfo(like.dtype).min, like.dtype, like.device)
+
+
+def infinity(like: Tensor) -> Tensor:
+    """A scalar beyond all, likewise."""
+    return _constant(float("inf"), like.dtype, like.device)
+
+
 @functools.lru_cache(maxsize=64)
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # one that is made in it could take no part in training

@@ -89,7 +89,7 @@ class Objective(nn.Module, ABC):
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives | None:
         """F and its derivatives as `forward` and autograd have them, in fewer operations; None where nobody has written
-        them down. For losses that are not normalised, and methods without features; arguments as in `forward`."""
+        them down. Called without gradients, for methods without features; arguments as in `forward`."""
         return None
 
 
@@ -235,11 +235,11 @@ def differentiate(
 
     Cost: one forward and backward of K numbers, or a closed form; no device synchronisation, no communication.
     """
-    if scalar is None and features is None and normalization.kind == "none":
+    if scalar is None and features is None:
         with torch.no_grad():
-            known = objective.closed_form(losses, active)
-        if known is not None:
-            return known
+            found = _in_closed_form(objective, normalization, losses, active)
+        if found is not None:
+            return found
     # Placeholder one: finite under every normalization, so that no NaN or infinity reaches the graph.
     point = torch.where(active, losses.detach(), one(losses)).requires_grad_()
     inputs = [point, *objective.parameters()]
@@ -256,6 +256,18 @@ def differentiate(
     of_features = None if features is None else of_parameters.pop()
     coefficients = torch.where(active, of_losses, zero(of_losses))
     return Derivatives(ObjectiveValue._make(detached), coefficients, tuple(of_parameters), of_features)
+
+
+def _in_closed_form(
+    objective: Objective, normalization: Normalization, losses: Tensor, active: Tensor
+) -> Derivatives | None:
+    if type(objective).closed_form is Objective.closed_form:
+        return None
+    if normalization.kind == "none":
+        return objective.closed_form(losses, active)
+    normalised, pull_back = normalization.with_slopes(torch.where(active, losses, one(losses)))
+    found = objective.closed_form(normalised, active)
+    return None if found is None else found._replace(coefficients=pull_back(found.coefficients))
 
 
 def progress_gradients(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.config.options import bounded, check_bounds
-from hf_bilb.engine.constants import zero
+from hf_bilb.engine.constants import lowest, zero
 from hf_bilb.engine.objective import Derivatives, ObjectiveValue
 from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.engine.weighting import CoefficientScale
@@ -72,5 +72,4 @@ def sum_in_closed_form(losses: Tensor, active: Tensor) -> Derivatives:
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """The softmax of `scores [K]` over those in `mask [K]`, zero elsewhere and where there is none."""
     # Finite, so that no NaN arises where nothing is in the mask.
-    lowest = torch.finfo(scores.dtype).min
-    return torch.where(mask, torch.softmax(torch.where(mask, scores, lowest), dim=0), zero(scores))
+    return torch.where(mask, torch.softmax(torch.where(mask, scores, lowest(scores)), dim=0), zero(scores))

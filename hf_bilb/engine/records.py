@@ -14,6 +14,7 @@ steps. A task seen late gets its l0 when it is first seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,16 +124,36 @@ class Normalization(nn.Module):
 
     def forward(self, losses: Tensor) -> Tensor:
         """Normalised losses `[K]`; entries of tasks that were never seen are meaningless but finite for losses > 0."""
-        reference = self.reference_losses
         if self.kind == "none":
             return losses
-        if self.kind == "rescaled":
-            smallest = torch.where(self.seen, reference, torch.inf).min()
-            return losses / (reference / torch.where(self.seen.any(), smallest, 1.0))
+        ratio = losses / self._scale()
         if self.kind == "log":
-            return torch.log(losses / reference)
+            return torch.log(ratio)
+        return self._power(ratio) if self.kind == "power" else ratio
+
+    def with_slopes(self, losses: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """As `forward`; and the function that makes dF/d(normalised) dF/dl, as autograd would."""
+        reference = self._scale()
+        if self.kind == "none":
+            return losses, lambda slopes: slopes
         ratio = losses / reference
-        return ratio if self.kind == "initial" else self._power(ratio)
+        if self.kind == "log":
+            return ratio.log(), lambda slopes: slopes / ratio / reference
+        if self.kind != "power":
+            return ratio, lambda slopes: slopes / reference
+        # Above the bound the second term is 0, to the last bit; below it is the tangent's.
+        above = ratio.clamp(min=SOLVED)
+        steep = above.pow(self.power - 1)
+        value = torch.addcmul(above.pow(self.power) / self.power, steep, ratio - above)
+        return value, lambda slopes: slopes * steep / reference
+
+    def _scale(self) -> Tensor:
+        """What the losses are divided by, `[K]`."""
+        reference = self.reference_losses
+        if self.kind != "rescaled":
+            return reference
+        smallest = torch.where(self.seen, reference, torch.inf).min()
+        return reference / torch.where(self.seen.any(), smallest, 1.0)
 
     def _power(self, ratio: Tensor) -> Tensor:
         # Below a millionth of l0 the tangent goes on: the slope stays finite when a task is solved and its loss is 0.
