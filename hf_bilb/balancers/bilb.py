@@ -254,9 +254,7 @@ class Bilb(BilevelObjective):
         own = torch.autograd.grad(routed, list(self.parameters()), of_sigma)
         return Derivatives(output, torch.where(active, coefficients, zero(coefficients)), own)
 
-    def _discrepancy_weight(
-        self, sigma: Tensor, denominator: Tensor, active: Tensor
-    ) -> tuple[Tensor | float, Tensor]:
+    def _discrepancy_weight(self, sigma: Tensor, denominator: Tensor, active: Tensor) -> tuple[Tensor | float, Tensor]:
         """lambda, and its ratio to the edge; arguments detached."""
         chosen = self.options.discrepancy_weight
         edge, several = edge_of_weight(sigma, denominator, active, self.options.pairs, self.options.tau)

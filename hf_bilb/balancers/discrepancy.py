@@ -123,6 +123,6 @@ def _all_pairs_smoothed(values: Tensor, active: Tensor, smoothing: float) -> Ten
 
 @functools.lru_cache(maxsize=64)
 def _mean_times_rest(num_tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[K + 1]`: for every number n of active tasks what brings a sum over n (n-1) / 2 pairs to their mean times n - 1."""
+    """`[K + 1]`: for every number n of active tasks what makes a sum over n (n-1) / 2 pairs their mean times n - 1."""
     with torch.inference_mode(False):
         return 2 / torch.arange(num_tasks + 1, device=device, dtype=dtype).clamp(min=1)

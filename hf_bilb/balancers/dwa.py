@@ -180,7 +180,7 @@ class DynamicWeightAverage(HistoryObjective):
         if not self.record.averages_tasks:
             return Derivatives(ObjectiveValue(total, weights), weights, ())
         number = number.clamp(min=1)
-        return Derivatives(ObjectiveValue(total / number, weights), weights * (1 / number), ())
+        return Derivatives(ObjectiveValue(total / number, weights), weights * (one(weights) / number), ())
 
     def _weights(self, active: Tensor, number: Tensor) -> Tensor:
         return number * masked_softmax(self.record.ratios() / self._temperature, active)

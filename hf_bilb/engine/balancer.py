@@ -548,7 +548,7 @@ class LossBalancer:
                 derivatives = [self._differentiate(known, whole, active, trial) for trial in self._trials.trials]
                 weightings = [self._rules.weigh(whole, active, forming, result)[0] for result in derivatives]
                 after = trial_steps.try_steps(parts, runs, weightings, before_step, loss_scale, process_group)
-                follower.learn(whole, after, active, " after a trial step")
+                follower.learn(known, whole.num_items, after, active, " after a trial step")
             learned = {name: x for name, x in self.snapshot().items() if name.startswith(("objective.", "optimizer."))}
         finally:
             # The losses are observed in the pass that counts; an error leaves no trace.

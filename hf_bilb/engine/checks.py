@@ -145,13 +145,12 @@ class LossChecks:
         return f"{found}: balancer {self._name!r} cannot balance a loss of {values[k]}", self._task_names[k], True
 
     def check_after(self, whole: GlobalBatch, known: Tensor, where: str) -> bool:
-        """Whether the losses after a step of the model are finite, `known [K]` with those of absent tasks; one host read.
+        """Whether the losses after a step of the model are finite; `known [K]` has those of absent tasks. A host read.
 
         Raises:
             NonFiniteLossError: they are, but none that the method can take.
         """
-        evidence = self.evidence(known.sum(), whole, known, "balancing")
-        if self.is_proof(torch.stack(evidence).tolist()):
+        if self.is_proof(torch.stack(self.evidence(known.sum(), whole, known, "balancing")).tolist()):
             return True
         if bool(self.valid(whole, "balancing", self._normalization.forming())):
             return True

@@ -344,9 +344,9 @@ class GradientBalancer(LossBalancer):
             sizes = [part.numel() for part in parts]
             parts = [x.view(part.shape).to(part.dtype) for x, part in zip(flat.split(sizes), parts, strict=True)]
         on_host: list[Any] = [part.tolist() for part in parts[1:]]
-        proven = self._checks.is_proof(on_host[4:])
-        valid = proven or bool(self._checks.valid(whole, self.phase, forming))
-        return OnHost(parts[0], *on_host[:4], valid)
+        slope, loss, is_active, is_present, *proof = on_host
+        valid = self._checks.is_proof(proof) or bool(self._checks.valid(whole, self.phase, forming))
+        return OnHost(parts[0], slope, loss, is_active, is_present, valid)
 
     def _unlearn(self) -> None:
         """A NaN of the losses' own makes every parameter look as if each task reached it."""

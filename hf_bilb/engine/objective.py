@@ -84,8 +84,11 @@ class Objective(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # That of another F, or of another P, is none of this one.
         if "forward" in vars(cls) and "closed_form" not in vars(cls):
-            cls.closed_form = Objective.closed_form  # type: ignore[method-assign]  # that of another F is none of this
+            cls.closed_form = Objective.closed_form  # type: ignore[method-assign]
+        if "progress" in vars(cls) and "progress_in_closed_form" not in vars(cls):
+            cls.progress_in_closed_form = ProgressObjective.progress_in_closed_form  # type: ignore[attr-defined]
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives | None:
         """F and its derivatives as `forward` and autograd have them, in fewer operations; None where nobody has written
@@ -155,6 +158,10 @@ class ProgressObjective(Objective):
     @abstractmethod
     def progress(self, step: StepProgress) -> Tensor:
         """P, a scalar of which only dP/dtheta is looked at."""
+
+    def progress_in_closed_form(self, step: StepProgress) -> tuple[Tensor, ...] | None:
+        """dP/dtheta for each parameter, in fewer operations; None where nobody has written it down."""
+        return None
 
 
 class LookAheadObjective(ProgressObjective):
@@ -275,16 +282,16 @@ def progress_gradients(
     normalization: Normalization,
     step: StepProgress,
 ) -> tuple[Tensor, ...]:
-    """dP/dtheta for each parameter of the objective, of a step whose losses are not normalised yet.
+    """dP/dtheta for each parameter of the objective, of a step whose losses are not normalised yet, and can be wherever
+    they are meaningless.
 
-    Cost: one forward and backward of K numbers, no device synchronisation, no communication.
+    Cost: one forward and backward of K numbers, or a closed form; no device synchronisation, no communication.
     """
-
-    losses = [(step.before, step.active), (step.after, step.compared)]
-    losses += [] if step.opposite is None else [(step.opposite, step.compared)]
-    normalised = [normalization(torch.where(known, loss, one(loss))).detach() for loss, known in losses]
-    before, after, *opposite = normalised
-    progress = StepProgress(before, after, step.active, step.compared, *opposite)
-    parameters = list(objective.parameters())
+    with torch.no_grad():
+        opposite = None if step.opposite is None else normalization(step.opposite)
+        step = step._replace(before=normalization(step.before), after=normalization(step.after), opposite=opposite)
+        found = objective.progress_in_closed_form(step)
+    if found is not None:
+        return found
     with torch.enable_grad():
-        return torch.autograd.grad(objective.progress(progress), parameters, materialize_grads=True)
+        return torch.autograd.grad(objective.progress(step), list(objective.parameters()), materialize_grads=True)

@@ -36,7 +36,7 @@ class OwnOptimizer:
         weight_decay: float = 0.0,
     ) -> None:
         self._names = list(parameters)
-        self._parameters = list(parameters.values())
+        self._parameters: list[Tensor] = list(parameters.values())
         self._follows = learning_rate == "follow_model"
         self._model_optimizer: torch.optim.Optimizer | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -124,7 +124,7 @@ class OwnOptimizer:
             adam(
                 self._parameters, gradients, averages, squares, [], steps,
                 amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-                eps=group["eps"], maximize=False,
+                eps=group["eps"], maximize=False, foreach=len(gradients) > 1,
             )  # fmt: skip
             return
         for parameter, gradient in zip(self._parameters, gradients, strict=True):

@@ -128,10 +128,13 @@ class Follower:
             )
         with torch.no_grad(), unchanged(self.model):
             again = reduction.reduce_losses(run_all(micro_batches), False, group)
-        self.learn(whole, [again], active, " after the model's step")
+        self.learn(last_losses, whole.num_items, [again], active, " after the model's step")
 
-    def learn(self, before: GlobalBatch, after: Sequence[GlobalBatch], active: Tensor, where: str) -> None:
-        """Compare one batch's losses before a step and after it, or after two opposite ones.
+    def learn(
+        self, before: Tensor, num_items: Tensor, after: Sequence[GlobalBatch], active: Tensor, where: str
+    ) -> None:
+        """Compare one batch's losses before a step, `[K]` with the last known ones of absent tasks, and after it, or
+        after two opposite ones.
 
         Losses that are not finite teach nothing. One host read for each of `after`.
 
@@ -142,13 +145,15 @@ class Follower:
         if not all(self._checks.check_after(*losses, where) for losses in zip(after, known, strict=True)):
             return
         first, *rest = known
-        step = StepProgress(self._known_losses(before), first, active, active, rest[0] if rest else None)
-        self._step(step, before.num_items)
+        self._step(StepProgress(before, first, active, active, rest[0] if rest else None), num_items)
 
     def _step(self, step: StepProgress, num_items: Tensor) -> None:
-        gradients = progress_gradients(self._objective, self._normalization, step)
+        # Placeholder one: finite under every normalization.
         after = torch.where(step.compared, step.after, one(step.after))
         before = torch.where(step.active, step.before, one(step.before))
+        opposite = None if step.opposite is None else torch.where(step.compared, step.opposite, one(step.opposite))
+        step = step._replace(before=before, after=after, opposite=opposite)
+        gradients = progress_gradients(self._objective, self._normalization, step)
         self._optimizer.accumulate(gradients, num_items, torch.dot(after, after) + torch.dot(before, before))
         taken = self._optimizer.step()
         if taken is not None:

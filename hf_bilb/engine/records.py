@@ -113,8 +113,8 @@ class Normalization(nn.Module):
         return self.kind != "none"
 
     def outside_domain(self, losses: Tensor, present: Tensor, forming: Tensor | None) -> Tensor:
-        """Bool `[K]`: present losses that this normalization cannot take: <= 0 under a logarithm or where a reference is
-        `forming`, < 0 under a power."""
+        """Bool `[K]`: present losses that this normalization cannot take: <= 0 under a logarithm, or into a reference
+        that is `forming`, < 0 under a power."""
         if self.kind == "none":
             return torch.zeros_like(present)
         if self.kind == "log":
@@ -202,7 +202,7 @@ class Records:
         self._absent_tasks = absent_tasks
 
     def observe(self, whole: GlobalBatch, phase: Phase, forming: Tensor | None) -> Tensor:
-        """Take the losses in, those of references that are `forming` too; returns the tasks that F runs over, bool `[K]`.
+        """Take the losses in, into references that are `forming`, too; returns the tasks that F runs over, bool `[K]`.
 
         Losses that turn out to be none that the method can take are taken back by what `entries` was before.
         """

@@ -28,8 +28,8 @@ class RunningLog:
     """Means since the last log of: F, the K losses, weights and coefficients, the discrepancy; and of F over the run.
 
     Losses are means over items, weights and coefficients means over the steps in which the task was present. Updates
-    that are dropped leave no trace but their count. Steps wait until there are 64 of them, or somebody asks for the sums:
-    less than two operations for each. State (`state()`): JSON-able numbers, exact.
+    that are dropped leave no trace but their count. Steps wait until there are 64 of them, or somebody asks for the
+    sums: less than two operations for each. State (`state()`): JSON-able numbers, exact.
     """
 
     def __init__(self, task_names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
