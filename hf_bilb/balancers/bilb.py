@@ -225,7 +225,8 @@ class Bilb(BilevelObjective):
         fixed = sigma if both else self._weights_of_fixed_router(sigma, features)
         g, denominator = self._lower(fixed, losses, active)
         f = self._upper(sigma, losses, active)
-        weight, ratio = self._discrepancy_weight(sigma.detach(), denominator.detach(), active)
+        edge = edge_of_weight(sigma.detach(), denominator.detach(), active, self.options.pairs, self.options.tau)
+        weight, ratio = self._discrepancy_weight(*edge)
         return ObjectiveValue(self._penalised(g) + weight * f, sigma, f, ratio)
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives | None:
@@ -236,11 +237,12 @@ class Bilb(BilevelObjective):
             return None
         with torch.enable_grad():
             routed = self._weights(None)
-        sigma = routed.detach()
+        sigma, nothing = routed.detach(), zero(losses.dtype, losses.device)
         g, denominator = self._lower(sigma, losses, active)
         by_weights = options.tau == "weights"
         f, slopes = with_slopes(sigma * losses if by_weights else losses, active, options.pairs)
-        weight, ratio = self._discrepancy_weight(sigma, denominator, active)
+        edge = edge_of_weight(sigma, denominator, active, options.pairs, options.tau)
+        weight, ratio = self._discrepancy_weight(*edge)
         output = ObjectiveValue(self._penalised(g) + weight * f, sigma, f, ratio)
 
         of_g, of_f = self._penalised(denominator.reciprocal()), weight * slopes
@@ -250,15 +252,13 @@ class Bilb(BilevelObjective):
             in_g = of_g * losses
             if options.weight_denominator == "sum":
                 in_g = in_g - self._penalised(g / denominator)
-            of_sigma = torch.where(active, in_g, zero(in_g)) + of_sigma
+            of_sigma = torch.where(active, in_g, nothing) + of_sigma
         own = torch.autograd.grad(routed, list(self.parameters()), of_sigma)
-        return Derivatives(output, torch.where(active, coefficients, zero(coefficients)), own)
+        return Derivatives(output, torch.where(active, coefficients, nothing), own)
 
-    def _discrepancy_weight(self, sigma: Tensor, denominator: Tensor, active: Tensor) -> tuple[Tensor | float, Tensor]:
-        """lambda, and its ratio to the edge; arguments detached."""
-        chosen = self.options.discrepancy_weight
-        edge, several = edge_of_weight(sigma, denominator, active, self.options.pairs, self.options.tau)
-        edge = self._penalised(edge)
+    def _discrepancy_weight(self, edge: Tensor, several: Tensor) -> tuple[Tensor | float, Tensor]:
+        """lambda, and its ratio to the edge of g + lambda f, which is penalty_weight times that in g's place."""
+        chosen, edge = self.options.discrepancy_weight, self._penalised(edge)
         if isinstance(chosen, EdgeFraction):
             return chosen.edge_fraction * edge, several * chosen.edge_fraction
         return chosen, several * (chosen / edge)
@@ -288,11 +288,11 @@ class Bilb(BilevelObjective):
 
     def _lower(self, sigma: Tensor, losses: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """g and its denominator: the sum of the active weights, or one where there is nothing to divide."""
-        weights = torch.where(active, sigma, zero(sigma))
+        weights = torch.where(active, sigma, zero(sigma.dtype, sigma.device))
         kind = self.options.weight_denominator
         if kind == "none":
-            denominator = one(weights)
+            denominator = one(weights.dtype, weights.device)
         else:
             total = (weights if kind == "sum" else weights.detach()).sum()
-            denominator = torch.where(active.any(), total, one(weights))
+            denominator = torch.where(active.any(), total, one(weights.dtype, weights.device))
         return torch.dot(weights, losses) / denominator, denominator

@@ -35,7 +35,7 @@ def with_slopes(values: Tensor, active: Tensor, pairs: Pairs) -> tuple[Tensor, T
         slopes = _slopes_of_all_pairs(values, active)
         return torch.dot(slopes, values), slopes
     differences, previous, follows = _to_previous(values, active)
-    differences = torch.where(follows, differences, zero(differences))
+    differences = torch.where(follows, differences, zero(differences.dtype, differences.device))
     signs = differences.sign()
     return differences.abs().sum(), signs - torch.zeros_like(signs).index_add(0, previous, signs)
 
@@ -80,13 +80,13 @@ def edge_of_weight(
     slopes = largest_slopes(active, pairs, sigma.dtype) / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)
     steepest = slopes.amax()
     several = steepest > 0
-    return (denominator * torch.where(several, steepest, one(steepest))).reciprocal(), several
+    return (denominator * torch.where(several, steepest, one(steepest.dtype, steepest.device))).reciprocal(), several
 
 
 def _adjacent(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
     differences, _, follows = _to_previous(values, active)
     magnitudes = differences.abs() if smoothing == 0 else (differences.square() + smoothing).sqrt()
-    return torch.where(follows, magnitudes, zero(magnitudes)).sum()
+    return torch.where(follows, magnitudes, zero(magnitudes.dtype, magnitudes.device)).sum()
 
 
 def _to_previous(values: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,12 +105,12 @@ def _all_pairs(values: Tensor, active: Tensor) -> Tensor:
 def _slopes_of_all_pairs(values: Tensor, active: Tensor) -> Tensor:
     # sum_{i<j} |v_i - v_j| = sum_i s_i v_i with s_i = #{v_j < v_i} - #{v_j > v_i}: value and gradient are those of the
     # K x K matrix (zero at ties, as for |0|), without building it.
-    fixed = torch.where(active, values, infinity(values))
+    fixed = torch.where(active, values, infinity(values.dtype, values.device))
     ordered = fixed.sort().values
     count = active.sum()
     slopes = torch.searchsorted(ordered, fixed) + torch.searchsorted(ordered, fixed, right=True) - count
     scale = _mean_times_rest(len(values), values.dtype, values.device).take(count)
-    return torch.where(active, slopes, zero(slopes)) * scale
+    return torch.where(active, slopes, zero(slopes.dtype, slopes.device)) * scale
 
 
 def _all_pairs_smoothed(values: Tensor, active: Tensor, smoothing: float) -> Tensor:
@@ -118,7 +118,7 @@ def _all_pairs_smoothed(values: Tensor, active: Tensor, smoothing: float) -> Ten
     magnitudes = (differences.square() + smoothing).sqrt()
     scale = _mean_times_rest(len(values), values.dtype, values.device).take(active.sum())
     mask = torch.triu(active.unsqueeze(0) & active.unsqueeze(1), diagonal=1)
-    return torch.where(mask, magnitudes, zero(magnitudes)).sum() * scale
+    return torch.where(mask, magnitudes, zero(magnitudes.dtype, magnitudes.device)).sum() * scale
 
 
 @functools.lru_cache(maxsize=64)

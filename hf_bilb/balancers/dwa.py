@@ -142,7 +142,7 @@ class WindowRecord(LossRecord):
 
 def _ratios(last: Tensor, before: Tensor, known: Tensor) -> Tensor:
     usable = known & (torch.minimum(last, before) > 0)
-    return torch.where(usable, last / before, one(last))
+    return torch.where(usable, last / before, one(last.dtype, last.device))
 
 
 @register_balancer("dwa", options=DwaOptions, paper="Liu, Johns, Davison, CVPR 2019 (arXiv 1803.10704), eq. 7")
@@ -180,7 +180,8 @@ class DynamicWeightAverage(HistoryObjective):
         if not self.record.averages_tasks:
             return Derivatives(ObjectiveValue(total, weights), weights, ())
         number = number.clamp(min=1)
-        return Derivatives(ObjectiveValue(total / number, weights), weights * (one(weights) / number), ())
+        share = one(weights.dtype, weights.device) / number
+        return Derivatives(ObjectiveValue(total / number, weights), weights * share, ())
 
     def _weights(self, active: Tensor, number: Tensor) -> Tensor:
         return number * masked_softmax(self.record.ratios() / self._temperature, active)

@@ -110,7 +110,7 @@ class Famo(ProgressObjective):
         weights = self._weights(active)
         scale = (weights / distances).sum()
         # Without any task the sum is zero.
-        return weights, torch.where(scale > 0, scale, one(scale))
+        return weights, torch.where(scale > 0, scale, one(scale.dtype, scale.device))
 
     def progress(self, step: StepProgress) -> Tensor:
         """P = sum_k z_k stopgrad(log D_k - log D'_k), whose gradient is J^T (log D - log D')."""
@@ -134,4 +134,4 @@ class Famo(ProgressObjective):
 
     def _distances(self, losses: Tensor, active: Tensor) -> Tensor:
         """D `[K]`; the logarithm of a placeholder must stay finite, or its zero gradient becomes NaN."""
-        return torch.where(active, losses - self.min_losses + EPSILON, one(losses))
+        return torch.where(active, losses - self.min_losses + EPSILON, one(losses.dtype, losses.device))

@@ -44,14 +44,14 @@ class Geometric(Objective):
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """The geometric mean of `losses [K]` over the `active` tasks; 0 where there is none."""
         # The logarithm of a placeholder must stay finite, or its zero gradient becomes NaN.
-        total = masked_sum(torch.log(torch.where(active, losses, one(losses))), active)
+        total = masked_sum(torch.log(torch.where(active, losses, 1.0)), active)
         count = active.sum()
-        return ObjectiveValue(torch.where(count > 0, torch.exp(total / count.clamp(min=1)), zero(losses)))
+        return ObjectiveValue(torch.where(count > 0, torch.exp(total / count.clamp(min=1)), 0.0))
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
         """dF/dl_k = F / (K l_k)."""
-        count, given = active.sum(), torch.where(active, losses, one(losses))
+        nothing, placeholder = zero(losses.dtype, losses.device), one(losses.dtype, losses.device)
+        count, given = active.sum(), torch.where(active, losses, placeholder)  # whose logarithm is 0
         number = count.clamp(min=1)
-        # The logarithm of a placeholder is 0.
-        value = torch.where(count > 0, torch.exp(given.log().sum() / number), zero(losses))
-        return Derivatives(ObjectiveValue(value), torch.where(active, value / number / given, zero(losses)), ())
+        value = torch.where(count > 0, torch.exp(given.log().sum() / number), nothing)
+        return Derivatives(ObjectiveValue(value), torch.where(active, value / number / given, nothing), ())

@@ -80,7 +80,7 @@ class Go4Align(HistoryObjective):
     @torch.no_grad()
     def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
         """Add the active tasks' losses to their sums."""
-        self.loss_sums.add_(torch.where(active, losses, zero(losses)))
+        self.loss_sums.add_(torch.where(active, losses, zero(losses.dtype, losses.device)))
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks; the weights are constants to its gradient, and so its coefficients."""
@@ -108,12 +108,12 @@ class Go4Align(HistoryObjective):
     def _indicator(self, losses: Tensor, active: Tensor) -> Tensor:
         """w `[K]`, zero where not active, by way of logarithms: q of a task may be as small as it likes."""
         # Finite, so that no NaN arises where no task is active.
-        nothing = lowest(losses)
+        nothing = lowest(losses.dtype, losses.device)
         logits = torch.where(active, -self._step_size * self.loss_sums, nothing)
-        logarithms = torch.where(active, losses, one(losses)).log()
+        logarithms = torch.where(active, losses, one(losses.dtype, losses.device)).log()
         total = torch.logsumexp(torch.where(active, logarithms, nothing), dim=0)
         found = torch.exp(total - logarithms + torch.log_softmax(logits, dim=0))
-        return torch.where(active, found, zero(found))
+        return torch.where(active, found, zero(found.dtype, found.device))
 
 
 def lloyd_means(values: Tensor, active: Tensor, start: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def group_means(values: Tensor, active: Tensor, num_groups: int) -> Tensor:
     Of several optima it takes the one with the earliest cuts. Cost: M K^2 operations, no device synchronisation.
     """
     if num_groups == 1:
-        mean = torch.where(active, values, zero(values)).double().sum() / active.sum().clamp(min=1)
-        return torch.where(active, mean.to(values.dtype), zero(values))
+        mean = torch.where(active, values, zero(values.dtype, values.device)).double().sum() / active.sum().clamp(min=1)
+        return torch.where(active, mean.to(values.dtype), zero(values.dtype, values.device))
     # Those that do not count lie at the end and cost nothing, whichever group they fall into.
     order = torch.argsort(torch.where(active, values, torch.inf), stable=True)
     counts, ranked = active[order].double(), torch.where(active, values, 0.0).double()[order]

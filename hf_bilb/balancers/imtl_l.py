@@ -50,7 +50,7 @@ class ImtlL(Objective):
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
         """dF/dl_k = exp(s_k), dF/ds_k = exp(s_k) l_k - 1."""
-        scale, nothing = torch.exp(self.log_scale), zero(losses)
+        scale, nothing = torch.exp(self.log_scale), zero(losses.dtype, losses.device)
         scaled = scale * losses
         value = masked_sum(scaled - self.log_scale, active)
         coefficients, slopes = torch.where(active, scale, nothing), torch.where(active, scaled - 1, nothing)

@@ -191,7 +191,7 @@ class Marigold(HistoryObjective, LookAheadObjective):
     def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
         """Draw the direction: a unit vector over the active tasks whose weights are trained."""
         drawn = self.draws(losses)
-        drawn = torch.where(self._trained(active), drawn, zero(drawn))
+        drawn = torch.where(self._trained(active), drawn, zero(drawn.dtype, drawn.device))
         self.direction.copy_(drawn / drawn.norm().clamp(min=torch.finfo(drawn.dtype).tiny))
 
     def end_step(self) -> None:
@@ -210,7 +210,8 @@ class Marigold(HistoryObjective, LookAheadObjective):
         applied = self._applied(weights, self._sign)
         value = masked_sum(applied * losses, active)
         own = tuple(torch.zeros_like(parameter) for parameter in self.parameters())
-        return Derivatives(ObjectiveValue(value, weights), torch.where(active, applied, zero(applied)), own)
+        slopes = torch.where(active, applied, zero(applied.dtype, applied.device))
+        return Derivatives(ObjectiveValue(value, weights), slopes, own)
 
     @property
     def _sign(self) -> float:
@@ -243,8 +244,8 @@ class Marigold(HistoryObjective, LookAheadObjective):
             if self._trains_all:
                 return trained
         if not self._trains_all:
-            trained = torch.where(self.trainable, trained, one(trained))
-        return torch.where(active, trained, zero(trained))
+            trained = torch.where(self.trainable, trained, one(trained.dtype, trained.device))
+        return torch.where(active, trained, zero(trained.dtype, trained.device))
 
     def _trained(self, active: Tensor) -> Tensor:
         return active if self._trains_all else active & self.trainable
@@ -271,8 +272,8 @@ class Marigold(HistoryObjective, LookAheadObjective):
         """J^T g_lambda and -J^T g_rho."""
         with torch.enable_grad():
             (weights, slope), *worst = self._pairs(step)
-        slopes = [torch.where(step.active, slope, zero(slope))]
-        slopes += [torch.where(step.compared, -risen, zero(risen)) for _, risen in worst]
+        slopes = [torch.where(step.active, slope, zero(slope.dtype, slope.device))]
+        slopes += [torch.where(step.compared, -risen, zero(risen.dtype, risen.device)) for _, risen in worst]
         return torch.autograd.grad([weights, *(rho for rho, _ in worst)], list(self.parameters()), slopes)
 
     def _pairs(self, step: StepProgress) -> list[tuple[Tensor, Tensor]]:
@@ -301,7 +302,7 @@ class Marigold(HistoryObjective, LookAheadObjective):
         number = self._trained(step.active).sum().to(self.direction.dtype)
         slope = number / options.perturbation * at * self.direction
         comparable = torch.where(self.upper_tasks, known, True).all() if self._sums_tasks else known.any()
-        return torch.where(comparable, slope, zero(slope))
+        return torch.where(comparable, slope, zero(slope.dtype, slope.device))
 
     @property
     def _sums_tasks(self) -> bool:

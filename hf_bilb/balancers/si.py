@@ -44,10 +44,10 @@ class ScaleInvariant(Objective):
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """The sum of log `losses [K]` over the `active` tasks."""
         # The logarithm of a placeholder must stay finite, or its zero gradient becomes NaN.
-        return ObjectiveValue(masked_sum(torch.log(torch.where(active, losses, one(losses))), active))
+        return ObjectiveValue(masked_sum(torch.log(torch.where(active, losses, 1.0)), active))
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
         """dF/dl_k = 1 / l_k."""
-        given = torch.where(active, losses, one(losses))
-        # The logarithm of a placeholder is 0.
-        return Derivatives(ObjectiveValue(given.log().sum()), torch.where(active, 1 / given, zero(losses)), ())
+        nothing, placeholder = zero(losses.dtype, losses.device), one(losses.dtype, losses.device)
+        given = torch.where(active, losses, placeholder)  # whose logarithm is 0
+        return Derivatives(ObjectiveValue(given.log().sum()), torch.where(active, 1 / given, nothing), ())

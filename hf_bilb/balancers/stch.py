@@ -71,8 +71,8 @@ class StchOptions(BalancerOptions):
 def _log_sum_exp(exponents: Tensor, active: Tensor) -> Tensor:
     """log sum exp of `exponents [K]` over the `active` tasks; 0 where there is none."""
     # Finite, so that no NaN arises where no task is active.
-    given = torch.where(active, exponents, lowest(exponents))
-    return torch.where(active.any(), torch.logsumexp(given, dim=0), zero(given))
+    given = torch.where(active, exponents, lowest(exponents.dtype, exponents.device))
+    return torch.where(active.any(), torch.logsumexp(given, dim=0), zero(given.dtype, given.device))
 
 
 class PaperForm(nn.Module):
@@ -98,12 +98,13 @@ class PaperForm(nn.Module):
         total = _log_sum_exp(exponents, active)
         # As autograd has it, to the last bit.
         slopes = self._mu * torch.exp(exponents - total) / self._mu * preference
-        return Derivatives(ObjectiveValue(self._mu * total), torch.where(active, slopes, zero(slopes)), ())
+        slopes = torch.where(active, slopes, zero(slopes.dtype, slopes.device))
+        return Derivatives(ObjectiveValue(self._mu * total), slopes, ())
 
     def _exponents(self, losses: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """lambda (l - z) / mu, and lambda, which adds up to 1 over the `active` tasks."""
         total = masked_sum(self.preference, active)
-        preference = self.preference / torch.where(total > 0, total, one(total))
+        preference = self.preference / torch.where(total > 0, total, one(total.dtype, total.device))
         return preference * (losses - self.ideal_point) / self._mu, preference
 
 

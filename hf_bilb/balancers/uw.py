@@ -52,7 +52,7 @@ class Uncertainty(Objective):
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
         """dF/dl_k = 0.5 exp(-s_k), dF/ds_k = 0.5 - 0.5 exp(-s_k) l_k."""
-        precision, nothing = torch.exp(-self.log_variance), zero(losses)
+        precision, nothing = torch.exp(-self.log_variance), zero(losses.dtype, losses.device)
         scaled, weights = precision * losses, 0.5 * precision
         value = 0.5 * masked_sum(scaled + self.log_variance, active)
         coefficients, slopes = torch.where(active, weights, nothing), torch.where(active, 0.5 - 0.5 * scaled, nothing)

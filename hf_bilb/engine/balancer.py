@@ -39,7 +39,7 @@ from hf_bilb.engine.records import AbsentTasks, LossMemory, Normalization, Phase
 from hf_bilb.engine.reduction import GlobalBatch
 from hf_bilb.engine.replay import MicroBatch, Reevaluation, as_micro_batches
 from hf_bilb.engine.trial_step import LookAhead
-from hf_bilb.engine.weighting import CoefficientRules, Weighting, WindowShare, surrogate_loss
+from hf_bilb.engine.weighting import CoefficientRules, Weighting, WindowShare, is_proof, surrogate_loss
 from hf_bilb.errors import NonFiniteLossError, OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses, as_task_losses
 
@@ -110,6 +110,8 @@ class LossBalancer:
         self._learns = False  # whether the update under way has anything to teach the method
         #: The records before the first decision that nobody has looked at yet, see `refused`.
         self._kept: dict[str, Tensor] | None = None
+        #: What the monitor counts when the update under way ends.
+        self._shown: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self._optimizer = OwnOptimizer(
             dict(objective.named_parameters()), options.optimizer, options.learning_rate, objective.weight_decay
         )
@@ -145,6 +147,8 @@ class LossBalancer:
         #: Whether it needs `bind(model, optimizer)` and `look_ahead`: `marigold` with `mode: exact`.
         self.needs_look_ahead = self._trials is not None
         self._looks_at_features = objective.num_features > 0
+        self._takes_positive = objective.needs_positive_losses or self.normalization.needs_positive_losses
+        self._bounded = objective.lower_bounds is not None
         compares = self._follower is not None and self._follower.progress is not None
         self._begins = self.needs_model or compares or self._history is not None
 
@@ -303,10 +307,11 @@ class LossBalancer:
         numbers = torch.stack(scalars).tolist() if len(scalars) > 1 else [float(scalar) for scalar in scalars]
         for weighting in weightings:
             own, numbers = numbers[: len(weighting.evidence)], numbers[len(weighting.evidence) :]
-            if not self._checks.is_proof(own) and not self._checks.is_valid(weighting, self.phase):
+            if not is_proof(own) and not self._checks.is_valid(weighting, self.phase):
                 return weighting, numbers
         self._kept = None
-        self._records.settle()  # where the device has been waited for
+        if not self.normalization.settled:
+            self._records.settle()  # where the device has been waited for
         return None, numbers
 
     def decide(
@@ -327,9 +332,7 @@ class LossBalancer:
         self._counted = any(batch.counted for batch in micro_batches)
         whole = self._reduce(micro_batches, process_group, alone)
         if self._kept is None:
-            # Losses are taken in before anybody has looked at them.
-            self._kept = self._records.entries()
-            self._monitor.begin()
+            self._kept = self._records.entries()  # losses are taken in before anybody has looked at them
         balancing = self.phase == "balancing"
         if self.objective.training != balancing:
             self.objective.train(balancing)
@@ -338,9 +341,12 @@ class LossBalancer:
         if balancing and self._begins:
             self._begin(whole, active, forming)
         last = self._memory.last_losses  # those of the present tasks among them
+        positive = None
         if self.phase == "warmup":
             result = self._plain_sum(whole)
         else:
+            if self._takes_positive:
+                positive = last - self.objective.lower_bounds if self._bounded else last
             features = self._features(whole) if self._looks_at_features else None
             result = differentiate(self.objective, self.normalization, last, active, features)
             if self._by_gradients is not None:
@@ -351,11 +357,9 @@ class LossBalancer:
                 losses = last if self.absent_tasks == "hold" else whole.losses  # those that F is of
                 self._optimizer.accumulate(result.parameter_gradients, whole.num_items, torch.dot(losses, losses))
             self._learns = True
-        weighting, of_all = self._rules.weigh(whole, active, forming, result)
-        total = torch.dot(last, weighting.coefficients)
-        weighting = weighting._replace(evidence=self._checks.evidence(total, whole, last, self.phase))
+        weighting, of_all = self._rules.weigh(whole, active, forming, result, last, positive)
         if self.phase != "warmup":
-            self._monitor.observe(of_all, active, result.output.weights, result.output.edge_ratio)
+            self._shown.append((of_all, active, result.output.weights, result.output.edge_ratio))
         self._whole, self._ran_over, self._open, self._last = whole, active, True, weighting
         return weighting
 
@@ -393,12 +397,12 @@ class LossBalancer:
         """Let a method's record take in the `known` losses; none of them where one is none that the method can take, or
         beyond all measure."""
         last = self._memory.last_losses
-        given = torch.where(known, last, one(last))
+        given = torch.where(known, last, one(last.dtype, last.device))
         losses = self.normalization(given)
         if self._follower is None:  # what a follower learns is in its own step
             squares = torch.dot(given, given)
             if losses is not given:
-                entered = torch.where(known, losses, zero(losses))
+                entered = torch.where(known, losses, zero(losses.dtype, losses.device))
                 squares = squares + torch.dot(entered, entered)
             usable = squares < TOO_LARGE_SQUARED  # which no NaN is
             if history.needs_positive_losses:
@@ -453,6 +457,7 @@ class LossBalancer:
         """Weightings that are taken inside leave nothing behind, whatever is under way."""
         before, last, whole, kept = self.snapshot(), self._last, self._whole, self._kept
         ran_over, counted, is_open, learns = self._ran_over, self._counted, self._open, self._learns
+        shown = list(self._shown)
         started = self._lower_level is not None and self._lower_level.started
         try:
             with self._optimizer.accumulation_kept(), self._monitor.lessons_not_counted():
@@ -461,7 +466,7 @@ class LossBalancer:
             with self._optimizer.accumulation_kept():
                 self.rollback(before)
             self._last, self._whole, self._ran_over, self._kept = last, whole, ran_over, kept
-            self._counted, self._open, self._learns = counted, is_open, learns
+            self._counted, self._open, self._learns, self._shown = counted, is_open, learns, shown
             if self._lower_level is not None:
                 self._lower_level.started = started
 
@@ -496,6 +501,9 @@ class LossBalancer:
         taken = self._optimizer.step() if self._optimizer.has_gradient else None
         if taken is not None:
             self._monitor.learn(taken, self._last.losses)
+        for shown in self._shown:
+            self._monitor.observe(*shown)
+        self._shown = []
         if self._history is not None and self._open and self.phase != "warmup":
             self._history.end_step()
         self._open, self._learns, self._before_trials, self._kept = False, False, None, None
@@ -546,7 +554,7 @@ class LossBalancer:
                     self._begin(whole, active, forming)
                 known = self._records.known(whole)
                 derivatives = [self._differentiate(known, whole, active, trial) for trial in self._trials.trials]
-                weightings = [self._rules.weigh(whole, active, forming, result)[0] for result in derivatives]
+                weightings = [self._rules.weigh(whole, active, forming, one, known)[0] for one in derivatives]
                 after = trial_steps.try_steps(parts, runs, weightings, before_step, loss_scale, process_group)
                 follower.learn(known, whole.num_items, after, active, " after a trial step")
             learned = {name: x for name, x in self.snapshot().items() if name.startswith(("objective.", "optimizer."))}
@@ -659,8 +667,8 @@ class LossBalancer:
         losses, unless they were looked at and nothing was `refused`."""
         if self._before_trials is not None:
             self.rollback(self._before_trials)
+        self._shown = []
         if self._kept is not None:
-            self._monitor.drop()
             self.rollback({**self.snapshot(), **self._kept})
         self._optimizer.discard()
         self._open, self._learns, self._before_trials, self._kept = False, False, None, None

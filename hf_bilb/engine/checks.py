@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_bilb.engine.objective import Objective
 from hf_bilb.engine.records import Normalization, Phase
 from hf_bilb.engine.reduction import GlobalBatch
-from hf_bilb.engine.weighting import Weighting
+from hf_bilb.engine.weighting import Weighting, evidence_of, is_proof
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 
@@ -53,27 +53,6 @@ class LossChecks:
         self._task_names = task_names
         self._positive_references = normalization.needs_positive_losses
         self._positive_losses = objective.needs_positive_losses
-
-    def evidence(self, total: Tensor, whole: GlobalBatch, known: Tensor, phase: Phase) -> tuple[Tensor, ...]:
-        """Scalars that prove, in one read and few operations, that all is well with the losses; for `is_proof`.
-
-        Args:
-            total: scalar, finite only where all losses are.
-            known: `[K]`, the last known losses, these among them.
-        """
-        if whole.has_auxiliary or whole.ranks > 1:  # the same on all ranks
-            total = total + whole.auxiliary_loss
-        if whole.features is not None:
-            total = total + whole.features.sum()
-        if phase == "warmup" or not (self._positive_losses or self._positive_references):
-            return (total,)
-        bounds = self._objective.lower_bounds if self._positive_losses else None
-        return total, (known if bounds is None else known - bounds).amin()
-
-    @staticmethod
-    def is_proof(evidence: Sequence[float]) -> bool:
-        """Whether the numbers of `evidence` prove it. Where they do not, `valid` tells."""
-        return math.isfinite(evidence[0]) and all(lowest > 0 for lowest in evidence[1:])
 
     def valid(self, whole: Losses, phase: Phase, forming: Tensor | None) -> Tensor:
         """Bool scalar, on the device: whether all losses and features are finite, the losses in the domain of the
@@ -150,7 +129,11 @@ class LossChecks:
         Raises:
             NonFiniteLossError: they are, but none that the method can take.
         """
-        if self.is_proof(torch.stack(self.evidence(known.sum(), whole, known, "balancing")).tolist()):
+        positive = None
+        if self._positive_losses or self._positive_references:
+            bounds = self._objective.lower_bounds
+            positive = known if bounds is None else known - bounds
+        if is_proof(torch.stack(evidence_of(known.sum(), whole, positive)).tolist()):
             return True
         if bool(self.valid(whole, "balancing", self._normalization.forming())):
             return True

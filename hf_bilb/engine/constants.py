@@ -1,4 +1,7 @@
-"""Scalars that are at hand on a device: of a Python number torch makes a new tensor, in an operation of its own."""
+"""Scalars that are at hand on a device: of a Python number torch makes a new tensor, in an operation of its own.
+
+They are the same ones every time: nobody may write into them.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,30 @@ import torch
 from torch import Tensor
 
 
-def zero(like: Tensor) -> Tensor:
-    """A scalar 0 where `like` is, and of its type. It is the same one every time: nobody may write into it."""
-    return _constant(0.0, like.dtype, like.device)
-
-
-def one(like: Tensor) -> Tensor:
-    """A scalar 1, likewise."""
-    return _constant(1.0, like.dtype, like.device)
-
-
-def lowest(like: Tensor) -> Tensor:
-    """The lowest finite scalar of the type of `like`, likewise."""
-    return _constant(torch.finfo(like.dtype).min, like.dtype, like.device)
-
-
-def infinity(like: Tensor) -> Tensor:
-    """A scalar beyond all, likewise."""
-    return _constant(float("inf"), like.dtype, like.device)
-
-
-@functools.lru_cache(maxsize=64)
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # one that is made in it could take no part in training
         return torch.full((), value, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0."""
+    return _constant(0.0, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1."""
+    return _constant(1.0, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def lowest(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The lowest finite number of the type."""
+    return _constant(torch.finfo(dtype).min, dtype, device)
+
+
+@functools.lru_cache(maxsize=64)
+def infinity(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is above every number."""
+    return _constant(float("inf"), dtype, device)

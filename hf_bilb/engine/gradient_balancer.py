@@ -36,6 +36,8 @@ from hf_bilb.engine.task_gradients import (
 from hf_bilb.engine.weighting import (
     Weighting,
     WindowShare,
+    evidence_of,
+    is_proof,
     of_this_rank,
     surrogate_loss,
     with_gradients,
@@ -303,7 +305,7 @@ class GradientBalancer(LossBalancer):
             self._found = Found(None, None, plain.coefficients, single)
             known = self._memory_of_gradients.last_weights()
             known = known.to(self.dtype)
-            weights = torch.where(active, known, zero(known))
+            weights = torch.where(active, known, zero(known.dtype, known.device))
             return self._weighted(plain._replace(parameter_gradients=()), weights)
         if single:
             for batch in micro_batches:
@@ -337,7 +339,7 @@ class GradientBalancer(LossBalancer):
         if self.normalization.kind != "none":
             with torch.no_grad():
                 losses = self.normalization(losses)
-        evidence = self._checks.evidence(last.sum(), whole, last, self.phase)
+        evidence = evidence_of(last.sum(), whole, last if self._takes_positive else None)
         parts = [gramian.to(self.device), slopes, losses, active, whole.present, *evidence]
         if self.device.type != "cpu":  # in one transfer
             flat = torch.cat([part.double().reshape(-1) for part in parts]).cpu()
@@ -345,7 +347,7 @@ class GradientBalancer(LossBalancer):
             parts = [x.view(part.shape).to(part.dtype) for x, part in zip(flat.split(sizes), parts, strict=True)]
         on_host: list[Any] = [part.tolist() for part in parts[1:]]
         slope, loss, is_active, is_present, *proof = on_host
-        valid = self._checks.is_proof(proof) or bool(self._checks.valid(whole, self.phase, forming))
+        valid = is_proof(proof) or bool(self._checks.valid(whole, self.phase, forming))
         return OnHost(parts[0], slope, loss, is_active, is_present, valid)
 
     def _unlearn(self) -> None:
@@ -503,7 +505,7 @@ class GradientBalancer(LossBalancer):
 
     def _plain(self, found: Found, weighting: Weighting) -> Tensor:
         slopes = found.slopes * self._rules.task_priors if self._rules.has_priors else found.slopes
-        return torch.where(weighting.present, slopes, zero(slopes))
+        return torch.where(weighting.present, slopes, zero(slopes.dtype, slopes.device))
 
     def _direction_pairs(
         self, direction: list[Tensor], clip: Tensor | None, share: WindowShare | None

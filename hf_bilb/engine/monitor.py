@@ -27,8 +27,7 @@ TOGETHER = 64
 class Monitor(nn.Module):
     """Counts suspicious steps without reading the device; `due_messages` reads and words them, each kind once.
 
-    Steps wait to be counted until there are 64 of them, or somebody asks for the counts; those of an update that is
-    refused are dropped.
+    Steps wait to be counted until there are 64 of them, or somebody asks for the counts.
 
     State: `counts [4]` (steps, steps with a negative coefficient, with lambda beyond its edge, with collapsed weights)
     and `dominated [K]` (steps in which task k had over 90 % of the sum of |coefficients|). No state, as it begins again
@@ -51,25 +50,16 @@ class Monitor(nn.Module):
         self._counting = True
         self._lessons = 0
         self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._of_update = 0  # those before it are of updates that have ended
         self._latest: list[tuple[Tensor, Tensor, Tensor]] = []
         self._said: set[str] = set()
 
-    def begin(self) -> None:
-        """An update begins."""
-        if len(self._steps) >= TOGETHER:
-            self._count_steps()
-        self._of_update = len(self._steps)
-
     def observe(self, coefficients: Tensor, active: Tensor, weights: Tensor | None, edge_ratio: Tensor | None) -> None:
         """Count one step; arguments as in `Weighting` and `ObjectiveValue`. None may be written into afterwards."""
-        ratio = zero(coefficients) if edge_ratio is None else edge_ratio
+        ratio = zero(coefficients.dtype, coefficients.device) if edge_ratio is None else edge_ratio
         looked_at = coefficients if self._collapsed_below is None or weights is None else weights
         self._steps.append((coefficients, active, ratio, looked_at))
-
-    def drop(self) -> None:
-        """The update that has begun does not count."""
-        del self._steps[self._of_update :]
+        if len(self._steps) == TOGETHER:
+            self._count_steps()
 
     @torch.no_grad()
     def _count_steps(self) -> None:
@@ -78,7 +68,6 @@ class Monitor(nn.Module):
         parts = zip(*self._steps, strict=True)
         coefficients, active, ratio, weights = map(torch.stack, parts)
         self._steps.clear()
-        self._of_update = 0
         # The edge itself is a coefficient of zero: only beyond it, by more than rounding.
         flags = [torch.ones_like(ratio, dtype=torch.bool), (coefficients < 0).any(dim=1), ratio > 1 + 1e-6]
         if self._collapsed_below is not None:
@@ -101,7 +90,6 @@ class Monitor(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._steps.clear()
-        self._of_update = 0
         super()._load_from_state_dict(*args, **kwargs)
 
     def learn(self, taken: Tensor, losses: Tensor, before: Tensor | None = None) -> None:

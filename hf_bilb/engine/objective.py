@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -248,7 +249,7 @@ def differentiate(
         if found is not None:
             return found
     # Placeholder one: finite under every normalization, so that no NaN or infinity reaches the graph.
-    point = torch.where(active, losses.detach(), one(losses)).requires_grad_()
+    point = torch.where(active, losses.detach(), one(losses.dtype, losses.device)).requires_grad_()
     inputs = [point, *objective.parameters()]
     if features is not None:
         features = features.detach().requires_grad_()
@@ -261,7 +262,7 @@ def differentiate(
         detached.append(None if field is None else field.detach())
     of_losses, *of_parameters = gradients
     of_features = None if features is None else of_parameters.pop()
-    coefficients = torch.where(active, of_losses, zero(of_losses))
+    coefficients = torch.where(active, of_losses, zero(of_losses.dtype, of_losses.device))
     return Derivatives(ObjectiveValue._make(detached), coefficients, tuple(of_parameters), of_features)
 
 
@@ -272,9 +273,13 @@ def _in_closed_form(
         return None
     if normalization.kind == "none":
         return objective.closed_form(losses, active)
-    normalised, pull_back = normalization.with_slopes(torch.where(active, losses, one(losses)))
+    placeholder = one(losses.dtype, losses.device)
+    normalised, factor, divisors = normalization.with_slopes(torch.where(active, losses, placeholder))
     found = objective.closed_form(normalised, active)
-    return None if found is None else found._replace(coefficients=pull_back(found.coefficients))
+    if found is None:
+        return None
+    slopes = found.coefficients if factor is None else found.coefficients * factor
+    return found._replace(coefficients=functools.reduce(torch.div, divisors, slopes))
 
 
 def progress_gradients(

@@ -61,7 +61,7 @@ class BalancerOptions:
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
-    return torch.where(mask, values, zero(values)).sum()
+    return torch.where(mask, values, zero(values.dtype, values.device)).sum()
 
 
 def sum_in_closed_form(losses: Tensor, active: Tensor) -> Derivatives:
@@ -72,4 +72,5 @@ def sum_in_closed_form(losses: Tensor, active: Tensor) -> Derivatives:
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """The softmax of `scores [K]` over those in `mask [K]`, zero elsewhere and where there is none."""
     # Finite, so that no NaN arises where nothing is in the mask.
-    return torch.where(mask, torch.softmax(torch.where(mask, scores, lowest(scores)), dim=0), zero(scores))
+    given = torch.where(mask, scores, lowest(scores.dtype, scores.device))
+    return torch.where(mask, torch.softmax(given, dim=0), zero(scores.dtype, scores.device))

@@ -148,10 +148,11 @@ class Follower:
         self._step(StepProgress(before, first, active, active, rest[0] if rest else None), num_items)
 
     def _step(self, step: StepProgress, num_items: Tensor) -> None:
-        # Placeholder one: finite under every normalization.
-        after = torch.where(step.compared, step.after, one(step.after))
-        before = torch.where(step.active, step.before, one(step.before))
-        opposite = None if step.opposite is None else torch.where(step.compared, step.opposite, one(step.opposite))
+        # Finite under every normalization.
+        placeholder = one(step.after.dtype, step.after.device)
+        after = torch.where(step.compared, step.after, placeholder)
+        before = torch.where(step.active, step.before, placeholder)
+        opposite = None if step.opposite is None else torch.where(step.compared, step.opposite, placeholder)
         step = step._replace(before=before, after=after, opposite=opposite)
         gradients = progress_gradients(self._objective, self._normalization, step)
         self._optimizer.accumulate(gradients, num_items, torch.dot(after, after) + torch.dot(before, before))

@@ -14,7 +14,6 @@ steps. A task seen late gets its l0 when it is first seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,21 +130,22 @@ class Normalization(nn.Module):
             return torch.log(ratio)
         return self._power(ratio) if self.kind == "power" else ratio
 
-    def with_slopes(self, losses: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """As `forward`; and the function that makes dF/d(normalised) dF/dl, as autograd would."""
-        reference = self._scale()
+    def with_slopes(self, losses: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """As `forward`; and the factor, None where there is none, and the divisors, in this order, that make dF/dl of
+        dF/d(normalised), as autograd would."""
         if self.kind == "none":
-            return losses, lambda slopes: slopes
+            return losses, None, ()
+        reference = self._scale()
         ratio = losses / reference
         if self.kind == "log":
-            return ratio.log(), lambda slopes: slopes / ratio / reference
+            return ratio.log(), None, (ratio, reference)
         if self.kind != "power":
-            return ratio, lambda slopes: slopes / reference
+            return ratio, None, (reference,)
         # Above the bound the second term is 0, to the last bit; below it is the tangent's.
         above = ratio.clamp(min=SOLVED)
         steep = above.pow(self.power - 1)
         value = torch.addcmul(above.pow(self.power) / self.power, steep, ratio - above)
-        return value, lambda slopes: slopes * steep / reference
+        return value, steep, (reference,)
 
     def _scale(self) -> Tensor:
         """What the losses are divided by, `[K]`."""

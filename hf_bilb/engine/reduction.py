@@ -81,10 +81,10 @@ def reduce_losses(
     ranks = 1 if alone else data_parallel_size(group)
     # At least as precise as the losses, whatever the type of the counts.
     items = [batch.num_items.to(at_least_float32(batch.losses.dtype)) for batch in micro_batches]
-    nothing = zero(items[0])
+    nothing = zero(items[0].dtype, items[0].device)
     here = [count > 0 for count in items]
     local = [
-        torch.where(present, batch.losses.to(count.dtype), zero(count))
+        torch.where(present, batch.losses.to(count.dtype), zero(count.dtype, count.device))
         for batch, count, present in zip(micro_batches, items, here, strict=True)
     ]
     auxiliary_losses = [batch.auxiliary_loss for batch in micro_batches if batch.auxiliary_loss is not None]

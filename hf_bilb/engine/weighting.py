@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -69,7 +70,26 @@ class Weighting(NamedTuple):
     ranks: int
     single: bool
     forming: Tensor | None
-    evidence: tuple[Tensor, ...] = ()
+    evidence: tuple[Tensor, ...]
+
+
+def evidence_of(total: Tensor, whole: GlobalBatch, positive: Tensor | None) -> tuple[Tensor, ...]:
+    """Scalars that prove, in one read and few operations, that all is well with the losses; for `is_proof`.
+
+    Args:
+        total: finite only where all losses are.
+        positive: `[K]`, what has to be above zero; None: nothing.
+    """
+    if whole.has_auxiliary or whole.ranks > 1:  # the same on all ranks
+        total = total + whole.auxiliary_loss
+    if whole.features is not None:
+        total = total + whole.features.sum()
+    return (total,) if positive is None else (total, positive.amin())
+
+
+def is_proof(evidence: Sequence[float]) -> bool:
+    """Whether the numbers of `evidence_of` prove it. Where they do not, `LossChecks` tells."""
+    return math.isfinite(evidence[0]) and all(lowest > 0 for lowest in evidence[1:])
 
 
 def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: int, number: int = 0) -> WindowShare:
@@ -210,16 +230,25 @@ class CoefficientRules(nn.Module):
         self.register_buffer("task_priors", torch.tensor(priors, dtype=torch.float64), persistent=False)
 
     def weigh(
-        self, whole: GlobalBatch, active: Tensor, forming: Tensor | None, result: Derivatives
+        self,
+        whole: GlobalBatch,
+        active: Tensor,
+        forming: Tensor | None,
+        result: Derivatives,
+        known: Tensor,
+        positive: Tensor | None = None,
     ) -> tuple[Weighting, Tensor]:
         """The weighting of the global batch, and the coefficients `[K]` of all active tasks, held ones among them.
 
         Args:
             whole: the global batch. active: bool `[K]`, the tasks that F ran over. result: F and its derivatives.
             forming: as in `Weighting`.
+            known: `[K]`, the last known losses, these among them. positive: as in `evidence_of`.
         """
         of_all, value = self.forward(result.coefficients, result.output.value, whole.losses, whole.present, active)
-        coefficients = of_all if active is whole.present else torch.where(whole.present, of_all, zero(of_all))
+        coefficients = of_all
+        if active is not whole.present:
+            coefficients = torch.where(whole.present, of_all, zero(of_all.dtype, of_all.device))
         weighting = Weighting(
             value=value,
             losses=whole.losses,
@@ -236,6 +265,7 @@ class CoefficientRules(nn.Module):
             ranks=whole.ranks,
             single=whole.single,
             forming=forming,
+            evidence=evidence_of(torch.dot(known, coefficients), whole, positive),
         )
         return weighting, of_all
 

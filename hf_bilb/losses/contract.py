@@ -9,6 +9,7 @@ task without valid items has loss 0, count 0, and stays connected to the graph w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -131,6 +132,7 @@ def _as_counts(
     return counts
 
 
+@functools.cache
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type for sums and counts of losses of `dtype`: those of pixels overflow half precision."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
