@@ -287,7 +287,7 @@ class LossBalancer:
         have: the method's parameters by a comparison with the last update, or its own record."""
         if self._follower is not None and self._follower.progress is not None:
             return self.snapshot()
-        return {} if self._history is None else self._copies("objective.")
+        return {} if self._history is None else _copies(self.objective.state_dict(prefix="objective."))
 
     def refused(self, weightings: Sequence[Weighting], *others: Tensor) -> tuple[Weighting | None, list[float]]:
         """Look at what was decided for the update under way: one host read, and more only where something is wrong.
@@ -346,7 +346,8 @@ class LossBalancer:
             result = self._plain_sum(whole)
         else:
             if self._takes_positive:
-                positive = last - self.objective.lower_bounds if self._bounded else last
+                bounds = self.objective.lower_bounds if self._bounded else None
+                positive = last if bounds is None else last - bounds
             features = self._features(whole) if self._looks_at_features else None
             result = differentiate(self.objective, self.normalization, last, active, features)
             if self._by_gradients is not None:
@@ -397,7 +398,8 @@ class LossBalancer:
         """Let a method's record take in the `known` losses; none of them where one is none that the method can take, or
         beyond all measure."""
         last = self._memory.last_losses
-        given = torch.where(known, last, one(last.dtype, last.device))
+        placeholder = one(last.dtype, last.device)
+        given = torch.where(known, last, placeholder)
         losses = self.normalization(given)
         if self._follower is None:  # what a follower learns is in its own step
             squares = torch.dot(given, given)
@@ -409,6 +411,7 @@ class LossBalancer:
                 usable = usable & (losses.amin() > 0)
             known = known & usable
             self._monitor.learn(usable, whole.losses)
+            losses = torch.where(known, losses, placeholder)  # finite also where they are not taken in
         history.observe(losses, whole.num_items, known, self._epoch)
 
     def _plain_sum(self, whole: GlobalBatch) -> Derivatives:
@@ -604,19 +607,15 @@ class LossBalancer:
 
     def snapshot(self) -> dict[str, Tensor]:
         """`state_dict()` without z, which only `step` changes: what an update that is dropped has to bring back."""
-        state = self._copies()
+        state = _copies(self._parts.state_dict())
         state.update({f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()})
         state["epoch"] = torch.tensor(self._epoch)
         return state
 
-    def _copies(self, prefix: str = "") -> dict[str, Tensor]:
-        state = self._parts.state_dict()
-        return {name: tensor.detach().clone() for name, tensor in state.items() if name.startswith(prefix)}
-
     def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
         """Restore a `snapshot()`."""
         _check_entries(snapshot, self.snapshot())
-        self._learns, self._kept = False, None
+        self._learns, self._kept, self._shown = False, None, []
         self._epoch = int(snapshot["epoch"])
         prefix = "optimizer."
         own = {name: tensor for name, tensor in entries_without(snapshot, prefix).items() if name != "epoch"}
@@ -667,11 +666,10 @@ class LossBalancer:
         losses, unless they were looked at and nothing was `refused`."""
         if self._before_trials is not None:
             self.rollback(self._before_trials)
-        self._shown = []
         if self._kept is not None:
             self.rollback({**self.snapshot(), **self._kept})
         self._optimizer.discard()
-        self._open, self._learns, self._before_trials, self._kept = False, False, None, None
+        self._open, self._learns, self._before_trials, self._kept, self._shown = False, False, None, None, []
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Tell methods that count epochs that epoch number `epoch` (from 0) begins. Calling it twice does nothing, so
@@ -693,6 +691,10 @@ class LossBalancer:
     def describe_invalid(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:
         """What is wrong with a weighting that is not `valid`, see `LossChecks.describe`; reads the device."""
         return self._checks.describe(weighting, step)
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -228,6 +228,9 @@ class GradientBalancer(LossBalancer):
         if torch.is_grad_enabled():
             self._outputs_of_module += [x for x in _tensors(output) if x.requires_grad]
 
+    def _before_decision(self) -> dict[str, Tensor]:
+        return {}  # all but the losses is remembered when the gradients are known to be finite
+
     # --- the gradients -------------------------------------------------------------------------------------------
 
     def gather(self, batch: TaskLosses, process_group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
