@@ -10,7 +10,8 @@ calls, since Python 3.11 enters them, but not as functions, since nobody reads t
 
 The operations: what a `TorchDispatchMode` sees between two events `on_step_end`, forward, backward, clipping, optimizer
 and router, of a 3-layer MLP with K = 40 tasks that returns `losses` and `num_items`; plain is `transformers.Trainer` on
-the sum of the same losses.
+the sum of the same losses. In brackets what is added on average over 64 steps, in which the logs and the guards of all
+of them are put together once.
 
 Only public names of the library are used, so that it runs on any state of it.
 """
@@ -24,8 +25,6 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,8 +32,6 @@ from typing import Any
 from checkouts import ROOT, checkout, described, run_in
 from output import write_results
 
-NUM_FEATURES, WIDTH, BATCH = 64, 64, 32
-STEADY = 6  # the step that is looked at; earlier ones take references and fill caches
 WINDOW = {"gradient_accumulation_steps": 2}
 #: Row of the table -> (balancer, training arguments).
 TOURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +42,9 @@ TOURS: dict[str, tuple[str, dict[str, Any]]] = {
     "`bilb`, two micro-batches, `micro_batch`": ("bilb", {**WINDOW, "balance_over": "micro_batch"}),
 }
 TOUR_TASKS, COUNTED_TASKS = 3, 40
-COUNTED = ("ls", "uw", "bilb", "famo")
+COUNTED = ("ls", "uw", "dwa", "imtl_l", "rlw", "gls", "si", "stch", "go4align", "bilb", "famo", "marigold")
+#: Steps over which the average is taken.
+MANY = 64
 MEASURES = ("calls", "functions", "files", "changes of file")
 EXPRESSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 
@@ -55,18 +54,24 @@ EXPRESSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
 
 def measure() -> dict[str, Any]:
     """Of the library that this process imports: the ways of `TOURS`, and the operations of a step."""
+    from steady_step import operations
+
     import hf_bilb
 
     library = str(Path(hf_bilb.__file__).parent) + "/"
-    plain = len(operations(None))
+    counts = {name: len(operations(name, COUNTED_TASKS)) for name in (None, *COUNTED)}
+    many = {name: len(operations(name, COUNTED_TASKS, MANY)) for name in (None, *COUNTED)}
     return {
         "tours": {row: tour(library, balancer, own) for row, (balancer, own) in TOURS.items()},
-        "operations": {"plain": plain, **{name: len(operations(name)) - plain for name in COUNTED}},
+        "operations": {"plain": counts[None], **{name: counts[name] - counts[None] for name in COUNTED}},
+        "on average": {name: (many[name] - many[None]) / MANY for name in COUNTED},
     }
 
 
 def tour(library: str, balancer: str, own: dict[str, Any]) -> dict[str, int]:
     """The figures of one steady step."""
+    from steady_step import train
+
     entered: list[tuple[str, str]] = []  # file and function of each call
     generators: set[FrameType] = set()  # held, so that no other frame gets the identity of one that is gone
     begun = ended = False
@@ -86,7 +91,7 @@ def tour(library: str, balancer: str, own: dict[str, Any]) -> dict[str, int]:
                 generators.add(frame)
             entered.append((code.co_filename, getattr(code, "co_qualname", code.co_name)))
 
-    _train(balancer, TOUR_TASKS, own, begin=lambda: sys.setprofile(note), end=lambda: sys.setprofile(None))
+    train(balancer, TOUR_TASKS, lambda: sys.setprofile(note), lambda: sys.setprofile(None), own)
     files = [file for file, _ in entered]
     return {
         "calls": len(entered),
@@ -94,108 +99,6 @@ def tour(library: str, balancer: str, own: dict[str, Any]) -> dict[str, int]:
         "files": len(set(files)),
         "changes of file": sum(one != other for one, other in itertools.pairwise(files)),
     }
-
-
-def operations(balancer: str | None) -> list[str]:
-    """The torch operations of one steady step; without a balancer those of the plain Trainer."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    counting = Counting()
-    stop = partial(counting.__exit__, None, None, None)
-    _train(balancer, COUNTED_TASKS, {}, begin=counting.__enter__, end=stop, says_items=True)
-    return counting.seen
-
-
-def _train(
-    balancer: str | None,
-    num_tasks: int,
-    own: dict[str, Any],
-    begin: Callable[[], Any],
-    end: Callable[[], Any],
-    says_items: bool = False,
-) -> None:
-    """Train for some steps; `begin` is called when step `STEADY` begins, `end` when it has ended.
-
-    With `says_items` the model returns how many items its losses have; else the library counts labels.
-    """
-    import torch
-    from torch import Tensor, nn
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    from hf_bilb import BilevelMTLTrainer, BilevelMTLTrainingArguments
-
-    class Network(nn.Module):
-        """A 3-layer MLP; its losses as a vector, or as their sum."""
-
-        num_items: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.register_buffer("num_items", torch.full((num_tasks,), float(BATCH)))
-            self.layers = nn.Sequential(
-                *(nn.Linear(NUM_FEATURES, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()),
-                nn.Linear(WIDTH, num_tasks),
-            )
-
-        def forward(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            losses = (self.layers(features) - labels).square().mean(0)
-            if balancer is None:
-                return {"loss": losses.sum()}
-            return {"losses": losses, "num_items": self.num_items} if says_items else {"losses": losses}
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == STEADY - 1:
-                begin()
-            elif state.global_step == STEADY:
-                end()
-
-    def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        return {"features": torch.stack([row[0] for row in rows]), "labels": torch.stack([row[1] for row in rows])}
-
-    generator = torch.Generator().manual_seed(0)
-    rows = (STEADY + 3) * 2 * BATCH
-    features = torch.randn(
-        rows, NUM_FEATURES, generator=generator
-    ).unbind()  # rows, so that fetching one is no operation
-    labels = torch.randn(rows, num_tasks, generator=generator).unbind()
-    with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {
-            "output_dir": folder,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "logging_steps": 100,
-            "max_steps": STEADY + 1,
-            "per_device_train_batch_size": BATCH,
-            "dataloader_pin_memory": False,
-            **own,
-        }
-        common: dict[str, Any] = {
-            "model": Network(),
-            "train_dataset": list(zip(features, labels, strict=True)),
-            "data_collator": collate,
-            "callbacks": [Marks()],
-        }
-        if balancer is None:
-            trainer = Trainer(args=TrainingArguments(**settings), **common)
-        else:
-            names = [f"task_{k}" for k in range(num_tasks)]
-            args = BilevelMTLTrainingArguments(**settings, balancer=balancer, task_names=names)
-            trainer = BilevelMTLTrainer(args=args, **common)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
@@ -220,9 +123,13 @@ def tables(states: dict[str, dict[str, Any]]) -> str:
     lines += ["", _row(["torch operations of one step, K = 40", *names]), "|---" * (1 + len(names)) + "|"]
     lines.append(_row(["plain `Trainer`", *(str(states[name]["operations"]["plain"]) for name in names)]))
     for balancer in COUNTED:
-        added = [f"+{states[name]['operations'][balancer]}" for name in names]
+        added = [_added(states[name], balancer) for name in names]
         lines.append(_row([f"`{balancer}` adds", *added]))
     return "\n".join(lines)
+
+
+def _added(state: dict[str, Any], balancer: str) -> str:
+    return f"+{state['operations'][balancer]} ({state['on average'][balancer]:.1f})"
 
 
 def _row(cells: list[str]) -> str:

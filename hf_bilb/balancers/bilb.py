@@ -30,11 +30,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_bilb.balancers.discrepancy import Pairs, discrepancy, edge_of_weight
+from hf_bilb.balancers.discrepancy import Pairs, discrepancy, edge_of_weight, with_slopes
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import Activation, FeatureRouter, ParameterRouter, Router, UniformLogits
 from hf_bilb.config.options import bounded, check_bounds
-from hf_bilb.engine.objective import BilevelObjective, Levels, ObjectiveValue
+from hf_bilb.engine.constants import one, zero
+from hf_bilb.engine.objective import BilevelObjective, Derivatives, Levels, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, LearningRate
 from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.errors import OptionError
@@ -196,6 +197,9 @@ class Bilb(BilevelObjective):
     def __init__(self, num_tasks: int, options: BilbOptions) -> None:
         super().__init__()
         self.options = options
+        if options.activation == "sigmoid":
+            # Sigmoid weights near zero cancel in sigma / sum sigma while f vanishes: the method has silently become LS.
+            self.collapsed_below = 0.05
         if options.router == "parameter":
             if options.initial_logits is None:
                 raise OptionError(
@@ -216,29 +220,57 @@ class Bilb(BilevelObjective):
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F = penalty_weight g + lambda f over the `active` tasks (the single loop has penalty_weight 1)."""
-        options = self.options
         sigma = self._weights(features)
-        fixed = sigma if options.router_gradient == "both" else self._weights_of_fixed_router(sigma, features)
+        both = self.options.router_gradient == "both"
+        fixed = sigma if both else self._weights_of_fixed_router(sigma, features)
         g, denominator = self._lower(fixed, losses, active)
         f = self._upper(sigma, losses, active)
+        edge = edge_of_weight(sigma.detach(), denominator.detach(), active, self.options.pairs, self.options.tau)
+        weight, ratio = self._discrepancy_weight(*edge)
+        return ObjectiveValue(self._penalised(g) + weight * f, sigma, f, ratio)
 
-        edge, several = edge_of_weight(sigma.detach(), denominator.detach(), active, options.pairs, options.tau)
-        edge = self.penalty_weight * edge
-        weight: float | Tensor
-        ratio: float | Tensor
-        if isinstance(options.discrepancy_weight, EdgeFraction):
-            weight, ratio = options.discrepancy_weight.edge_fraction * edge, options.discrepancy_weight.edge_fraction
-        else:
-            weight, ratio = options.discrepancy_weight, options.discrepancy_weight / edge
-        # Sigmoid weights near zero cancel in sigma / sum sigma while f vanishes: the method has silently become LS.
-        collapsed = (sigma.detach().amax() < 0.05) if options.activation == "sigmoid" else None
-        return ObjectiveValue(self.penalty_weight * g + weight * f, sigma, f, several * ratio, collapsed)
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives | None:
+        """dF/dl = dF/dg sigma / denominator + lambda tau df/dv, and dF/dsigma likewise; the router's own derivative is
+        autograd's. Not with smoothing."""
+        options = self.options
+        if options.smoothing > 0:
+            return None
+        with torch.enable_grad():
+            routed = self._weights(None)
+        sigma, nothing = routed.detach(), zero(losses.dtype, losses.device)
+        g, denominator = self._lower(sigma, losses, active)
+        by_weights = options.tau == "weights"
+        f, slopes = with_slopes(sigma * losses if by_weights else losses, active, options.pairs)
+        edge = edge_of_weight(sigma, denominator, active, options.pairs, options.tau)
+        weight, ratio = self._discrepancy_weight(*edge)
+        output = ObjectiveValue(self._penalised(g) + weight * f, sigma, f, ratio)
+
+        of_g, of_f = self._penalised(denominator.reciprocal()), weight * slopes
+        coefficients = of_g * sigma + (of_f * sigma if by_weights else of_f)
+        of_sigma = of_f * losses if by_weights else torch.zeros_like(sigma)
+        if options.router_gradient == "both":
+            in_g = of_g * losses
+            if options.weight_denominator == "sum":
+                in_g = in_g - self._penalised(g / denominator)
+            of_sigma = torch.where(active, in_g, nothing) + of_sigma
+        own = torch.autograd.grad(routed, list(self.parameters()), of_sigma)
+        return Derivatives(output, torch.where(active, coefficients, nothing), own)
+
+    def _discrepancy_weight(self, edge: Tensor, several: Tensor) -> tuple[Tensor | float, Tensor]:
+        """lambda, and its ratio to the edge of g + lambda f, which is penalty_weight times that in g's place."""
+        chosen, edge = self.options.discrepancy_weight, self._penalised(edge)
+        if isinstance(chosen, EdgeFraction):
+            return chosen.edge_fraction * edge, several * chosen.edge_fraction
+        return chosen, several * (chosen / edge)
 
     def levels(self, losses: Tensor, active: Tensor, features: Tensor | None) -> Levels:
         """f, g and sigma."""
         sigma = self._weights(features)
         g, _ = self._lower(sigma, losses, active)
         return Levels(self._upper(sigma, losses, active), g, sigma, self.router.clamped_share(sigma.detach()))
+
+    def _penalised(self, value: Tensor) -> Tensor:
+        return value if self.penalty_weight == 1 else self.penalty_weight * value
 
     def _weights(self, features: Tensor | None) -> Tensor:
         return self.router(features.detach() if features is not None and self.options.detach_features else features)
@@ -256,11 +288,11 @@ class Bilb(BilevelObjective):
 
     def _lower(self, sigma: Tensor, losses: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """g and its denominator: the sum of the active weights, or one where there is nothing to divide."""
-        weights = torch.where(active, sigma, 0.0)
+        weights = torch.where(active, sigma, zero(sigma.dtype, sigma.device))
         kind = self.options.weight_denominator
         if kind == "none":
-            denominator = torch.ones_like(weights[0])
+            denominator = one(weights.dtype, weights.device)
         else:
             total = (weights if kind == "sum" else weights.detach()).sum()
-            denominator = torch.where(active.any(), total, 1.0)
+            denominator = torch.where(active.any(), total, one(weights.dtype, weights.device))
         return torch.dot(weights, losses) / denominator, denominator

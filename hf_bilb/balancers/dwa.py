@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.config.options import bounded
-from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.constants import one
+from hf_bilb.engine.objective import Derivatives, HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
 
@@ -140,8 +141,8 @@ class WindowRecord(LossRecord):
 
 
 def _ratios(last: Tensor, before: Tensor, known: Tensor) -> Tensor:
-    usable = known & (last > 0) & (before > 0)
-    return torch.where(usable, last, 1.0) / torch.where(usable, before, 1.0)
+    usable = known & (torch.minimum(last, before) > 0)
+    return torch.where(usable, last / before, one(last.dtype, last.device))
 
 
 @register_balancer("dwa", options=DwaOptions, paper="Liu, Johns, Davison, CVPR 2019 (arXiv 1803.10704), eq. 7")
@@ -166,6 +167,21 @@ class DynamicWeightAverage(HistoryObjective):
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks."""
-        weights = active.sum() * masked_softmax(self.record.ratios() / self._temperature, active)
+        number = active.sum()
+        weights = self._weights(active, number)
         total = masked_sum(weights * losses, active)
-        return ObjectiveValue(total / active.sum().clamp(min=1) if self.record.averages_tasks else total, weights)
+        return ObjectiveValue(total / number.clamp(min=1) if self.record.averages_tasks else total, weights)
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = w_k, or w_k / K."""
+        number = active.sum()
+        weights = self._weights(active, number)
+        total = masked_sum(weights * losses, active)
+        if not self.record.averages_tasks:
+            return Derivatives(ObjectiveValue(total, weights), weights, ())
+        number = number.clamp(min=1)
+        share = one(weights.dtype, weights.device) / number
+        return Derivatives(ObjectiveValue(total / number, weights), weights * share, ())
+
+    def _weights(self, active: Tensor, number: Tensor) -> Tensor:
+        return number * masked_softmax(self.record.ratios() / self._temperature, active)

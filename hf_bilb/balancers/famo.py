@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import initial_values
 from hf_bilb.config.options import bounded
+from hf_bilb.engine.constants import one
 from hf_bilb.engine.objective import Derivatives, ObjectiveValue, ProgressObjective, StepProgress
-from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
+from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax
 from hf_bilb.errors import OptionError
 
 EPSILON = 1e-8
@@ -92,29 +93,40 @@ class Famo(ProgressObjective):
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks; no gradient reaches the logits."""
-        distances, weights, scale = self._terms(losses, active)
-        return ObjectiveValue(masked_sum(weights * distances.log(), active) / scale, weights=weights)
+        distances = self._distances(losses, active)
+        weights, scale = (constant.detach() for constant in self._constants(distances, active))
+        return ObjectiveValue((weights * distances.log()).sum() / scale, weights=weights)
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
         """dF/dl_k = z_k / D_k / c."""
-        distances, weights, scale = self._terms(losses, active)
-        value = masked_sum(weights * distances.log(), active) / scale
-        coefficients = torch.where(active, (1 / scale) * weights / distances, 0.0)
+        distances = self._distances(losses, active)
+        weights, scale = self._constants(distances, active)
+        value = (weights * distances.log()).sum() / scale
+        coefficients = scale.reciprocal() * weights / distances
         return Derivatives(ObjectiveValue(value, weights=weights), coefficients, (torch.zeros_like(self.logits),))
 
-    def _terms(self, losses: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """D, z and c, the last two detached."""
-        distances = self._distances(losses, active)
-        weights = self._weights(active).detach()
-        scale = masked_sum(weights / distances, active).detach()
+    def _constants(self, distances: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """z, which is zero where not active, and c."""
+        weights = self._weights(active)
+        scale = (weights / distances).sum()
         # Without any task the sum is zero.
-        return distances, weights, torch.where(scale > 0, scale, 1.0)
+        return weights, torch.where(scale > 0, scale, one(scale.dtype, scale.device))
 
     def progress(self, step: StepProgress) -> Tensor:
         """P = sum_k z_k stopgrad(log D_k - log D'_k), whose gradient is J^T (log D - log D')."""
+        return (self._weights(step.compared) * self._fallen(step)).sum()
+
+    def progress_in_closed_form(self, step: StepProgress) -> tuple[Tensor, ...]:
+        """J^T (log D - log D')."""
+        fallen = self._fallen(step)
+        with torch.enable_grad():
+            weights = self._weights(step.compared)
+        return torch.autograd.grad(weights, [self.logits], fallen)
+
+    @torch.no_grad()
+    def _fallen(self, step: StepProgress) -> Tensor:
         there = step.compared
-        fallen = self._distances(step.before, there).log() - self._distances(step.after, there).log()
-        return masked_sum(self._weights(there) * fallen.detach(), there)
+        return self._distances(step.before, there).log() - self._distances(step.after, there).log()
 
     def _weights(self, active: Tensor) -> Tensor:
         """z `[K]`, the softmax over the active tasks, zero elsewhere."""
@@ -122,4 +134,4 @@ class Famo(ProgressObjective):
 
     def _distances(self, losses: Tensor, active: Tensor) -> Tensor:
         """D `[K]`; the logarithm of a placeholder must stay finite, or its zero gradient becomes NaN."""
-        return torch.where(active, losses - self.min_losses + EPSILON, 1.0)
+        return torch.where(active, losses - self.min_losses + EPSILON, one(losses.dtype, losses.device))

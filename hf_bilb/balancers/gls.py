@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.engine.objective import Objective, ObjectiveValue
+from hf_bilb.engine.constants import one, zero
+from hf_bilb.engine.objective import Derivatives, Objective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
 
 
@@ -46,3 +47,11 @@ class Geometric(Objective):
         total = masked_sum(torch.log(torch.where(active, losses, 1.0)), active)
         count = active.sum()
         return ObjectiveValue(torch.where(count > 0, torch.exp(total / count.clamp(min=1)), 0.0))
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = F / (K l_k)."""
+        nothing, placeholder = zero(losses.dtype, losses.device), one(losses.dtype, losses.device)
+        count, given = active.sum(), torch.where(active, losses, placeholder)  # whose logarithm is 0
+        number = count.clamp(min=1)
+        value = torch.where(count > 0, torch.exp(given.log().sum() / number), nothing)
+        return Derivatives(ObjectiveValue(value), torch.where(active, value / number / given, nothing), ())

@@ -29,7 +29,8 @@ from torch import Tensor
 from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.config.options import bounded
-from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.constants import lowest, one, zero
+from hf_bilb.engine.objective import Derivatives, HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
 
 #: Lloyd's algorithm: the square of the centres' shifts together below which it rests, and the most rounds it takes.
@@ -79,18 +80,25 @@ class Go4Align(HistoryObjective):
     @torch.no_grad()
     def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
         """Add the active tasks' losses to their sums."""
-        self.loss_sums.add_(torch.where(active, losses, 0.0))
+        self.loss_sums.add_(torch.where(active, losses, zero(losses.dtype, losses.device)))
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks; the weights are constants to its gradient, and so its coefficients."""
-        indicator = self._indicator(losses.detach(), active)
+        return ObjectiveValue(masked_sum(self._weights(losses.detach(), active) * losses, active))
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = c_k."""
+        weights = self._weights(losses, active)
+        return Derivatives(ObjectiveValue((weights * losses).sum()), weights, ())
+
+    def _weights(self, losses: Tensor, active: Tensor) -> Tensor:
+        """c `[K]`, zero where not active."""
+        indicator = self._indicator(losses, active)
         if self.starts is None:
-            weights = group_means(indicator, active, self._num_groups)
-        else:
-            # Those with the smallest draws: M different ones, each as likely as any other.
-            order = torch.argsort(torch.where(active, self.starts(losses), torch.inf))
-            weights = lloyd_means(indicator, active, order[: self._num_groups])
-        return ObjectiveValue(masked_sum(weights * losses, active))
+            return group_means(indicator, active, self._num_groups)
+        # Those with the smallest draws: M different ones, each as likely as any other.
+        order = torch.argsort(torch.where(active, self.starts(losses), torch.inf))
+        return lloyd_means(indicator, active, order[: self._num_groups])
 
     def end_step(self) -> None:
         """The next update begins its search again; a frozen method always from the same tasks."""
@@ -100,11 +108,12 @@ class Go4Align(HistoryObjective):
     def _indicator(self, losses: Tensor, active: Tensor) -> Tensor:
         """w `[K]`, zero where not active, by way of logarithms: q of a task may be as small as it likes."""
         # Finite, so that no NaN arises where no task is active.
-        lowest = torch.finfo(losses.dtype).min
-        logits = torch.where(active, -self._step_size * self.loss_sums, lowest)
-        logarithms = torch.where(active, losses, 1.0).log()
-        total = torch.logsumexp(torch.where(active, logarithms, lowest), dim=0)
-        return torch.where(active, torch.exp(total - logarithms + torch.log_softmax(logits, dim=0)), 0.0)
+        nothing = lowest(losses.dtype, losses.device)
+        logits = torch.where(active, -self._step_size * self.loss_sums, nothing)
+        logarithms = torch.where(active, losses, one(losses.dtype, losses.device)).log()
+        total = torch.logsumexp(torch.where(active, logarithms, nothing), dim=0)
+        found = torch.exp(total - logarithms + torch.log_softmax(logits, dim=0))
+        return torch.where(active, found, zero(found.dtype, found.device))
 
 
 def lloyd_means(values: Tensor, active: Tensor, start: Tensor) -> Tensor:
@@ -142,13 +151,13 @@ def group_means(values: Tensor, active: Tensor, num_groups: int) -> Tensor:
 
     Of several optima it takes the one with the earliest cuts. Cost: M K^2 operations, no device synchronisation.
     """
+    if num_groups == 1:
+        mean = torch.where(active, values, zero(values.dtype, values.device)).double().sum() / active.sum().clamp(min=1)
+        return torch.where(active, mean.to(values.dtype), zero(values.dtype, values.device))
     # Those that do not count lie at the end and cost nothing, whichever group they fall into.
     order = torch.argsort(torch.where(active, values, torch.inf), stable=True)
     counts, ranked = active[order].double(), torch.where(active, values, 0.0).double()[order]
-    if num_groups == 1:
-        group = torch.zeros_like(order)
-    else:
-        group = _optimal_groups(ranked, counts, num_groups)
+    group = _optimal_groups(ranked, counts, num_groups)
     sums = torch.zeros(num_groups, dtype=torch.float64, device=values.device).index_add(0, group, ranked * counts)
     sizes = torch.zeros_like(sums).index_add(0, group, counts)
     means = (sums / sizes.clamp(min=1))[group]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.balancers.router import initial_values
-from hf_bilb.engine.objective import Objective, ObjectiveValue
+from hf_bilb.engine.constants import zero
+from hf_bilb.engine.objective import Derivatives, Objective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_sum
 
 
@@ -46,3 +47,11 @@ class ImtlL(Objective):
         """F over the `active` tasks; an absent task's log scale gets no gradient."""
         scale = torch.exp(self.log_scale)
         return ObjectiveValue(masked_sum(scale * losses - self.log_scale, active), weights=scale)
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = exp(s_k), dF/ds_k = exp(s_k) l_k - 1."""
+        scale, nothing = torch.exp(self.log_scale), zero(losses.dtype, losses.device)
+        scaled = scale * losses
+        value = masked_sum(scaled - self.log_scale, active)
+        coefficients, slopes = torch.where(active, scale, nothing), torch.where(active, scaled - 1, nothing)
+        return Derivatives(ObjectiveValue(value, weights=scale), coefficients, (slopes,))

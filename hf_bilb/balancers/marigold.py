@@ -46,7 +46,15 @@ from hf_bilb.balancers.registry import Cost, register_balancer
 from hf_bilb.balancers.router import initial_values
 from hf_bilb.config.options import bounded, nearest
 from hf_bilb.config.user_code import check_reference, load_reference
-from hf_bilb.engine.objective import HistoryObjective, LookAheadObjective, ObjectiveValue, Scalar, StepProgress
+from hf_bilb.engine.constants import one, zero
+from hf_bilb.engine.objective import (
+    Derivatives,
+    HistoryObjective,
+    LookAheadObjective,
+    ObjectiveValue,
+    Scalar,
+    StepProgress,
+)
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_softmax, masked_sum
 from hf_bilb.errors import OptionError
 
@@ -182,7 +190,8 @@ class Marigold(HistoryObjective, LookAheadObjective):
     @torch.no_grad()
     def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
         """Draw the direction: a unit vector over the active tasks whose weights are trained."""
-        drawn = torch.where(active & self.trainable, self.draws(losses), 0.0)
+        drawn = self.draws(losses)
+        drawn = torch.where(self._trained(active), drawn, zero(drawn.dtype, drawn.device))
         self.direction.copy_(drawn / drawn.norm().clamp(min=torch.finfo(drawn.dtype).tiny))
 
     def end_step(self) -> None:
@@ -193,8 +202,20 @@ class Marigold(HistoryObjective, LookAheadObjective):
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F = sum_k lambda_k l_k over the `active` tasks, in `commit` and `lagged` with lambda + r u while it learns;
         lambda is a constant to its gradient."""
-        perturbed = self.training and self.options.mode != "exact"
-        return self._weighted(losses, active, features, sign=1.0 if perturbed else 0.0)
+        return self._weighted(losses, active, features, self._sign)
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = lambda_k, or lambda_k + r u_k."""
+        weights = self._weights(losses, active)
+        applied = self._applied(weights, self._sign)
+        value = masked_sum(applied * losses, active)
+        own = tuple(torch.zeros_like(parameter) for parameter in self.parameters())
+        slopes = torch.where(active, applied, zero(applied.dtype, applied.device))
+        return Derivatives(ObjectiveValue(value, weights), slopes, own)
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.training and self.options.mode != "exact" else 0.0
 
     @property
     def trials(self) -> tuple[Scalar, ...]:
@@ -204,8 +225,11 @@ class Marigold(HistoryObjective, LookAheadObjective):
 
     def _weighted(self, losses: Tensor, active: Tensor, features: Tensor | None, sign: float) -> ObjectiveValue:
         weights = self._weights(losses.detach(), active).detach()
-        applied = weights + sign * self.options.perturbation * self.direction
-        return ObjectiveValue(masked_sum(applied * losses, active), weights)
+        return ObjectiveValue(masked_sum(self._applied(weights, sign) * losses, active), weights)
+
+    def _applied(self, weights: Tensor, sign: float) -> Tensor:
+        """lambda + r u, or with the other sign."""
+        return weights + sign * self.options.perturbation * self.direction
 
     def _weights(self, losses: Tensor, active: Tensor) -> Tensor:
         """lambda `[K]`, zero where not active."""
@@ -216,8 +240,19 @@ class Marigold(HistoryObjective, LookAheadObjective):
         elif kind == "positive":
             trained = self.logits.exp()
         else:
-            trained = self._softmax(self.logits, losses, active & self.trainable)
-        return torch.where(active, torch.where(self.trainable, trained, 1.0), 0.0)
+            trained = self._softmax(self.logits, losses, self._trained(active))
+            if self._trains_all:
+                return trained
+        if not self._trains_all:
+            trained = torch.where(self.trainable, trained, one(trained.dtype, trained.device))
+        return torch.where(active, trained, zero(trained.dtype, trained.device))
+
+    def _trained(self, active: Tensor) -> Tensor:
+        return active if self._trains_all else active & self.trainable
+
+    @property
+    def _trains_all(self) -> bool:
+        return self.options.trainable_tasks is None
 
     def _softmax(self, logits: Tensor, losses: Tensor, mask: Tensor) -> Tensor:
         scores = self.options.beta * logits
@@ -227,17 +262,32 @@ class Marigold(HistoryObjective, LookAheadObjective):
 
     def progress(self, step: StepProgress) -> Tensor:
         """P, whose gradient is that of Algorithm 1."""
+        (weights, slope), *worst = self._pairs(step)
+        value = masked_sum(weights * slope, step.active)
+        for rho, risen in worst:
+            value = value - masked_sum(rho * risen, step.compared)
+        return value
+
+    def progress_in_closed_form(self, step: StepProgress) -> tuple[Tensor, ...]:
+        """J^T g_lambda and -J^T g_rho."""
+        with torch.enable_grad():
+            (weights, slope), *worst = self._pairs(step)
+        slopes = [torch.where(step.active, slope, zero(slope.dtype, slope.device))]
+        slopes += [torch.where(step.compared, -risen, zero(risen.dtype, risen.device)) for _, risen in worst]
+        return torch.autograd.grad([weights, *(rho for rho, _ in worst)], list(self.parameters()), slopes)
+
+    def _pairs(self, step: StepProgress) -> list[tuple[Tensor, Tensor]]:
+        """lambda and g_lambda, and for the worst decrement rho and g_rho."""
         weights = self._weights(step.before, step.active)
         if self.options.upper_level != "worst_decrement":
-            return masked_sum(weights * self._slope(step, self._upper), step.active)
+            return [(weights, self._slope(step, self._upper))]
         rho = self._softmax(self.worst_logits, step.before, step.compared)
 
         def decrement(losses: Tensor, known: Tensor) -> Tensor:
-            return masked_sum(rho.detach() * losses, known)
+            return (rho * losses).sum()  # zero where not known
 
         after = step.after if step.opposite is None else (step.after + step.opposite) / 2
-        worst = masked_sum(rho * (after - step.before), step.compared)
-        return masked_sum(weights * self._slope(step, decrement), step.active) - worst
+        return [(weights, self._slope(step, decrement)), (rho, after - step.before)]
 
     @torch.no_grad()
     def _slope(self, step: StepProgress, upper: UpperFunction) -> Tensor:
@@ -249,10 +299,10 @@ class Marigold(HistoryObjective, LookAheadObjective):
             at = (at - upper(step.opposite, known)) / 2
         elif options.estimator == "one_point_baseline":
             at = at - upper(step.before, known)
-        number = (step.active & self.trainable).sum().to(self.direction.dtype)
+        number = self._trained(step.active).sum().to(self.direction.dtype)
         slope = number / options.perturbation * at * self.direction
         comparable = torch.where(self.upper_tasks, known, True).all() if self._sums_tasks else known.any()
-        return torch.where(comparable, slope, 0.0)
+        return torch.where(comparable, slope, zero(slope.dtype, slope.device))
 
     @property
     def _sums_tasks(self) -> bool:

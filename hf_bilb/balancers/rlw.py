@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_bilb.balancers.random_numbers import NormalDraws
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.objective import Derivatives, HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_softmax, masked_sum
 
 
@@ -46,6 +46,11 @@ class RandomWeighting(HistoryObjective):
         """F over the `active` tasks, always with the same weights between two updates."""
         weights = masked_softmax(self.draws(losses), active)
         return ObjectiveValue(masked_sum(weights * losses, active), weights=weights)
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = w_k."""
+        output = self(losses, active, None)
+        return Derivatives(output, output.weights, ())
 
     def end_step(self) -> None:
         """The next update draws again."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_bilb.balancers.registry import register_balancer
-from hf_bilb.engine.objective import Objective, ObjectiveValue
+from hf_bilb.engine.constants import one, zero
+from hf_bilb.engine.objective import Derivatives, Objective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
 
 
@@ -44,3 +45,9 @@ class ScaleInvariant(Objective):
         """The sum of log `losses [K]` over the `active` tasks."""
         # The logarithm of a placeholder must stay finite, or its zero gradient becomes NaN.
         return ObjectiveValue(masked_sum(torch.log(torch.where(active, losses, 1.0)), active))
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = 1 / l_k."""
+        nothing, placeholder = zero(losses.dtype, losses.device), one(losses.dtype, losses.device)
+        given = torch.where(active, losses, placeholder)  # whose logarithm is 0
+        return Derivatives(ObjectiveValue(given.log().sum()), torch.where(active, 1 / given, nothing), ())

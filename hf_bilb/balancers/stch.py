@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.balancers.router import initial_values
 from hf_bilb.config.options import bounded
-from hf_bilb.engine.objective import HistoryObjective, ObjectiveValue
+from hf_bilb.engine.constants import lowest, one, zero
+from hf_bilb.engine.objective import Derivatives, HistoryObjective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, masked_sum
 from hf_bilb.errors import OptionError
 
@@ -70,8 +71,8 @@ class StchOptions(BalancerOptions):
 def _log_sum_exp(exponents: Tensor, active: Tensor) -> Tensor:
     """log sum exp of `exponents [K]` over the `active` tasks; 0 where there is none."""
     # Finite, so that no NaN arises where no task is active.
-    lowest = torch.finfo(exponents.dtype).min
-    return torch.where(active.any(), torch.logsumexp(torch.where(active, exponents, lowest), dim=0), 0.0)
+    given = torch.where(active, exponents, lowest(exponents.dtype, exponents.device))
+    return torch.where(active.any(), torch.logsumexp(given, dim=0), zero(given.dtype, given.device))
 
 
 class PaperForm(nn.Module):
@@ -87,14 +88,24 @@ class PaperForm(nn.Module):
         self.register_buffer("preference", initial_values(preference, num_tasks, "preference"))
         self.register_buffer("ideal_point", initial_values(options.ideal_point, num_tasks, "ideal_point"))
 
-    def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
-        """Nothing is remembered."""
-
     def forward(self, losses: Tensor, active: Tensor) -> Tensor:
         """F over the `active` tasks."""
+        return self._mu * _log_sum_exp(self._exponents(losses, active)[0], active)
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
+        """dF/dl_k = lambda_k softmax_k(lambda (l - z) / mu)."""
+        exponents, preference = self._exponents(losses, active)
+        total = _log_sum_exp(exponents, active)
+        # As autograd has it, to the last bit.
+        slopes = self._mu * torch.exp(exponents - total) / self._mu * preference
+        slopes = torch.where(active, slopes, zero(slopes.dtype, slopes.device))
+        return Derivatives(ObjectiveValue(self._mu * total), slopes, ())
+
+    def _exponents(self, losses: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """lambda (l - z) / mu, and lambda, which adds up to 1 over the `active` tasks."""
         total = masked_sum(self.preference, active)
-        preference = self.preference / torch.where(total > 0, total, 1.0)
-        return self._mu * _log_sum_exp(preference * (losses - self.ideal_point) / self._mu, active)
+        preference = self.preference / torch.where(total > 0, total, one(total.dtype, total.device))
+        return preference * (losses - self.ideal_point) / self._mu, preference
 
 
 class NadirSchedule(nn.Module):
@@ -163,10 +174,20 @@ class Stch(HistoryObjective):
             self.form = NadirSchedule(num_tasks, options.mu, options.warmup_epochs)
             self.takes_logarithm = True
 
+    @property
+    def has_record(self) -> bool:
+        """Whether there is a schedule."""
+        return isinstance(self.form, NadirSchedule)
+
     def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
         """Enter the losses into the schedule."""
-        self.form.observe(losses, num_items, active, epoch)
+        if isinstance(self.form, NadirSchedule):
+            self.form.observe(losses, num_items, active, epoch)
 
     def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
         """F over the `active` tasks."""
         return ObjectiveValue(self.form(losses, active))
+
+    def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives | None:
+        """Of the paper's form."""
+        return self.form.closed_form(losses, active) if isinstance(self.form, PaperForm) else None

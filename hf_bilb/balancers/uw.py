@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_bilb.balancers.registry import register_balancer
 from hf_bilb.balancers.router import initial_values
+from hf_bilb.engine.constants import zero
 from hf_bilb.engine.objective import Derivatives, Objective, ObjectiveValue
 from hf_bilb.engine.options import BalancerOptions, LearningRate, masked_sum
 
@@ -51,6 +52,8 @@ class Uncertainty(Objective):
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives:
         """dF/dl_k = 0.5 exp(-s_k), dF/ds_k = 0.5 - 0.5 exp(-s_k) l_k."""
-        output = self(losses, active, None)
-        slopes = torch.where(active, 0.5 - 0.5 * losses * torch.exp(-self.log_variance), 0.0)
-        return Derivatives(output, torch.where(active, output.weights, 0.0), (slopes,))
+        precision, nothing = torch.exp(-self.log_variance), zero(losses.dtype, losses.device)
+        scaled, weights = precision * losses, 0.5 * precision
+        value = 0.5 * masked_sum(scaled + self.log_variance, active)
+        coefficients, slopes = torch.where(active, weights, nothing), torch.where(active, 0.5 - 0.5 * scaled, nothing)
+        return Derivatives(ObjectiveValue(value, weights=weights), coefficients, (slopes,))

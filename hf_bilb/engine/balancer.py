@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_bilb.engine import reduction
 from hf_bilb.engine.checks import LossChecks
+from hf_bilb.engine.constants import one, zero
 from hf_bilb.engine.double_loop import InnerLoop, LowerLevel, LowerLevelReport
 from hf_bilb.engine.monitor import TOO_LARGE_SQUARED, Monitor
 from hf_bilb.engine.objective import (
@@ -38,7 +39,7 @@ from hf_bilb.engine.records import AbsentTasks, LossMemory, Normalization, Phase
 from hf_bilb.engine.reduction import GlobalBatch
 from hf_bilb.engine.replay import MicroBatch, Reevaluation, as_micro_batches
 from hf_bilb.engine.trial_step import LookAhead
-from hf_bilb.engine.weighting import CoefficientRules, Weighting, WindowShare, surrogate_loss
+from hf_bilb.engine.weighting import CoefficientRules, Weighting, WindowShare, is_proof, surrogate_loss
 from hf_bilb.errors import NonFiniteLossError, OptionError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses, as_task_losses
 
@@ -85,7 +86,7 @@ class LossBalancer:
         self.normalization = Normalization(num_tasks, options.normalization, options.reference, options.power)
         self._memory = LossMemory(num_tasks)
         self._records = Records(self.normalization, self._memory, absent_tasks)
-        self._monitor = Monitor(num_tasks)
+        self._monitor = Monitor(num_tasks, objective.collapsed_below)
         self._checks = LossChecks(name, objective, self.normalization, self.task_names)
         self._rules = CoefficientRules(num_tasks, options.coefficient_floor, options.coefficient_scale, task_priors)
         # The names are those of the state's entries.
@@ -107,6 +108,10 @@ class LossBalancer:
         self._counted = False
         self._open = False
         self._learns = False  # whether the update under way has anything to teach the method
+        #: The records before the first decision that nobody has looked at yet, see `refused`.
+        self._kept: dict[str, Tensor] | None = None
+        #: What the monitor counts when the update under way ends.
+        self._shown: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self._optimizer = OwnOptimizer(
             dict(objective.named_parameters()), options.optimizer, options.learning_rate, objective.weight_decay
         )
@@ -142,6 +147,8 @@ class LossBalancer:
         #: Whether it needs `bind(model, optimizer)` and `look_ahead`: `marigold` with `mode: exact`.
         self.needs_look_ahead = self._trials is not None
         self._looks_at_features = objective.num_features > 0
+        self._takes_positive = objective.needs_positive_losses or self.normalization.needs_positive_losses
+        self._bounded = objective.lower_bounds is not None
         compares = self._follower is not None and self._follower.progress is not None
         self._begins = self.needs_model or compares or self._history is not None
 
@@ -263,24 +270,49 @@ class LossBalancer:
         batch = as_task_losses(
             losses, num_items, self.task_names, router_features=router_features, shared_features=shared_features
         )
-        last = self._last
-        # A record, or the method's parameters by a comparison with the last update, has moved before F is known.
-        before = self._before_decision()
+        last, before = self._last, self._before_decision()
         surrogate, weighting = self.surrogate(batch, process_group)
-        if not bool(weighting.valid):
+        if self.refused([weighting])[0] is not None:
             self._last = last
             message = self.describe_invalid(weighting)[0]
             self.discard()
-            if before is not None:
+            if before:
                 self.rollback({**self.snapshot(), **before})
             raise NonFiniteLossError(message)
-        self.normalization.settle()  # where the device has been waited for
         (torch.Tensor.backward if backward is None else backward)(surrogate)
         return weighting.value
 
-    def _before_decision(self) -> dict[str, Tensor] | None:
-        """What a decision on losses that turn out to be invalid may have moved."""
-        return None if self._follower is None and self._history is None else self.snapshot()
+    def _before_decision(self) -> dict[str, Tensor]:
+        """What a decision on losses that turn out to be invalid may have moved, but for the records that all methods
+        have: the method's parameters by a comparison with the last update, or its own record."""
+        if self._follower is not None and self._follower.progress is not None:
+            return self.snapshot()
+        return {} if self._history is None else _copies(self.objective.state_dict(prefix="objective."))
+
+    def refused(self, weightings: Sequence[Weighting], *others: Tensor) -> tuple[Weighting | None, list[float]]:
+        """Look at what was decided for the update under way: one host read, and more only where something is wrong.
+
+        Args:
+            weightings: of its micro-batches.
+            others: scalars that are read along.
+
+        Returns:
+            the first weighting whose losses or coefficients the method cannot take, None where there is none; `others`.
+        """
+        evidence = [scalar for weighting in weightings for scalar in weighting.evidence]
+        dtype = self.dtype if all(x.dtype == self.dtype for x in others) else torch.float64
+        scalars = [*evidence, *(other.to(self.device) for other in others)]
+        if dtype != self.dtype:
+            scalars = [scalar.to(dtype) for scalar in scalars]
+        numbers = torch.stack(scalars).tolist() if len(scalars) > 1 else [float(scalar) for scalar in scalars]
+        for weighting in weightings:
+            own, numbers = numbers[: len(weighting.evidence)], numbers[len(weighting.evidence) :]
+            if not is_proof(own) and not self._checks.is_valid(weighting, self.phase):
+                return weighting, numbers
+        self._kept = None
+        if not self.normalization.settled:
+            self._records.settle()  # where the device has been waited for
+        return None, numbers
 
     def decide(
         self,
@@ -299,30 +331,36 @@ class LossBalancer:
         """
         self._counted = any(batch.counted for batch in micro_batches)
         whole = self._reduce(micro_batches, process_group, alone)
-        # A batch that will be refused must leave no trace in the state; gated on the device, without reading the flag.
-        valid = self._checks.valid(whole, self.phase)
+        if self._kept is None:
+            self._kept = self._records.entries()  # losses are taken in before anybody has looked at them
         balancing = self.phase == "balancing"
-        self.objective.train(balancing)
-        active = self._records.observe(whole, valid, self.phase)
+        if self.objective.training != balancing:
+            self.objective.train(balancing)
+        forming = None if self.phase == "warmup" else self.normalization.forming(frozen=self.phase == "frozen")
+        active = self._records.observe(whole, self.phase, forming)
         if balancing and self._begins:
-            self._begin(whole, active, valid)
+            self._begin(whole, active, forming)
+        last = self._memory.last_losses  # those of the present tasks among them
+        positive = None
         if self.phase == "warmup":
             result = self._plain_sum(whole)
         else:
-            # Just observed, where they are valid: those of the present tasks are among the last known ones.
-            last, features = self._memory.last_losses, self._features(whole) if self._looks_at_features else None
+            if self._takes_positive:
+                bounds = self.objective.lower_bounds if self._bounded else None
+                positive = last if bounds is None else last - bounds
+            features = self._features(whole) if self._looks_at_features else None
             result = differentiate(self.objective, self.normalization, last, active, features)
             if self._by_gradients is not None:
-                result = self._by_gradients(result, whole, active, valid, micro_batches, process_group, alone)
+                result = self._by_gradients(result, whole, active, forming, micro_batches, process_group, alone)
         if balancing:
             # A follower's parameters do not follow dF/dtheta.
             if self._follower is None and result.parameter_gradients:
-                losses = self._memory.last_losses if self.absent_tasks == "hold" else whole.losses  # those that F is of
+                losses = last if self.absent_tasks == "hold" else whole.losses  # those that F is of
                 self._optimizer.accumulate(result.parameter_gradients, whole.num_items, torch.dot(losses, losses))
             self._learns = True
-        weighting, of_all = self._rules.weigh(whole, active, valid, result)
+        weighting, of_all = self._rules.weigh(whole, active, forming, result, last, positive)
         if self.phase != "warmup":
-            self._monitor.observe(of_all, active, weighting.valid, result.output.edge_ratio, result.output.collapsed)
+            self._shown.append((of_all, active, result.output.weights, result.output.edge_ratio))
         self._whole, self._ran_over, self._open, self._last = whole, active, True, weighting
         return weighting
 
@@ -344,24 +382,36 @@ class LossBalancer:
             num_rows=whole.num_rows.to(dtype),
         )
 
-    def _begin(self, whole: GlobalBatch, active: Tensor, valid: Tensor) -> None:
+    def _begin(self, whole: GlobalBatch, active: Tensor, forming: Tensor | None) -> None:
         """What methods that look beyond this batch do before F is evaluated."""
         if self._lower_level is not None:
             self._lower_level.start()
         if self._follower is not None:
             self._follower.begin(whole, active)
-        if self._history is not None:
-            self._record(self._history, whole, active & valid & whole.present.any())
+        if self._history is not None and self._history.has_record:
+            known = active & whole.present.any() if self.absent_tasks == "hold" else active
+            if self.normalization.needs_positive_losses:
+                known = known & self._checks.valid(whole, self.phase, forming)
+            self._record(self._history, whole, known)
 
     def _record(self, history: HistoryObjective, whole: GlobalBatch, known: Tensor) -> None:
-        """Let a method's record take in the `known` losses, none of them where one is beyond all measure."""
-        given = torch.where(known, self._memory.last_losses, self.normalization.one)
+        """Let a method's record take in the `known` losses; none of them where one is none that the method can take, or
+        beyond all measure."""
+        last = self._memory.last_losses
+        placeholder = one(last.dtype, last.device)
+        given = torch.where(known, last, placeholder)
         losses = self.normalization(given)
         if self._follower is None:  # what a follower learns is in its own step
-            entered = torch.where(known, losses, self._rules.zero)
-            usable = torch.dot(given, given) + torch.dot(entered, entered) < TOO_LARGE_SQUARED
+            squares = torch.dot(given, given)
+            if losses is not given:
+                entered = torch.where(known, losses, zero(losses.dtype, losses.device))
+                squares = squares + torch.dot(entered, entered)
+            usable = squares < TOO_LARGE_SQUARED  # which no NaN is
+            if history.needs_positive_losses:
+                usable = usable & (losses.amin() > 0)
             known = known & usable
             self._monitor.learn(usable, whole.losses)
+            losses = torch.where(known, losses, placeholder)  # finite also where they are not taken in
         history.observe(losses, whole.num_items, known, self._epoch)
 
     def _plain_sum(self, whole: GlobalBatch) -> Derivatives:
@@ -408,8 +458,9 @@ class LossBalancer:
     @contextmanager
     def _no_trace(self) -> Iterator[None]:
         """Weightings that are taken inside leave nothing behind, whatever is under way."""
-        before, last, whole = self.snapshot(), self._last, self._whole
+        before, last, whole, kept = self.snapshot(), self._last, self._whole, self._kept
         ran_over, counted, is_open, learns = self._ran_over, self._counted, self._open, self._learns
+        shown = list(self._shown)
         started = self._lower_level is not None and self._lower_level.started
         try:
             with self._optimizer.accumulation_kept(), self._monitor.lessons_not_counted():
@@ -417,8 +468,8 @@ class LossBalancer:
         finally:
             with self._optimizer.accumulation_kept():
                 self.rollback(before)
-            self._last, self._whole, self._ran_over = last, whole, ran_over
-            self._counted, self._open, self._learns = counted, is_open, learns
+            self._last, self._whole, self._ran_over, self._kept = last, whole, ran_over, kept
+            self._counted, self._open, self._learns, self._shown = counted, is_open, learns, shown
             if self._lower_level is not None:
                 self._lower_level.started = started
 
@@ -453,9 +504,12 @@ class LossBalancer:
         taken = self._optimizer.step() if self._optimizer.has_gradient else None
         if taken is not None:
             self._monitor.learn(taken, self._last.losses)
+        for shown in self._shown:
+            self._monitor.observe(*shown)
+        self._shown = []
         if self._history is not None and self._open and self.phase != "warmup":
             self._history.end_step()
-        self._open, self._learns, self._before_trials = False, False, None
+        self._open, self._learns, self._before_trials, self._kept = False, False, None, None
 
     def look_ahead(
         self,
@@ -494,18 +548,18 @@ class LossBalancer:
             with trial_steps.undone():
                 parts = trial_steps.first_pass(runs)
                 whole = self._reduce(parts, process_group)
-                valid = self._checks.valid(whole, self.phase)
-                if not bool(valid):
+                forming = self.normalization.forming()
+                if not bool(self._checks.valid(whole, self.phase, forming)):
                     return
                 self.objective.train()
-                active = self._records.observe(whole, valid, self.phase)
+                active = self._records.observe(whole, self.phase, forming)
                 if self._begins:
-                    self._begin(whole, active, valid)
+                    self._begin(whole, active, forming)
                 known = self._records.known(whole)
                 derivatives = [self._differentiate(known, whole, active, trial) for trial in self._trials.trials]
-                weightings = [self._rules.weigh(whole, active, valid, result)[0] for result in derivatives]
+                weightings = [self._rules.weigh(whole, active, forming, one, known)[0] for one in derivatives]
                 after = trial_steps.try_steps(parts, runs, weightings, before_step, loss_scale, process_group)
-                follower.learn(whole, after, active, " after a trial step")
+                follower.learn(known, whole.num_items, after, active, " after a trial step")
             learned = {name: x for name, x in self.snapshot().items() if name.startswith(("objective.", "optimizer."))}
         finally:
             # The losses are observed in the pass that counts; an error leaves no trace.
@@ -553,7 +607,7 @@ class LossBalancer:
 
     def snapshot(self) -> dict[str, Tensor]:
         """`state_dict()` without z, which only `step` changes: what an update that is dropped has to bring back."""
-        state = {name: tensor.detach().clone() for name, tensor in self._parts.state_dict().items()}
+        state = _copies(self._parts.state_dict())
         state.update({f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()})
         state["epoch"] = torch.tensor(self._epoch)
         return state
@@ -561,7 +615,7 @@ class LossBalancer:
     def rollback(self, snapshot: Mapping[str, Tensor]) -> None:
         """Restore a `snapshot()`."""
         _check_entries(snapshot, self.snapshot())
-        self._learns = False
+        self._learns, self._kept, self._shown = False, None, []
         self._epoch = int(snapshot["epoch"])
         prefix = "optimizer."
         own = {name: tensor for name, tensor in entries_without(snapshot, prefix).items() if name != "epoch"}
@@ -608,11 +662,14 @@ class LossBalancer:
         self.restart({**entries_without(state, LOWER_LEVEL), **fresh})
 
     def discard(self) -> None:
-        """Forget the gradients of the current update (a dropped step), and what its look-ahead has taught."""
+        """Forget the gradients of the current update (a dropped step), and what its look-ahead has taught; also its
+        losses, unless they were looked at and nothing was `refused`."""
         if self._before_trials is not None:
             self.rollback(self._before_trials)
+        if self._kept is not None:
+            self.rollback({**self.snapshot(), **self._kept})
         self._optimizer.discard()
-        self._open, self._learns, self._before_trials = False, False, None
+        self._open, self._learns, self._before_trials, self._kept, self._shown = False, False, None, None, []
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Tell methods that count epochs that epoch number `epoch` (from 0) begins. Calling it twice does nothing, so
@@ -629,12 +686,15 @@ class LossBalancer:
         """Warnings due since the last call, each kind once: negative coefficients, lambda beyond its edge, collapsed
         weights, one task with over 90 % of the sum of |coefficients|, losses or gradients too large to learn from.
         Reads counters on the host: call it when logging."""
-        self.normalization.settle()
         return self._monitor.due_messages(self.task_names)
 
     def describe_invalid(self, weighting: Weighting, step: int | None = None) -> tuple[str, str, bool]:
         """What is wrong with a weighting that is not `valid`, see `LossChecks.describe`; reads the device."""
         return self._checks.describe(weighting, step)
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def _check_entries(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,11 +12,27 @@ from torch import Tensor
 from hf_bilb.engine.objective import Objective
 from hf_bilb.engine.records import Normalization, Phase
 from hf_bilb.engine.reduction import GlobalBatch
-from hf_bilb.engine.weighting import Weighting, is_finite
+from hf_bilb.engine.weighting import Weighting, evidence_of, is_proof
 from hf_bilb.errors import NonFiniteLossError, TaskLossError
 from hf_bilb.losses.contract import TaskLosses
 
 NOT_FINITE_ADVICE = "fix the data or the model, or set nonfinite_loss: skip"
+
+
+class Losses(Protocol):
+    """The losses of a `GlobalBatch` or of a `Weighting`."""
+
+    @property
+    def losses(self) -> Tensor: ...
+
+    @property
+    def present(self) -> Tensor: ...
+
+    @property
+    def auxiliary_loss(self) -> Tensor: ...
+
+    @property
+    def features(self) -> Tensor | None: ...
 
 
 class LossChecks:
@@ -37,24 +54,27 @@ class LossChecks:
         self._positive_references = normalization.needs_positive_losses
         self._positive_losses = objective.needs_positive_losses
 
-    def valid(self, whole: GlobalBatch, phase: Phase) -> Tensor:
+    def valid(self, whole: Losses, phase: Phase, forming: Tensor | None) -> Tensor:
         """Bool scalar, on the device: whether all losses and features are finite, the losses in the domain of the
-        logarithms taken."""
+        logarithms taken, those that references are `forming` from above zero."""
         losses, present = whole.losses, whole.present
-        total = losses.sum() + whole.auxiliary_loss
-        valid = (total - total) == 0  # all are finite; as `is_finite`, which is not called in every step
+        valid = _is_finite(losses.sum() + whole.auxiliary_loss)
         if phase == "warmup":
             return valid
         if whole.features is not None:
-            valid = valid & is_finite(whole.features.sum())
+            valid = valid & _is_finite(whole.features.sum())
         if self._positive_references:
-            frozen = phase == "frozen"
-            valid = valid & ~self._normalization.outside_domain(losses, present, frozen).any()
+            valid = valid & ~self._normalization.outside_domain(losses, present, forming).any()
         if self._positive_losses:
             bounds = self._objective.lower_bounds
             above = losses > (0 if bounds is None else bounds)
             valid = valid & torch.where(present, above, True).all()
         return valid
+
+    def is_valid(self, weighting: Weighting, phase: Phase) -> bool:
+        """Whether losses and coefficients are such that the method can take them. A few host reads."""
+        # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
+        return bool(self.valid(weighting, phase, weighting.forming) & _is_finite(weighting.coefficients.sum()))
 
     def check(self, batch: TaskLosses, device: torch.device) -> None:
         """Raise `TaskLossError` for losses on another device, or features that the router cannot take."""
@@ -103,13 +123,19 @@ class LossChecks:
         found = f"the coefficient of task {self._task_names[k]!r} is {coefficients[k]}{where}"
         return f"{found}: balancer {self._name!r} cannot balance a loss of {values[k]}", self._task_names[k], True
 
-    def check_after(self, whole: GlobalBatch, where: str) -> bool:
-        """Whether the losses after a step of the model are finite; one host read.
+    def check_after(self, whole: GlobalBatch, known: Tensor, where: str) -> bool:
+        """Whether the losses after a step of the model are finite; `known [K]` has those of absent tasks. A host read.
 
         Raises:
             NonFiniteLossError: they are, but none that the method can take.
         """
-        if bool(self.valid(whole, "balancing")):
+        positive = None
+        if self._positive_losses or self._positive_references:
+            bounds = self._objective.lower_bounds
+            positive = known if bounds is None else known - bounds
+        if is_proof(torch.stack(evidence_of(known.sum(), whole, positive)).tolist()):
+            return True
+        if bool(self.valid(whole, "balancing", self._normalization.forming())):
             return True
         if self._not_finite(whole.losses, whole.present, where) is None:
             outside = self._outside_domain(whole.losses, whole.present, where)
@@ -148,6 +174,11 @@ class LossChecks:
             advice = ": losses must be > 0"
         found = f"the loss of task {self._task_names[k]!r} is {values[k]}{where}"
         return f"{found}, but balancer {self._name!r} {rule}{advice}", self._task_names[k], True
+
+
+def _is_finite(total: Tensor) -> Tensor:
+    """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
+    return (total - total) == 0
 
 
 def _numbers(mask: Tensor) -> list[int]:

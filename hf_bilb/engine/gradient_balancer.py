@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from hf_bilb.engine.balancer import LossBalancer, entries_below, entries_without
+from hf_bilb.engine.constants import zero
 from hf_bilb.engine.gradient_method import GradientMethod, GradientOptions, GramianMethod, JacobianMethod
 from hf_bilb.engine.objective import Derivatives
 from hf_bilb.engine.reduction import GlobalBatch, all_reduce_sum
@@ -35,6 +36,8 @@ from hf_bilb.engine.task_gradients import (
 from hf_bilb.engine.weighting import (
     Weighting,
     WindowShare,
+    evidence_of,
+    is_proof,
     of_this_rank,
     surrogate_loss,
     with_gradients,
@@ -225,9 +228,8 @@ class GradientBalancer(LossBalancer):
         if torch.is_grad_enabled():
             self._outputs_of_module += [x for x in _tensors(output) if x.requires_grad]
 
-    def _before_decision(self) -> dict[str, Tensor] | None:
-        # Losses are observed before their gradients are known to be finite; all else is remembered afterwards.
-        return self._records.entries()
+    def _before_decision(self) -> dict[str, Tensor]:
+        return {}  # all but the losses is remembered when the gradients are known to be finite
 
     # --- the gradients -------------------------------------------------------------------------------------------
 
@@ -294,7 +296,7 @@ class GradientBalancer(LossBalancer):
         plain: Derivatives,
         whole: GlobalBatch,
         active: Tensor,
-        valid: Tensor,
+        forming: Tensor | None,
         micro_batches: Sequence[TaskLosses],
         process_group: dist.ProcessGroup | None,
         alone: bool,
@@ -305,7 +307,8 @@ class GradientBalancer(LossBalancer):
             self._follow_model()
             self._found = Found(None, None, plain.coefficients, single)
             known = self._memory_of_gradients.last_weights()
-            weights = torch.where(active, known.to(self.dtype), self._rules.zero)
+            known = known.to(self.dtype)
+            weights = torch.where(active, known, zero(known.dtype, known.device))
             return self._weighted(plain._replace(parameter_gradients=()), weights)
         if single:
             for batch in micro_batches:
@@ -316,7 +319,7 @@ class GradientBalancer(LossBalancer):
         single = single and self._num_gathered == 1
         self.forget_gathered()
         self._found = Found(gradients, None, plain.coefficients, single)
-        host = self._read(gradients.gramian, plain.coefficients, active, whole.present, valid)
+        host = self._read(gradients.gramian, plain.coefficients, active, whole, forming)
         if not host.valid:
             self._unlearn()
             return plain._replace(coefficients=torch.zeros_like(plain.coefficients))
@@ -332,18 +335,23 @@ class GradientBalancer(LossBalancer):
         holds = len(gradients.sample_items) == 1
         return self._decide_by_gramian(host, holds, plain)
 
-    def _read(self, gramian: Tensor, slopes: Tensor, active: Tensor, present: Tensor, valid: Tensor) -> OnHost:
-        losses = self._memory.last_losses
+    def _read(
+        self, gramian: Tensor, slopes: Tensor, active: Tensor, whole: GlobalBatch, forming: Tensor | None
+    ) -> OnHost:
+        losses = last = self._memory.last_losses
         if self.normalization.kind != "none":
             with torch.no_grad():
                 losses = self.normalization(losses)
-        parts = [gramian.to(self.device), slopes, losses, active, present, valid]
+        evidence = evidence_of(last.sum(), whole, last if self._takes_positive else None)
+        parts = [gramian.to(self.device), slopes, losses, active, whole.present, *evidence]
         if self.device.type != "cpu":  # in one transfer
             flat = torch.cat([part.double().reshape(-1) for part in parts]).cpu()
             sizes = [part.numel() for part in parts]
             parts = [x.view(part.shape).to(part.dtype) for x, part in zip(flat.split(sizes), parts, strict=True)]
         on_host: list[Any] = [part.tolist() for part in parts[1:]]
-        return OnHost(parts[0], *on_host)
+        slope, loss, is_active, is_present, *proof = on_host
+        valid = is_proof(proof) or bool(self._checks.valid(whole, self.phase, forming))
+        return OnHost(parts[0], slope, loss, is_active, is_present, valid)
 
     def _unlearn(self) -> None:
         """A NaN of the losses' own makes every parameter look as if each task reached it."""
@@ -500,7 +508,7 @@ class GradientBalancer(LossBalancer):
 
     def _plain(self, found: Found, weighting: Weighting) -> Tensor:
         slopes = found.slopes * self._rules.task_priors if self._rules.has_priors else found.slopes
-        return torch.where(weighting.present, slopes, self._rules.zero)
+        return torch.where(weighting.present, slopes, zero(slopes.dtype, slopes.device))
 
     def _direction_pairs(
         self, direction: list[Tensor], clip: Tensor | None, share: WindowShare | None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.engine.constants import zero
+
 #: Share of the sum of |c| beyond which one task drowns the others, and the share of steps from which that is said.
 DOMINATION, DOMINATED_STEPS = 0.9, 0.01
 #: Before this many steps one dominated step is no 1 % of anything.
@@ -37,32 +39,25 @@ class Monitor(nn.Module):
     dominated: Tensor
     learned: Tensor
     refused: Tensor
-    _never: Tensor
-    _nothing: Tensor
 
-    def __init__(self, num_tasks: int) -> None:
+    def __init__(self, num_tasks: int, collapsed_below: float | None = None) -> None:
         super().__init__()
+        self._collapsed_below = collapsed_below
         self.register_buffer("counts", torch.zeros(4, dtype=torch.float64))
         self.register_buffer("dominated", torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("learned", torch.zeros(()), persistent=False)
         self.register_buffer("refused", torch.zeros(num_tasks), persistent=False)
-        self.register_buffer("_never", torch.zeros((), dtype=torch.bool), persistent=False)
-        self.register_buffer("_nothing", torch.zeros(()), persistent=False)
         self._counting = True
         self._lessons = 0
-        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+        self._steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._latest: list[tuple[Tensor, Tensor, Tensor]] = []
         self._said: set[str] = set()
 
-    def observe(
-        self, coefficients: Tensor, present: Tensor, valid: Tensor, edge_ratio: Tensor | None, collapsed: Tensor | None
-    ) -> None:
-        """Count one step (nothing unless `valid`, a bool scalar); arguments as in `Weighting` and `ObjectiveValue`.
-
-        None of them may be written into afterwards.
-        """
-        ratio = self._nothing if edge_ratio is None else edge_ratio
-        self._steps.append((coefficients, present, valid, ratio, self._never if collapsed is None else collapsed))
+    def observe(self, coefficients: Tensor, active: Tensor, weights: Tensor | None, edge_ratio: Tensor | None) -> None:
+        """Count one step; arguments as in `Weighting` and `ObjectiveValue`. None may be written into afterwards."""
+        ratio = zero(coefficients.dtype, coefficients.device) if edge_ratio is None else edge_ratio
+        looked_at = coefficients if self._collapsed_below is None or weights is None else weights
+        self._steps.append((coefficients, active, ratio, looked_at))
         if len(self._steps) == TOGETHER:
             self._count_steps()
 
@@ -71,15 +66,17 @@ class Monitor(nn.Module):
         if not self._steps:
             return
         parts = zip(*self._steps, strict=True)
-        coefficients, present, valid, ratio, collapsed = map(torch.stack, parts)
+        coefficients, active, ratio, weights = map(torch.stack, parts)
         self._steps.clear()
         # The edge itself is a coefficient of zero: only beyond it, by more than rounding.
-        flags = torch.stack([valid, (coefficients < 0).any(dim=1), ratio > 1 + 1e-6, collapsed])
-        self.counts.add_((flags & valid).sum(dim=1))
+        flags = [torch.ones_like(ratio, dtype=torch.bool), (coefficients < 0).any(dim=1), ratio > 1 + 1e-6]
+        if self._collapsed_below is not None:
+            flags.append(weights.amax(dim=1) < self._collapsed_below)
+        self.counts[: len(flags)] += torch.stack(flags).sum(dim=1)
         if len(self.dominated) > 1:
             magnitudes = coefficients.abs()
             dominated = magnitudes > DOMINATION * magnitudes.sum(dim=1, keepdim=True)
-            counted = (present.sum(dim=1) > 1) & valid
+            counted = active.sum(dim=1) > 1
             self.dominated.add_((dominated & counted[:, None]).sum(dim=0))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Monitor:

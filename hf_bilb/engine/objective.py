@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.engine.constants import one, zero
 from hf_bilb.engine.records import Normalization
 
 
@@ -27,7 +29,6 @@ class ObjectiveValue(NamedTuple):
         weights: sigma `[K]`, where the method has weights.
         discrepancy: scalar f, where the method has one.
         edge_ratio: scalar, discrepancy weight over the value beyond which a coefficient can turn negative.
-        collapsed: bool scalar, True when the weights have become so small that the method has turned into another.
         clamped_share: scalar, the share of weights that lie at their clamp.
     """
 
@@ -35,7 +36,6 @@ class ObjectiveValue(NamedTuple):
     weights: Tensor | None = None
     discrepancy: Tensor | None = None
     edge_ratio: Tensor | None = None
-    collapsed: Tensor | None = None
     clamped_share: Tensor | None = None
 
 
@@ -56,6 +56,8 @@ class Objective(nn.Module, ABC):
     divides_by_losses: bool = False
     #: D, the length of the features that F looks at; 0 when it looks at none.
     num_features: int = 0
+    #: All weights below it: the method has turned into another; None: that cannot be.
+    collapsed_below: float | None = None
     #: L2 penalty on the method's own parameters, a part of their gradient.
     weight_decay: float = 0.0
 
@@ -83,12 +85,15 @@ class Objective(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # That of another F, or of another P, is none of this one.
         if "forward" in vars(cls) and "closed_form" not in vars(cls):
-            cls.closed_form = Objective.closed_form  # type: ignore[method-assign]  # that of another F is none of this
+            cls.closed_form = Objective.closed_form  # type: ignore[method-assign]
+        if "progress" in vars(cls) and "progress_in_closed_form" not in vars(cls):
+            cls.progress_in_closed_form = ProgressObjective.progress_in_closed_form  # type: ignore[attr-defined]
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives | None:
         """F and its derivatives as `forward` and autograd have them, in fewer operations; None where nobody has written
-        them down. For losses that are not normalised, and methods without features; arguments as in `forward`."""
+        them down. Called without gradients, for methods without features; arguments as in `forward`."""
         return None
 
 
@@ -98,6 +103,11 @@ class HistoryObjective(Objective):
     The record is buffers or extra state, so that it is saved and goes back when an update is dropped. Both hooks do
     nothing unless a method overrides them, and must not read the device.
     """
+
+    @property
+    def has_record(self) -> bool:
+        """Whether it remembers losses."""
+        return type(self).observe is not HistoryObjective.observe
 
     def observe(self, losses: Tensor, num_items: Tensor, active: Tensor, epoch: int) -> None:
         """Take in the losses at which F is evaluated next; called while balancing, neither in a warm-up nor frozen.
@@ -149,6 +159,10 @@ class ProgressObjective(Objective):
     @abstractmethod
     def progress(self, step: StepProgress) -> Tensor:
         """P, a scalar of which only dP/dtheta is looked at."""
+
+    def progress_in_closed_form(self, step: StepProgress) -> tuple[Tensor, ...] | None:
+        """dP/dtheta for each parameter, in fewer operations; None where nobody has written it down."""
+        return None
 
 
 class LookAheadObjective(ProgressObjective):
@@ -229,13 +243,13 @@ def differentiate(
 
     Cost: one forward and backward of K numbers, or a closed form; no device synchronisation, no communication.
     """
-    if scalar is None and features is None and normalization.kind == "none":
+    if scalar is None and features is None:
         with torch.no_grad():
-            known = objective.closed_form(losses, active)
-        if known is not None:
-            return known
+            found = _in_closed_form(objective, normalization, losses, active)
+        if found is not None:
+            return found
     # Placeholder one: finite under every normalization, so that no NaN or infinity reaches the graph.
-    point = torch.where(active, losses.detach(), normalization.one).requires_grad_()
+    point = torch.where(active, losses.detach(), one(losses.dtype, losses.device)).requires_grad_()
     inputs = [point, *objective.parameters()]
     if features is not None:
         features = features.detach().requires_grad_()
@@ -248,8 +262,24 @@ def differentiate(
         detached.append(None if field is None else field.detach())
     of_losses, *of_parameters = gradients
     of_features = None if features is None else of_parameters.pop()
-    coefficients = torch.where(active, of_losses, 0.0)
+    coefficients = torch.where(active, of_losses, zero(of_losses.dtype, of_losses.device))
     return Derivatives(ObjectiveValue._make(detached), coefficients, tuple(of_parameters), of_features)
+
+
+def _in_closed_form(
+    objective: Objective, normalization: Normalization, losses: Tensor, active: Tensor
+) -> Derivatives | None:
+    if type(objective).closed_form is Objective.closed_form:
+        return None
+    if normalization.kind == "none":
+        return objective.closed_form(losses, active)
+    placeholder = one(losses.dtype, losses.device)
+    normalised, factor, divisors = normalization.with_slopes(torch.where(active, losses, placeholder))
+    found = objective.closed_form(normalised, active)
+    if found is None:
+        return None
+    slopes = found.coefficients if factor is None else found.coefficients * factor
+    return found._replace(coefficients=functools.reduce(torch.div, divisors, slopes))
 
 
 def progress_gradients(
@@ -257,16 +287,16 @@ def progress_gradients(
     normalization: Normalization,
     step: StepProgress,
 ) -> tuple[Tensor, ...]:
-    """dP/dtheta for each parameter of the objective, of a step whose losses are not normalised yet.
+    """dP/dtheta for each parameter of the objective, of a step whose losses are not normalised yet, and can be wherever
+    they are meaningless.
 
-    Cost: one forward and backward of K numbers, no device synchronisation, no communication.
+    Cost: one forward and backward of K numbers, or a closed form; no device synchronisation, no communication.
     """
-
-    losses = [(step.before, step.active), (step.after, step.compared)]
-    losses += [] if step.opposite is None else [(step.opposite, step.compared)]
-    normalised = [normalization(torch.where(known, loss, normalization.one)).detach() for loss, known in losses]
-    before, after, *opposite = normalised
-    progress = StepProgress(before, after, step.active, step.compared, *opposite)
-    parameters = list(objective.parameters())
+    with torch.no_grad():
+        opposite = None if step.opposite is None else normalization(step.opposite)
+        step = step._replace(before=normalization(step.before), after=normalization(step.after), opposite=opposite)
+        found = objective.progress_in_closed_form(step)
+    if found is not None:
+        return found
     with torch.enable_grad():
-        return torch.autograd.grad(objective.progress(progress), parameters, materialize_grads=True)
+        return torch.autograd.grad(objective.progress(step), list(objective.parameters()), materialize_grads=True)

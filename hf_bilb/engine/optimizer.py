@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from hf_bilb.engine.monitor import TOO_LARGE_SQUARED
 
@@ -35,7 +36,7 @@ class OwnOptimizer:
         weight_decay: float = 0.0,
     ) -> None:
         self._names = list(parameters)
-        self._parameters = list(parameters.values())
+        self._parameters: list[Tensor] = list(parameters.values())
         self._follows = learning_rate == "follow_model"
         self._model_optimizer: torch.optim.Optimizer | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -48,7 +49,7 @@ class OwnOptimizer:
             if kind == "adam":
                 self._load({i: self._fresh_moments(p) for i, p in enumerate(self._parameters)})
         self._mean: list[Tensor] = []
-        self._weight: Tensor | None = None
+        self._num_items: Tensor | None = None  # behind the mean
         self.has_gradient = False
         self._zero = torch.zeros((), dtype=self._parameters[0].dtype) if self._parameters else torch.zeros(())
         self._squares = self._zero
@@ -73,18 +74,18 @@ class OwnOptimizer:
         """
         if self._optimizer is None or not gradients:
             return
-        weight = num_items.sum()
         self.has_gradient = True
-        if self._weight is None:
+        if self._num_items is None:
             # A single micro-batch keeps its gradient to the last bit.
-            self._mean, self._weight, self._squares = list(gradients), weight, squares
+            self._mean, self._num_items, self._squares = list(gradients), num_items, squares
             return
-        total = self._weight + weight
+        weight = num_items.sum()
+        total = self._num_items.sum() + weight
         ratio = torch.where(total > 0, weight / total.clamp(min=torch.finfo(total.dtype).tiny), torch.zeros_like(total))
         self._mean = [
             mean + ratio.to(mean.dtype) * (new - mean) for mean, new in zip(self._mean, gradients, strict=True)
         ]
-        self._weight, self._squares = total, self._squares + squares
+        self._num_items, self._squares = total, self._squares + squares
 
     def subtract(self, gradients: Sequence[Tensor], factor: float) -> None:
         """Take `factor` times `gradients` off the accumulated mean."""
@@ -109,26 +110,41 @@ class OwnOptimizer:
             gradient.to(parameter.dtype) for parameter, gradient in zip(self._parameters, self._mean, strict=True)
         ]
         usable = _sum_of_squares(gradients, self._squares) < TOO_LARGE_SQUARED
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = torch.where(usable, gradient, self._zero)
-        self._optimizer.step()
+        self._descend(self._optimizer, [torch.where(usable, gradient, self._zero) for gradient in gradients])
         self.discard()
         return usable
+
+    @torch.no_grad()
+    def _descend(self, optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
+        if isinstance(optimizer, torch.optim.Adam):
+            # What its `step` calls, with what it has at hand: its profiling and its hooks take longer than K numbers.
+            group, moments = optimizer.param_groups[0], [optimizer.state[p] for p in self._parameters]
+            averages, squares, steps = ([each[key] for each in moments] for key in ("exp_avg", "exp_avg_sq", "step"))
+            beta1, beta2 = group["betas"]
+            adam(
+                self._parameters, gradients, averages, squares, [], steps,
+                amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
+                eps=group["eps"], maximize=False, foreach=len(gradients) > 1,
+            )  # fmt: skip
+            return
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
 
     @contextmanager
     def accumulation_kept(self) -> Iterator[None]:
         """Whatever is accumulated, stepped or discarded inside, the accumulated gradients are as before afterwards."""
-        mean, weight, squares = self._mean, self._weight, self._squares
+        mean, num_items, squares = self._mean, self._num_items, self._squares
         try:
             yield
         finally:
             self.discard()
-            self._mean, self._weight, self._squares = mean, weight, squares
-            self.has_gradient = weight is not None
+            self._mean, self._num_items, self._squares = mean, num_items, squares
+            self.has_gradient = num_items is not None
 
     def discard(self) -> None:
         """Forget the accumulated gradients."""
-        self._mean, self._weight, self.has_gradient = [], None, False
+        self._mean, self._num_items, self.has_gradient = [], None, False
         for parameter in self._parameters:
             parameter.grad = None
 

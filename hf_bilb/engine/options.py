@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_bilb.config.options import bounded, check_bounds
+from hf_bilb.engine.constants import lowest, zero
 from hf_bilb.engine.objective import Derivatives, ObjectiveValue
 from hf_bilb.engine.records import MeanOf, NormalizationKind, ReferenceKind
 from hf_bilb.engine.weighting import CoefficientScale
@@ -60,7 +61,7 @@ class BalancerOptions:
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum of `values [K]` where `mask [K]`, without boolean indexing (which would synchronise the device)."""
-    return torch.where(mask, values, 0.0).sum()
+    return torch.where(mask, values, zero(values.dtype, values.device)).sum()
 
 
 def sum_in_closed_form(losses: Tensor, active: Tensor) -> Derivatives:
@@ -71,5 +72,5 @@ def sum_in_closed_form(losses: Tensor, active: Tensor) -> Derivatives:
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     """The softmax of `scores [K]` over those in `mask [K]`, zero elsewhere and where there is none."""
     # Finite, so that no NaN arises where nothing is in the mask.
-    lowest = torch.finfo(scores.dtype).min
-    return torch.where(mask, torch.softmax(torch.where(mask, scores, lowest), dim=0), 0.0)
+    given = torch.where(mask, scores, lowest(scores.dtype, scores.device))
+    return torch.where(mask, torch.softmax(given, dim=0), zero(scores.dtype, scores.device))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_bilb.engine import reduction
 from hf_bilb.engine.checks import LossChecks
+from hf_bilb.engine.constants import one
 from hf_bilb.engine.monitor import Monitor
 from hf_bilb.engine.objective import ProgressObjective, StepProgress, progress_gradients
 from hf_bilb.engine.optimizer import OwnOptimizer
@@ -127,26 +128,33 @@ class Follower:
             )
         with torch.no_grad(), unchanged(self.model):
             again = reduction.reduce_losses(run_all(micro_batches), False, group)
-        self.learn(whole, [again], active, " after the model's step")
+        self.learn(last_losses, whole.num_items, [again], active, " after the model's step")
 
-    def learn(self, before: GlobalBatch, after: Sequence[GlobalBatch], active: Tensor, where: str) -> None:
-        """Compare one batch's losses before a step and after it, or after two opposite ones.
+    def learn(
+        self, before: Tensor, num_items: Tensor, after: Sequence[GlobalBatch], active: Tensor, where: str
+    ) -> None:
+        """Compare one batch's losses before a step, `[K]` with the last known ones of absent tasks, and after it, or
+        after two opposite ones.
 
         Losses that are not finite teach nothing. One host read for each of `after`.
 
         Raises:
             NonFiniteLossError: a loss is finite, but none that the method can take; the message says `where`.
         """
-        if not all(self._checks.check_after(losses, where) for losses in after):
+        known = [self._known_losses(losses) for losses in after]
+        if not all(self._checks.check_after(*losses, where) for losses in zip(after, known, strict=True)):
             return
-        first, *rest = map(self._known_losses, after)
-        step = StepProgress(self._known_losses(before), first, active, active, rest[0] if rest else None)
-        self._step(step, before.num_items)
+        first, *rest = known
+        self._step(StepProgress(before, first, active, active, rest[0] if rest else None), num_items)
 
     def _step(self, step: StepProgress, num_items: Tensor) -> None:
+        # Finite under every normalization.
+        placeholder = one(step.after.dtype, step.after.device)
+        after = torch.where(step.compared, step.after, placeholder)
+        before = torch.where(step.active, step.before, placeholder)
+        opposite = None if step.opposite is None else torch.where(step.compared, step.opposite, placeholder)
+        step = step._replace(before=before, after=after, opposite=opposite)
         gradients = progress_gradients(self._objective, self._normalization, step)
-        one = self._normalization.one
-        after, before = torch.where(step.compared, step.after, one), torch.where(step.active, step.before, one)
         self._optimizer.accumulate(gradients, num_items, torch.dot(after, after) + torch.dot(before, before))
         taken = self._optimizer.step()
         if taken is not None:

@@ -54,7 +54,6 @@ class Normalization(nn.Module):
     reference_losses: Tensor
     observations: Tensor
     seen: Tensor
-    one: Tensor
 
     def __init__(
         self, num_tasks: int, kind: NormalizationKind, reference: ReferenceKind | MeanOf, power: float = 0.5
@@ -68,23 +67,20 @@ class Normalization(nn.Module):
         self.register_buffer("observations", torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
         # On the host: whether all are formed, and in how many calls that was asked for.
-        self._settled, self._asked = False, 0
-        # At hand where it is needed in every step: torch makes a new one of a Python number.
-        self.register_buffer("one", torch.ones((), dtype=torch.float64), persistent=False)
+        self.settled, self._asked = False, 0
 
     def begin_epoch(self) -> None:
         """With `reference: every_epoch`, let the next loss of each task replace its reference."""
         if self.every_epoch:
             self.observations.zero_()
-            self._settled, self._asked = False, 0
+            self.settled, self._asked = False, 0
 
     @torch.no_grad()
-    def observe(self, losses: Tensor, present: Tensor, frozen: bool = False) -> None:
-        """Take the losses `[K]` of the present tasks into their references, while these are still being formed;
-        `frozen`: only where there is none yet."""
-        if self._settled:
+    def observe(self, losses: Tensor, present: Tensor, forming: Tensor | None) -> None:
+        """Take the losses `[K]` of the present tasks into their references where these are `forming`."""
+        if forming is None:
             return
-        forming = present & self._forming(frozen)
+        forming = present & forming
         # A window of one takes the loss itself, to the last bit.
         mean = losses if self.window == 1 else self.reference_losses.lerp(losses, 1 / (self.observations + 1))
         # New tensors: whoever holds the old ones has what was known before.
@@ -96,14 +92,18 @@ class Normalization(nn.Module):
     def settle(self) -> None:
         """Look whether all references are formed. In calls 1, 2, 4, 8, ... a host read, until they are."""
         self._asked += 1
-        if not self._settled and self._asked & (self._asked - 1) == 0:
-            self._settled = bool((self.seen & (self.observations >= self.window)).all())
+        if not self.settled and self._asked & (self._asked - 1) == 0:
+            self.settled = bool((self.seen & (self.observations >= self.window)).all())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._settled, self._asked = False, 0
+        self.settled, self._asked = False, 0
 
-    def _forming(self, frozen: bool) -> Tensor:
+    def forming(self, frozen: bool = False) -> Tensor | None:
+        """Bool `[K]`, whose references the next losses go into; `frozen`: only where there is none yet. None where all
+        are known to be formed."""
+        if self.settled:
+            return None
         return ~self.seen if frozen else self.observations < self.window
 
     @property
@@ -111,28 +111,49 @@ class Normalization(nn.Module):
         """Whether some losses <= 0 are refused, see `outside_domain`."""
         return self.kind != "none"
 
-    def outside_domain(self, losses: Tensor, present: Tensor, frozen: bool = False) -> Tensor:
-        """Bool `[K]`: present losses that this normalization cannot take (<= 0 under a logarithm or as a reference, < 0
-        under a power); `frozen` as in `observe`."""
+    def outside_domain(self, losses: Tensor, present: Tensor, forming: Tensor | None) -> Tensor:
+        """Bool `[K]`: present losses that this normalization cannot take: <= 0 under a logarithm, or into a reference
+        that is `forming`, < 0 under a power."""
         if self.kind == "none":
             return torch.zeros_like(present)
         if self.kind == "log":
             return present & (losses <= 0)
-        outside = (losses <= 0) & self._forming(frozen)
+        outside = torch.zeros_like(present) if forming is None else (losses <= 0) & forming
         return present & (outside | (losses < 0) if self.kind == "power" else outside)
 
     def forward(self, losses: Tensor) -> Tensor:
         """Normalised losses `[K]`; entries of tasks that were never seen are meaningless but finite for losses > 0."""
-        reference = self.reference_losses
         if self.kind == "none":
             return losses
-        if self.kind == "rescaled":
-            smallest = torch.where(self.seen, reference, torch.inf).min()
-            return losses / (reference / torch.where(self.seen.any(), smallest, 1.0))
+        ratio = losses / self._scale()
         if self.kind == "log":
-            return torch.log(losses / reference)
+            return torch.log(ratio)
+        return self._power(ratio) if self.kind == "power" else ratio
+
+    def with_slopes(self, losses: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """As `forward`; and the factor, None where there is none, and the divisors, in this order, that make dF/dl of
+        dF/d(normalised), as autograd would."""
+        if self.kind == "none":
+            return losses, None, ()
+        reference = self._scale()
         ratio = losses / reference
-        return ratio if self.kind == "initial" else self._power(ratio)
+        if self.kind == "log":
+            return ratio.log(), None, (ratio, reference)
+        if self.kind != "power":
+            return ratio, None, (reference,)
+        # Above the bound the second term is 0, to the last bit; below it is the tangent's.
+        above = ratio.clamp(min=SOLVED)
+        steep = above.pow(self.power - 1)
+        value = torch.addcmul(above.pow(self.power) / self.power, steep, ratio - above)
+        return value, steep, (reference,)
+
+    def _scale(self) -> Tensor:
+        """What the losses are divided by, `[K]`."""
+        reference = self.reference_losses
+        if self.kind != "rescaled":
+            return reference
+        smallest = torch.where(self.seen, reference, torch.inf).min()
+        return reference / torch.where(self.seen.any(), smallest, 1.0)
 
     def _power(self, ratio: Tensor) -> Tensor:
         # Below a millionth of l0 the tangent goes on: the slope stays finite when a task is solved and its loss is 0.
@@ -152,12 +173,19 @@ class LossMemory(nn.Module):
         super().__init__()
         self.register_buffer("last_losses", torch.ones(num_tasks, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(num_tasks, dtype=torch.bool))
+        #: On the host: whether all tasks are known to have been seen.
+        self.settled = False
 
     @torch.no_grad()
     def observe(self, losses: Tensor, present: Tensor) -> None:
         """Take in the losses `[K]` of the present tasks."""
         self.last_losses = torch.where(present, losses, self.last_losses)
-        self.seen = self.seen | present
+        if not self.settled:
+            self.seen = self.seen | present
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.settled = False
 
 
 class Records:
@@ -173,15 +201,21 @@ class Records:
         self._memory = memory
         self._absent_tasks = absent_tasks
 
-    def observe(self, whole: GlobalBatch, valid: Tensor, phase: Phase) -> Tensor:
-        """Take the losses in where they are `valid`, a bool scalar; returns the tasks that F runs over, bool `[K]`."""
-        observed = whole.present & valid
-        self._memory.observe(whole.losses, observed)
+    def observe(self, whole: GlobalBatch, phase: Phase, forming: Tensor | None) -> Tensor:
+        """Take the losses in, into references that are `forming`, too; returns the tasks that F runs over, bool `[K]`.
+
+        Losses that turn out to be none that the method can take are taken back by what `entries` was before.
+        """
+        self._memory.observe(whole.losses, whole.present)
         if phase == "warmup":
             return whole.present
-        # While frozen references stay; a task that has none yet needs one.
-        self._normalization.observe(whole.losses, observed, frozen=phase == "frozen")
+        self._normalization.observe(whole.losses, whole.present, forming)
         return self.active(whole.present)
+
+    def settle(self) -> None:
+        """Look whether there is anything that a step has to look at, see `Normalization.settle`."""
+        self._normalization.settle()
+        self._memory.settled |= self._normalization.settled
 
     def entries(self) -> dict[str, Tensor]:
         """What `observe` puts new tensors in the place of, by the names of the state's entries; no copies."""

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from hf_bilb.losses.contract import TaskLosses
+from hf_bilb.engine.constants import zero
+from hf_bilb.losses.contract import TaskLosses, at_least_float32
 
 
 def data_parallel_size(group: dist.ProcessGroup | None = None) -> int:
@@ -59,6 +60,7 @@ class GlobalBatch(NamedTuple):
     single: bool = False
 
 
+@torch.no_grad()
 def reduce_losses(
     micro_batches: Sequence[TaskLosses],
     with_features: bool = False,
@@ -78,29 +80,29 @@ def reduce_losses(
     """
     ranks = 1 if alone else data_parallel_size(group)
     # At least as precise as the losses, whatever the type of the counts.
-    items = [
-        batch.num_items.detach().to(torch.promote_types(batch.losses.dtype, torch.float32)) for batch in micro_batches
-    ]
-    zero = items[0].new_zeros(())
+    items = [batch.num_items.to(at_least_float32(batch.losses.dtype)) for batch in micro_batches]
+    nothing = zero(items[0].dtype, items[0].device)
     here = [count > 0 for count in items]
     local = [
-        torch.where(present, batch.losses.detach().to(count.dtype), zero.to(count.dtype))
+        torch.where(present, batch.losses.to(count.dtype), zero(count.dtype, count.device))
         for batch, count, present in zip(micro_batches, items, here, strict=True)
     ]
-    has_auxiliary = any(batch.auxiliary_loss is not None for batch in micro_batches)
-    auxiliary = _sum([_scalar_like(batch.auxiliary_loss, zero) for batch in micro_batches])
-    rows = [features.detach().to(zero.dtype) for features in _features(micro_batches)] if with_features else []
-    features = [_sum([part.sum(dim=0) for part in rows]), zero + sum(len(part) for part in rows)] if rows else []
+    auxiliary_losses = [batch.auxiliary_loss for batch in micro_batches if batch.auxiliary_loss is not None]
+    has_auxiliary = len(auxiliary_losses) > 0
+    # A copy: a model may hand over what it writes into in the next step.
+    auxiliary = _sum([x.to(nothing.dtype, copy=True).reshape(()) for x in auxiliary_losses] or [nothing])
+    rows = [features.to(nothing.dtype) for features in _features(micro_batches)] if with_features else []
+    features = [_sum([part.sum(dim=0) for part in rows]), nothing + sum(len(part) for part in rows)] if rows else []
     if ranks == 1 and len(micro_batches) == 1:
         # Sum and count need no detour: the loss itself, to the last bit.
-        mean, num_rows = (features[0] / features[1].clamp(min=1), features[1]) if features else (None, zero)
+        mean, num_rows = (features[0] / features[1].clamp(min=1), features[1]) if features else (None, nothing)
         return GlobalBatch(local[0], items[0], here[0], auxiliary, mean, num_rows, ranks, has_auxiliary, single=True)
     num_tasks = items[0].numel()
     sums = _sum([loss * count for loss, count in zip(local, items, strict=True)])
     numbers = [sums, _sum(items), auxiliary.reshape(1)]
     total = all_reduce_sum(torch.cat([*numbers, *(part.reshape(-1) for part in features)]), group)
     sums, counts, auxiliary, rest = total.split([num_tasks, num_tasks, 1, len(total) - 2 * num_tasks - 1])
-    mean, num_rows = (rest[:-1] / rest[-1].clamp(min=1), rest[-1]) if features else (None, zero)
+    mean, num_rows = (rest[:-1] / rest[-1].clamp(min=1), rest[-1]) if features else (None, nothing)
     auxiliary = auxiliary.reshape(()) / (ranks * len(micro_batches))
     losses = sums / counts.clamp(min=1)
     return GlobalBatch(losses, counts, counts > 0, auxiliary, mean, num_rows, ranks, has_auxiliary)
@@ -109,10 +111,6 @@ def reduce_losses(
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
     """Their sum; a single one as it is, to the last bit."""
     return functools.reduce(torch.add, tensors)
-
-
-def _scalar_like(value: Tensor | None, zero: Tensor) -> Tensor:
-    return zero if value is None else value.detach().to(zero.dtype).reshape(())
 
 
 def _features(micro_batches: Sequence[TaskLosses]) -> list[Tensor]:

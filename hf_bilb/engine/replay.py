@@ -100,7 +100,7 @@ class Snapshot:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
+            (module, name, buffer, (buffer.detach() if buffer.requires_grad else buffer).clone())
             for module in (() if model is None else model.modules())
             for name, buffer in module.named_buffers(recurse=False)
         ]

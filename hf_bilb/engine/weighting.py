@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_bilb.engine.constants import zero
 from hf_bilb.engine.objective import Derivatives
 from hf_bilb.engine.reduction import GlobalBatch
 from hf_bilb.errors import OptionError
@@ -46,10 +48,11 @@ class Weighting(NamedTuple):
         coefficients: `[K]` what each loss is multiplied with, zero where absent.
         weights: `[K]` or None; discrepancy: scalar or None.
         auxiliary_loss: scalar, mean over ranks; has_auxiliary: whether there is one.
-        feature_gradient: `[D]` dF/dfeatures, or None; num_rows: scalar, rows behind the features.
+        features: `[D]`, or None; feature_gradient: `[D]` dF/dfeatures; num_rows: scalar, rows behind the features.
         ranks: that share the batch, over which gradients are averaged.
         single: whether it was decided on one micro-batch of one rank.
-        valid: bool scalar, False when a loss or a coefficient is not finite, or a loss outside a logarithm's domain.
+        forming: bool `[K]`, whose references the losses may have gone into; None where none were formed.
+        evidence: scalars that tell whether losses and coefficients can be taken (`LossBalancer.refused` reads them).
     """
 
     value: Tensor
@@ -61,11 +64,32 @@ class Weighting(NamedTuple):
     discrepancy: Tensor | None
     auxiliary_loss: Tensor
     has_auxiliary: bool
+    features: Tensor | None
     feature_gradient: Tensor | None
     num_rows: Tensor
     ranks: int
     single: bool
-    valid: Tensor
+    forming: Tensor | None
+    evidence: tuple[Tensor, ...]
+
+
+def evidence_of(total: Tensor, whole: GlobalBatch, positive: Tensor | None) -> tuple[Tensor, ...]:
+    """Scalars that prove, in one read and few operations, that all is well with the losses; for `is_proof`.
+
+    Args:
+        total: finite only where all losses are.
+        positive: `[K]`, what has to be above zero; None: nothing.
+    """
+    if whole.has_auxiliary or whole.ranks > 1:  # the same on all ranks
+        total = total + whole.auxiliary_loss
+    if whole.features is not None:
+        total = total + whole.features.sum()
+    return (total,) if positive is None else (total, positive.amin())
+
+
+def is_proof(evidence: Sequence[float]) -> bool:
+    """Whether the numbers of `evidence_of` prove it. Where they do not, `LossChecks` tells."""
+    return math.isfinite(evidence[0]) and all(lowest > 0 for lowest in evidence[1:])
 
 
 def share_of_window(batch: TaskLosses, weighting: Weighting, num_micro_batches: int, number: int = 0) -> WindowShare:
@@ -189,7 +213,6 @@ class CoefficientRules(nn.Module):
     """
 
     task_priors: Tensor
-    zero: Tensor
 
     def __init__(
         self, num_tasks: int, floor: float | None, scale: CoefficientScale, task_priors: Sequence[float] | None
@@ -205,18 +228,27 @@ class CoefficientRules(nn.Module):
             raise OptionError(f"task_priors: {priors} is not valid, expected numbers >= 0")
         # Not state: the priors are what the user says today, also after a resume.
         self.register_buffer("task_priors", torch.tensor(priors, dtype=torch.float64), persistent=False)
-        # At hand where it is needed in every step: torch makes a new one of a Python number.
-        self.register_buffer("zero", torch.zeros((), dtype=torch.float64), persistent=False)
 
-    def weigh(self, whole: GlobalBatch, active: Tensor, valid: Tensor, result: Derivatives) -> tuple[Weighting, Tensor]:
+    def weigh(
+        self,
+        whole: GlobalBatch,
+        active: Tensor,
+        forming: Tensor | None,
+        result: Derivatives,
+        known: Tensor,
+        positive: Tensor | None = None,
+    ) -> tuple[Weighting, Tensor]:
         """The weighting of the global batch, and the coefficients `[K]` of all active tasks, held ones among them.
 
         Args:
             whole: the global batch. active: bool `[K]`, the tasks that F ran over. result: F and its derivatives.
-            valid: bool scalar, whether the losses are such that the method can take them.
+            forming: as in `Weighting`.
+            known: `[K]`, the last known losses, these among them. positive: as in `evidence_of`.
         """
         of_all, value = self.forward(result.coefficients, result.output.value, whole.losses, whole.present, active)
-        coefficients = torch.where(whole.present, of_all, self.zero)
+        coefficients = of_all
+        if active is not whole.present:
+            coefficients = torch.where(whole.present, of_all, zero(of_all.dtype, of_all.device))
         weighting = Weighting(
             value=value,
             losses=whole.losses,
@@ -227,12 +259,13 @@ class CoefficientRules(nn.Module):
             discrepancy=result.output.discrepancy,
             auxiliary_loss=whole.auxiliary_loss,
             has_auxiliary=whole.has_auxiliary,
+            features=whole.features,
             feature_gradient=result.feature_gradient,
             num_rows=whole.num_rows,
             ranks=whole.ranks,
             single=whole.single,
-            # Finite losses can overflow in F: 1 / l of a denormal loss, weights that have all underflowed.
-            valid=valid & is_finite(coefficients.sum()),
+            forming=forming,
+            evidence=evidence_of(torch.dot(known, coefficients), whole, positive),
         )
         return weighting, of_all
 
@@ -257,8 +290,3 @@ class CoefficientRules(nn.Module):
             value = value + ((self.task_priors - 1) * applied * torch.where(present, losses, 0.0)).sum()
             applied = applied * self.task_priors
         return applied, value
-
-
-def is_finite(total: Tensor) -> Tensor:
-    """Bool scalar: whether a sum, and with it each of its terms, is finite (two operations, whatever their number)."""
-    return (total - total) == 0

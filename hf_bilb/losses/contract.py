@@ -9,6 +9,7 @@ task without valid items has loss 0, count 0, and stays connected to the graph w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -108,8 +109,7 @@ def _as_counts(
     names: list[str],
     default_items: float,
 ) -> Tensor:
-    # At least float32: counts of pixels overflow half precision.
-    dtype = torch.promote_types(vector.dtype, torch.float32)
+    dtype = at_least_float32(vector.dtype)
     if num_items is None:
         counts = torch.full((len(names),), default_items, dtype=dtype, device=vector.device)
     elif isinstance(num_items, Mapping):
@@ -120,7 +120,9 @@ def _as_counts(
         values = [torch.as_tensor(num_items.get(name, 0.0), dtype=dtype, device=vector.device) for name in names]
         counts = torch.stack([value.detach().reshape(()) for value in values])
     elif isinstance(num_items, Tensor) and num_items.shape == (len(names),):
-        counts = num_items.detach().to(device=vector.device, dtype=dtype)
+        # A copy: a model may hand over what it writes into in the next step.
+        counts = num_items.detach() if num_items.requires_grad else num_items
+        counts = counts.to(device=vector.device, dtype=dtype, copy=True)
     else:
         got = f"shape {tuple(num_items.shape)}" if isinstance(num_items, Tensor) else type(num_items).__name__
         raise TaskLossError(f"num_items: got {got}, expected a tensor [{len(names)}], one count for each task")
@@ -128,6 +130,12 @@ def _as_counts(
         # Whatever its count says: a task without a loss is absent.
         counts = counts * torch.tensor([name in losses for name in names], device=vector.device)
     return counts
+
+
+@functools.cache
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type for sums and counts of losses of `dtype`: those of pixels overflow half precision."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
 
 
 def _stack(losses: Mapping[str, Tensor], names: list[str]) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_bilb.engine.weighting import Weighting, WindowShare
+from hf_bilb.engine.monitor import TOGETHER
 from hf_bilb.storage.writing import write_text
 from hf_bilb.trainer.step import Part
 
@@ -28,7 +28,8 @@ class RunningLog:
     """Means since the last log of: F, the K losses, weights and coefficients, the discrepancy; and of F over the run.
 
     Losses are means over items, weights and coefficients means over the steps in which the task was present. Updates
-    that are dropped leave no trace but their count. State (`state()`): JSON-able numbers, exact.
+    that are dropped leave no trace but their count. Steps wait until there are 64 of them, or somebody asks for the
+    sums: less than two operations for each. State (`state()`): JSON-able numbers, exact.
     """
 
     def __init__(self, task_names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -38,42 +39,63 @@ class RunningLog:
         # At hand for what a step has not.
         self._zero = torch.zeros((), device=device, dtype=dtype)
         self._nothing = torch.zeros(len(self.task_names), device=device, dtype=dtype)
+        self._steps: list[Sequence[Part]] = []
         self._updates = 0
         self._has_weights = self._has_discrepancy = self._has_auxiliary = False
         self._run_value, self._run_updates = 0.0, 0
         self.dropped: dict[str, int] = {}
 
-    def _part(self, weighting: Weighting, value: Tensor, share: WindowShare | None) -> Tensor:
-        """What one part of the step adds to the sums."""
-        dtype, zero, nothing = self._sums.dtype, self._zero, self._nothing
-        present = weighting.present.to(dtype)
-        # A batch without a label has no F.
-        fraction, auxiliary = weighting.present.any().to(dtype), weighting.auxiliary_loss
-        if share is not None:
-            fraction, auxiliary = fraction * share.fraction, auxiliary / share.num_micro_batches
-        # None while the method is warming up: then there is nothing to take a mean of.
-        weight, weighted = (nothing, nothing) if weighting.weights is None else (weighting.weights * present, present)
-        discrepancy, balanced = (
-            (zero, zero) if weighting.discrepancy is None else (weighting.discrepancy * fraction, fraction)
-        )
-        # The mean loss of the update follows in `commit`, from its sums.
-        scalars = [value.to(dtype), zero, discrepancy, auxiliary, balanced, fraction]
-        per_step = torch.cat([weighting.coefficients, present, weight, weighted]).to(dtype) * fraction
-        items = weighting.num_items.to(dtype)
-        self._has_weights |= weighting.weights is not None
-        self._has_discrepancy |= weighting.discrepancy is not None
-        self._has_auxiliary |= weighting.has_auxiliary
-        return torch.cat([weighting.losses * items, items, per_step, torch.stack(scalars).to(dtype)])
-
     def commit(self, parts: Sequence[Part]) -> None:
-        """A step took place: its micro-batches count."""
-        step = functools.reduce(torch.add, [self._part(*part) for part in parts])
-        num_tasks = len(self.task_names)
-        sums, items = step[:num_tasks], step[num_tasks : 2 * num_tasks]
-        losses = sums / items.clamp(min=torch.finfo(items.dtype).tiny)
-        step[_LOSS_MEAN] = losses.sum() / (items > 0).sum().clamp(min=1)
-        self._sums += step
+        """A step took place: its micro-batches count. None of their tensors may be written into afterwards."""
+        if self._steps and (len(self._steps) == TOGETHER or _windows(parts) != _windows(self._steps[0])):
+            self._add_up()
+        self._steps.append(parts)
         self._updates += 1
+        for weighting, _, _ in parts:
+            self._has_weights |= weighting.weights is not None
+            self._has_discrepancy |= weighting.discrepancy is not None
+            self._has_auxiliary |= weighting.has_auxiliary
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """Add the steps that wait to the sums, one after the other: so that it does not matter how many waited."""
+        if not self._steps:
+            return
+        of_parts = self._of_parts([part for parts in self._steps for part in parts])
+        of_steps = functools.reduce(torch.add, of_parts.unflatten(0, (len(self._steps), -1)).unbind(1))
+        num_tasks = len(self.task_names)
+        sums, items = of_steps[:, :num_tasks], of_steps[:, num_tasks : 2 * num_tasks]
+        losses = sums / items.clamp(min=torch.finfo(items.dtype).tiny)
+        of_steps[:, _LOSS_MEAN] = losses.sum(dim=1) / (items > 0).sum(dim=1).clamp(min=1)
+        for step in of_steps.unbind():
+            self._sums += step
+        self._steps = []
+
+    def _of_parts(self, parts: Sequence[Part]) -> Tensor:
+        """`[P, 6 K + 6]`: what each of the P parts adds to the sums."""
+        zero, nothing = self._zero, self._nothing
+
+        def stacked(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.stack(list(tensors)).to(zero.dtype)
+
+        weightings, values, shares = zip(*parts, strict=True)
+        present = stacked(w.present for w in weightings)
+        # A batch without a label has no F.
+        fraction, auxiliary = present.amax(dim=1), stacked(w.auxiliary_loss for w in weightings)
+        if shares[0] is not None:
+            fraction = fraction * stacked(share.fraction for share in shares)
+            auxiliary = auxiliary / shares[0].num_micro_batches
+        # None while the method is warming up: then there is nothing to take a mean of.
+        weight = stacked(nothing if w.weights is None else w.weights for w in weightings) * present
+        weighted = stacked(nothing if w.weights is None else nothing + 1 for w in weightings) * present
+        discrepancy = stacked(zero if w.discrepancy is None else w.discrepancy for w in weightings) * fraction
+        balanced = stacked(zero if w.discrepancy is None else zero + 1 for w in weightings) * fraction
+        coefficients, items = stacked(w.coefficients for w in weightings), stacked(w.num_items for w in weightings)
+        per_step = torch.cat([coefficients, present, weight, weighted], dim=1) * fraction[:, None]
+        # The mean loss of the update follows from its sums.
+        scalars = [stacked(values), torch.zeros_like(fraction), discrepancy, auxiliary, balanced, fraction]
+        losses = stacked(w.losses for w in weightings)
+        return torch.cat([losses * items, items, per_step, torch.stack(scalars, dim=1)], dim=1)
 
     def drop(self, task: str) -> None:
         """A step was dropped because of `task`."""
@@ -84,6 +106,7 @@ class RunningLog:
 
         Cost: one device-to-host copy of 6 K + 6 numbers.
         """
+        self._add_up()
         numbers = self._sums.tolist()
         num_tasks = len(self.task_names)
         vectors = {name: numbers[i * num_tasks : (i + 1) * num_tasks] for i, name in enumerate(_VECTORS)}
@@ -111,6 +134,7 @@ class RunningLog:
 
     def run_mean(self) -> float:
         """Mean of F over all updates of the run, resumed parts included. Reads the device."""
+        self._add_up()
         value = self._run_value + float(self._sums[-len(_SCALARS)])
         return value / max(self._run_updates + self._updates, 1)
 
@@ -137,6 +161,7 @@ class RunningLog:
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON-able values; floats survive JSON exactly."""
+        self._add_up()
         return {
             "task_names": self.task_names,
             "sums": self._sums.tolist(),
@@ -149,6 +174,7 @@ class RunningLog:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore `state()`."""
+        self._steps = []
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self._updates, self._run_value, self._run_updates = state["updates"], state["run_value"], state["run_updates"]
         self._has_weights, self._has_discrepancy, self._has_auxiliary = state["has"]
@@ -156,9 +182,15 @@ class RunningLog:
 
     def reset(self) -> None:
         """Start a run from nothing."""
+        self._steps = []
         self._sums.zero_()
         self._updates, self._run_value, self._run_updates, self.dropped = 0, 0.0, 0, {}
         self._has_weights = self._has_discrepancy = self._has_auxiliary = False
+
+
+def _windows(parts: Sequence[Part]) -> list[int | None]:
+    """Of each part, how many micro-batches its window has; None where it is the whole step."""
+    return [None if share is None else share.num_micro_batches for _, _, share in parts]
 
 
 def _ratio(sums: list[float], counts: list[float]) -> list[float | None]:

@@ -184,15 +184,11 @@ class OptimizerStep:
         """
         if not self.parts or self._balancer is None:
             return None
-        # Read as they are, and looked at here: fewer operations on the device than an answer of yes or no.
-        flags = [part.weighting.valid for part in self.parts]
-        dtype = torch.float32 if self.gradient_norm is None else self.gradient_norm.dtype
-        norms = [] if self.gradient_norm is None else [self.gradient_norm.detach().to(flags[0].device)]
-        numbers = torch.stack([*(flag.to(dtype) for flag in flags), *norms]).tolist()
-        valid, norm = numbers[: len(flags)], numbers[len(flags) :]
-        if not all(valid):
-            return Problem(*self._balancer.describe_invalid(self.parts[valid.index(0.0)].weighting, step))
-        if not all(map(math.isfinite, norm)):
+        norms = [] if self.gradient_norm is None else [self.gradient_norm]
+        refused, numbers = self._balancer.refused([part.weighting for part in self.parts], *norms)
+        if refused is not None:
+            return Problem(*self._balancer.describe_invalid(refused, step))
+        if not all(map(math.isfinite, numbers)):
             return Problem(f"the gradient is not finite at step {step}, though all losses are", GRADIENT, False)
         return None
 

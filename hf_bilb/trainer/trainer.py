@@ -538,6 +538,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             message = (
                 problem.message if problem.task != GRADIENT else f"{problem.message}: {self._say_whose_gradient(step)}"
             )
+            if problem.task != GRADIENT:
+                self.balancer.discard()
             raise NonFiniteLossError(self._item_counter.explain(message, problem.task, step.batches))
         self._drop_step(step, problem.task)
         return False

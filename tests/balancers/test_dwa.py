@@ -121,7 +121,7 @@ def test_a_batch_that_is_refused_leaves_no_trace(options: dict[str, Any]) -> Non
             balancer.backward(torch.tensor([1.0, bad, 1.0], dtype=torch.float64, requires_grad=True))
     # Neither does a decision that nobody takes back, nor a batch without any task.
     row, nothing = torch.tensor([1.0, torch.nan, 1.0], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    assert not balancer.decide([TaskLosses(row, torch.ones(3))]).valid
+    assert balancer.refused([balancer.decide([TaskLosses(row, torch.ones(3))])])[0] is not None
     balancer.discard()
     advance(balancer, row, nothing)
     after = balancer.state_dict()

@@ -157,7 +157,7 @@ def test_a_step_without_any_task_is_worth_nothing(absent_tasks: str) -> None:
         advance(balancer, row, counts)
     before = balancer.state_dict()
     assert not advance(balancer, torch.full((K,), torch.nan, dtype=torch.float64), items()).any()
-    assert balancer._last.value == 0 and balancer._last.valid
+    assert balancer._last.value == 0 and balancer.refused([balancer._last])[0] is None
     after = balancer.state_dict()
     assert [key for key in before if not torch.equal(before[key], after[key])] == ["guards.counts"]
 

@@ -170,7 +170,7 @@ def test_a_micro_batch_without_rows_has_no_part_in_the_mean() -> None:
     nothing = TaskLosses(torch.zeros(K, dtype=torch.float64), torch.zeros_like(items), features[:0])
     decision = several.decide([TaskLosses(LOSSES, items, features), nothing])
     torch.testing.assert_close(decision.value, one.backward(LOSSES.clone().requires_grad_(), items, features))
-    assert several.decide([nothing]).valid
+    assert several.refused([several.decide([nothing])])[0] is None
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_features_that_are_not_finite_are_named_and_leave_no_trace(bad: float) -
     assert leaf.grad is None and all(torch.equal(before[key], balancer.state_dict()[key]) for key in before)
     # A batch like one with a loss that is not finite: it can be dropped.
     decision = balancer.decide([TaskLosses(LOSSES, torch.ones(K, dtype=torch.float64), features)])
-    assert not decision.valid
+    assert balancer.refused([decision])[0] is decision
     message, what, outside_domain = balancer.describe_invalid(decision, step=7)
     assert " at step 7: " in message and what == "router_features" and not outside_domain
 
