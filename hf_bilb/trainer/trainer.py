@@ -60,6 +60,7 @@ from hf_bilb.trainer.metrics_by_task import Metrics, MetricsByTask
 from hf_bilb.trainer.model_card import trainer_facts
 from hf_bilb.trainer.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.trainer.sampling import build_task_sampler, set_sampler_epoch
+from hf_bilb.trainer.sharded import local_part, reshard
 from hf_bilb.trainer.step import GRADIENT, OptimizerStep, Part, Problem
 
 logger = logging.getLogger(__name__)
@@ -566,8 +567,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.args.max_grad_norm <= 0 or not gradients:
             return False
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        bad = torch.stack([~grad.isfinite().all() for grad in local]).any().float()
+        bad = torch.stack([~local_part(grad).isfinite().all() for grad in gradients]).any().float()
         if bool(reduction.all_reduce_sum(bad)):
             return False
         if not self._overflow_said:
@@ -637,6 +637,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self.balancer.step(reevaluate=self.reevaluations())
         except NonFiniteLossError as error:
             raise self._with_step(error) from None
+        finally:
+            reshard(self.model)
 
     def _count_dropped(self) -> None:
         self._dropped_in_a_row += 1

@@ -99,6 +99,10 @@ def on_backend(name: str, **config: Any) -> Iterator[dict[str, Any]]:
     elif name == "fsdp2":
         with fsdp_on_cpu():
             yield {"fsdp": True, "fsdp_config": {**FSDP2, **config}, "wrapper": FSDPModule}
+    elif name == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        with fsdp_on_cpu():
+            yield {"fsdp": True, "fsdp_config": {**FSDP2, "version": 1, **config}, "wrapper": FullyShardedDataParallel}
     else:
         from deepspeed import DeepSpeedEngine
 
