@@ -23,8 +23,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from hf_bilb.trainer.sharded import local_part
 
 FSDP2 = {"version": 2, "auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False}
 ZERO = ("zero0", "zero1", "zero2", "zero3")
@@ -99,10 +101,6 @@ def on_backend(name: str, **config: Any) -> Iterator[dict[str, Any]]:
     elif name == "fsdp2":
         with fsdp_on_cpu():
             yield {"fsdp": True, "fsdp_config": {**FSDP2, **config}, "wrapper": FSDPModule}
-    elif name == "fsdp1":
-        from torch.distributed.fsdp import FullyShardedDataParallel
-        with fsdp_on_cpu():
-            yield {"fsdp": True, "fsdp_config": {**FSDP2, "version": 1, **config}, "wrapper": FullyShardedDataParallel}
     else:
         from deepspeed import DeepSpeedEngine
 
@@ -124,16 +122,17 @@ def gathered(model: nn.Module) -> Tensor:
     return torch.cat([part.detach().double().flatten() for part in parts])
 
 
-def sharding(model: nn.Module, wrapped: nn.Module) -> dict[str, Any]:
-    """What this rank holds: numbers of parameters and of their optimizer's state."""
-    parameters = list(model.parameters())
-    whole = sum(p.ds_numel if hasattr(p, "ds_id") else p.numel() for p in parameters)
-    here, placements = 0, set()
-    for p in parameters:
-        if isinstance(p, DTensor):
-            placements |= {str(one) for one in p.placements}
-            assert all(isinstance(one, Shard) for one in p.placements)
-            here += p.to_local().numel()
-        else:
-            here += p.ds_tensor.numel() if hasattr(p, "ds_id") else p.numel()
-    return {"whole": whole, "parameters": here, "placements": sorted(placements)}
+def shares(trainer: Any) -> dict[str, Any]:
+    """How much this rank holds of the parameters and of the optimizer's state, and how they are placed: FSDP2 has them
+    as DTensors in shards, ZeRO-3 in pieces of its own, ZeRO 1 to 3 has one flat part of the optimizer's state."""
+    parameters = list(trainer.model.parameters())
+    inner = trainer.optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    updated = [p for group in inner.param_groups for p in group["params"]]
+    return {
+        "whole": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
+        "parameters": sum(local_part(p).numel() for p in parameters),
+        "updated": sum(local_part(p).numel() for p in updated),
+        "placements": sorted({str(one) for p in parameters if isinstance(p, DTensor) for one in p.placements}),
+    }
