@@ -29,4 +29,3 @@ def weights_are_finite(model: nn.Module, device: torch.device) -> bool:
 
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta
-

@@ -173,11 +173,17 @@ def backend_scenarios(backends: Iterable[str] = BACKENDS) -> dict[str, Callable[
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     for backend in on:
         found.update({cell.key(backend): partial(run, cell, backend) for cell in cells()})
-        found.update({f"{backend}/more/{name}": partial(run, cell, backend, **more) for name, (cell, more) in MORE.items()})
+        found.update(
+            {f"{backend}/more/{name}": partial(run, cell, backend, **more) for name, (cell, more) in MORE.items()}
+        )
         if not alone:
             found.update({f"{cell.key(backend)}/sabotage": partial(run_sabotaged, cell, backend) for cell in SABOTAGED})
             found.update(
-                {f"{backend}/refused/{key}": partial(run, Cell("bilb-default", "missing", 1, "micro_batch"), backend, num_train_epochs=1, **more)
-                 for key, more in REFUSED.items()}
+                {
+                    f"{backend}/refused/{key}": partial(
+                        run, Cell("bilb-default", "missing", 1, "micro_batch"), backend, num_train_epochs=1, **more
+                    )
+                    for key, more in REFUSED.items()
+                }
             )
     return found

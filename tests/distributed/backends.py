@@ -82,7 +82,11 @@ def deepspeed_on_cpu(config: dict[str, Any]) -> Iterator[None]:
     without_compiler()
     file = Path(tempfile.mkdtemp()) / "deepspeed.json"
     file.write_text(json.dumps(config))
-    wanted = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), "DS_ACCELERATOR": "cpu"}
+    wanted = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
+        "DS_ACCELERATOR": "cpu",
+    }
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
