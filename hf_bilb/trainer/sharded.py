@@ -58,9 +58,8 @@ def check_same_reach(loss: Tensor, named_parameters: Iterable[tuple[str, nn.Para
     bounds = torch.tensor([code, -code], device=loss.device)
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
     if int(bounds[0]) != -int(bounds[1]):
-        shown = (
-            f"{unreached[0]!r} and {len(unreached) - 1} more" if len(unreached) > 1 else (unreached or ["nothing"])[0]
-        )
+        first = repr(unreached[0]) if unreached else "nothing"
+        shown = f"{first} and {len(unreached) - 1} more" if len(unreached) > 1 else first
         raise TaskLossError(
             f"losses: the ranks reach different parameters (this one leaves out: {shown}), which ZeRO's stages 2 and 3 "
             "add up wrongly; run every head on every batch and return its outputs, or use stage 1, FSDP2 or "

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_bilb.errors import OptionError
+from hf_bilb.errors import HfBilbError, OptionError
 from hf_bilb.trainer import trainer as trainer_module
 from tests.contract.cases import Case
 from tests.distributed.backends import BACKENDS, ZERO, gathered, on_backend, shares
@@ -38,11 +38,11 @@ OTHERS = (
 #: Gradient methods, which sharded parameters do not allow: one for each way to take in the gradients.
 GRADIENT = ("mgda-default", "imtl_g-features", "gradnorm-default")
 #: Coefficients up to 1 / l: in float32 a large step would amplify rounding.
-STEEP = ("si-default", "bilb-qm9", "gls-default", "imtl_l-default")
+STEEP = ("si-default", "bilb-qm9", "gls-default", "imtl_l-default", "go4align-default", "go4align-groups_2")
 
 
 class CastingModel(FeatureModel):
-    """Under DeepSpeed the Trainer casts all floating inputs to the precision of its config; this one casts them back."""
+    """Casts its inputs: under DeepSpeed the Trainer casts all floating ones to the precision of its config."""
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> FeatureOutput:
         dtype = next(self.parameters()).dtype
@@ -114,6 +114,8 @@ def run(cell: Cell, backend: str, **settings: Any) -> dict[str, Any]:
             found["parameters"] = gathered(model)
     except OptionError as error:
         return {"refused": str(error)}
+    except HfBilbError as error:
+        return {"error": str(error)}
     return {**found, "smallest_gap": gap.value}
 
 
@@ -150,40 +152,42 @@ def run_sabotaged(cell: Cell, backend: str) -> dict[str, Any]:
 
 
 SABOTAGED = tuple(Cell("uw-default", "missing", *window) for window in WINDOWS)
+_SETTING = Cell("uw-default", "missing", 4, "window")
 #: Settings in addition to the default ones, on one cell.
 MORE: dict[str, tuple[Cell, dict[str, Any]]] = {
     "clipped": (Cell("bilb-default", "missing", 4, "window"), {"max_grad_norm": 0.3}),
-    "adam": (Cell("uw-default", "missing", 4, "window"), {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-2}),
-    "momentum": (Cell("uw-default", "sparse", 4, "window"), {"optim_args": "momentum=0.9", "optim": "sgd", "learning_rate": 5e-3}),
-    "warmup": (Cell("uw-default", "missing", 4, "micro_batch"), {"balancer_warmup_steps": 10, "balancer_freeze_after": 30}),
-    "schedule": (Cell("ls-default", "missing", 1, "micro_batch"), {"lr_scheduler_type": "linear", "warmup_steps": 7}),
+    "adam": (_SETTING, {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-2}),
+    "momentum": (
+        _SETTING._replace(labels="sparse"),
+        {"optim_args": "momentum=0.9", "optim": "sgd", "learning_rate": 5e-3},
+    ),
+    "warmup": (_SETTING._replace(over="micro_batch"), {"balancer_warmup_steps": 10, "balancer_freeze_after": 30}),
+    "schedule": (
+        Cell("ls-default", "missing", 1, "micro_batch"),
+        {"lr_scheduler_type": "linear", "warmup_steps": 7},
+    ),
     "hold": (Cell("bilb-default", "sparse", 1, "micro_batch"), {"absent_tasks": "hold"}),
-}  # fmt: skip
+}
+_REFUSED = Cell("bilb-default", "missing", 1, "micro_batch")
 REFUSED: dict[str, dict[str, Any]] = {
-    "diagnostics.lower_level": {"diagnostics": {"lower_level": {"every": 5}}},
+    "diagnostics.lower_level": {"diagnostics": {"lower_level": {}}},
     "diagnostics.gradients": {"diagnostics": {"gradients": {}}},
     "nonfinite_loss": {"nonfinite_loss": "skip"},
 }
 
 
 def backend_scenarios(backends: Iterable[str] = BACKENDS) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What this number of ranks runs."""
+    """What this number of ranks runs; one process once for each number type."""
     alone = world_size() == 1
     on = list(dict.fromkeys(map(precision_of, backends))) if alone else list(backends)
     found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for backend in on:
-        found.update({cell.key(backend): partial(run, cell, backend) for cell in cells()})
-        found.update(
-            {f"{backend}/more/{name}": partial(run, cell, backend, **more) for name, (cell, more) in MORE.items()}
-        )
-        if not alone:
-            found.update({f"{cell.key(backend)}/sabotage": partial(run_sabotaged, cell, backend) for cell in SABOTAGED})
-            found.update(
-                {
-                    f"{backend}/refused/{key}": partial(
-                        run, Cell("bilb-default", "missing", 1, "micro_batch"), backend, num_train_epochs=1, **more
-                    )
-                    for key, more in REFUSED.items()
-                }
-            )
+    for name in on:
+        found.update({cell.key(name): partial(run, cell, name) for cell in cells()})
+        for key, (cell, more) in MORE.items():
+            found[f"{name}/more/{key}"] = partial(run, cell, name, **more)
+        if alone:
+            continue
+        found.update({f"{cell.key(name)}/sabotage": partial(run_sabotaged, cell, name) for cell in SABOTAGED})
+        for key, more in REFUSED.items():
+            found[f"{name}/refused/{key}"] = partial(run, _REFUSED, name, num_train_epochs=1, **more)
     return found

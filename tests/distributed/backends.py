@@ -1,10 +1,10 @@
 """How the Trainer gets to FSDP2 and to DeepSpeed on CPUs, with gloo between the ranks; the sharding is real.
 
 accelerate takes FSDP for kinds of accelerators alone (`AcceleratorState.__init__` lists them, without `MULTI_CPU`), so
-that on CPUs `fsdp` silently is DistributedDataParallel: its state is told otherwise here. DeepSpeed needs no such trick,
-but must be asked for as `accelerate launch` does (ACCELERATE_USE_DEEPSPEED), with `use_cpu: false` and `ddp_backend:
-gloo`: under `use_cpu: true` it is silently left out, and with `deepspeed=...` alone each rank takes itself for the only
-one.
+that on CPUs `fsdp` silently is DistributedDataParallel: its state is told otherwise here. DeepSpeed needs no such
+trick, but must be asked for as `accelerate launch` does (ACCELERATE_USE_DEEPSPEED), with `use_cpu: false` and
+`ddp_backend: gloo`: under `use_cpu: true` it is silently left out, and with `deepspeed=...` alone each rank takes
+itself for the only one.
 """
 
 from __future__ import annotations
