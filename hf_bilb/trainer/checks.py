@@ -247,9 +247,13 @@ def _check_second_look(trainer: BilevelMTLTrainer, sharded: str | None) -> None:
     what = "a double loop"
     if isinstance(objective, ProgressObjective):
         what = objective.name_of(objective.reevaluate)
-        if sharded is not None:
-            other = objective.name_of("next_batch")
+        if sharded is not None and trainer.balancer.needs_look_ahead:
+            # A look after the step is a forward pass like any other.
+            other = objective.name_of("same_batch")
             raise OptionError(f"balancer.{what} is not valid with {sharded}, which shards the parameters, use {other}")
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            other = objective.name_of("next_batch")
+            raise OptionError(f"balancer.{what} is not valid with version 1 of FSDP, use version 2, or {other}")
     if args.balance_over == "micro_batch" and args.gradient_accumulation_steps > 1:
         raise OptionError(
             f"balance_over: 'micro_batch' is not valid with {what} under gradient accumulation, use 'window'"

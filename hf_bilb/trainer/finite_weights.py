@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_bilb.engine.reduction import all_reduce_sum
+from hf_bilb.trainer.sharded import local_part
 
 
 def weights_are_finite(model: nn.Module, device: torch.device) -> bool:
@@ -19,8 +19,8 @@ def weights_are_finite(model: nn.Module, device: torch.device) -> bool:
 
     Cost: each tensor is read once, where it lies; one host read and, on several ranks, one all-reduce of one number.
     """
-    fine = [_local(p).isfinite().all() for p in model.parameters() if p.requires_grad and _is_float(p)]
-    fine += [~_local(b).isnan().any() for b in model.buffers() if _is_float(b)]
+    fine = [local_part(p).isfinite().all() for p in model.parameters() if p.requires_grad and _is_float(p)]
+    fine += [~local_part(b).isnan().any() for b in model.buffers() if _is_float(b)]
     if not fine:
         return True
     bad = (~torch.stack([flag.to(device) for flag in fine])).sum().float()
@@ -29,10 +29,3 @@ def weights_are_finite(model: nn.Module, device: torch.device) -> bool:
 
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, under FSDP2 and ZeRO-3 (whose parameters are empty between two steps)."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local().detach()
-    return getattr(tensor, "ds_tensor", tensor).detach()

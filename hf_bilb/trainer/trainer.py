@@ -60,6 +60,7 @@ from hf_bilb.trainer.metrics_by_task import Metrics, MetricsByTask
 from hf_bilb.trainer.model_card import trainer_facts
 from hf_bilb.trainer.running_log import MAX_TASKS_IN_LOG, RunningLog, append_vectors, truncate_vectors
 from hf_bilb.trainer.sampling import build_task_sampler, set_sampler_epoch
+from hf_bilb.trainer.sharded import check_same_reach, find_unused, local_part, reshard
 from hf_bilb.trainer.step import GRADIENT, OptimizerStep, Part, Problem
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._diagnostics: list[TrainerCallback] = []
         self._dropped_in_a_row = 0
         self._overflow_said = False
+        self._unlogged_norm: Tensor | None = None
         self._settings: RunSettings | None = None
         self._settle_balancing()
         self._adopt_callbacks()
@@ -481,10 +483,11 @@ class BilevelMTLTrainer(TaskLossTrainer):
             loss = self.balancer.apply(batch, step.weighting, share)
         else:
             loss = self._weigh_micro_batch(batch, step)
+        in_order = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage >= 2
         if not batch.complete:
             # Heads without a loss on this rank may have one on another: every one takes part in the reduction. On one
             # process alike, so that an optimizer with momentum does the same on any number of them.
-            if self._finds_unused(model):
+            if in_order or self._finds_unused(model):
                 zero = reduction.reach(tensors_in(outputs))
                 loss = loss if zero is None else loss + zero.to(loss.dtype)
             else:
@@ -494,15 +497,20 @@ class BilevelMTLTrainer(TaskLossTrainer):
                 "losses: none of them depends on a trainable parameter (detached, or made under torch.no_grad), "
                 "expected losses that a backward pass can start from"
             )
+        if in_order:
+            check_same_reach(loss, self.model.named_parameters())
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             # Its backward pass ends in the optimizer's step: too late to look afterwards.
             self.goes_on(self.current_step.problem(self.state.global_step + 1))
         return loss
 
     def _finds_unused(self, model: nn.Module) -> bool:
-        """Whether DistributedDataParallel looks for parameters without a gradient; what it would do, on one process."""
+        """Whether DistributedDataParallel looks for parameters without a gradient; what it would do, on one process.
+        FSDP2 is told to (`begin_run`), DeepSpeed does not."""
         if isinstance(model, DistributedDataParallel):
             return bool(model.find_unused_parameters)
+        if self.is_deepspeed_enabled:
+            return False
         if self.args.ddp_find_unused_parameters is not None:
             return bool(self.args.ddp_find_unused_parameters)
         return not (isinstance(self.model, PreTrainedModel) and compat.checkpoints_activations(self.args, self.model))
@@ -523,7 +531,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As in `Trainer`, which asks for it in every step before the optimizer's; also looked at."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.current_step.gradient_norm = self._norm_to_look_at(norm)
+        self.current_step.gradient_norm = self._norm_to_look_at(self._unlogged_norm if norm is None else norm)
         return norm
 
     def goes_on(self, problem: Problem | None) -> bool:
@@ -568,8 +576,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.args.max_grad_norm <= 0 or not gradients:
             return False
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        bad = torch.stack([~grad.isfinite().all() for grad in local]).any().float()
+        bad = torch.stack([~local_part(grad).isfinite().all() for grad in gradients]).any().float()
         if bool(reduction.all_reduce_sum(bad)):
             return False
         if not self._overflow_said:
@@ -585,14 +592,16 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def _say_whose_gradient(self, step: OptimizerStep) -> str:
         """Which tasks have a gradient that is not finite, from one more pass over the step's batches."""
         tasks: list[str] = []
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+        looks = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        if looks:
             parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             with unchanged(self.model):
                 tasks = tasks_with_nonfinite_slope(step.again(self.model), parameters, self.task_names)
         if not tasks:
             task, loss = step.largest_loss()
+            found = "no single task's slope is undefined" if looks else "whose is not looked for in sharded parameters"
             return (
-                f"no single task's slope is undefined; the largest loss is that of task {task!r}, {loss:.4g}, whose "
+                f"{found}; the largest loss is that of task {task!r}, {loss:.4g}, whose "
                 "gradient may be too large for the number type (fix the data or the model, or set nonfinite_loss: skip)"
             )
         shown = ", ".join(repr(task) for task in tasks[:8])
@@ -639,6 +648,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
             self.balancer.step(reevaluate=self.reevaluations())
         except NonFiniteLossError as error:
             raise self._with_step(error) from None
+        finally:
+            reshard(self.model)
 
     def _count_dropped(self) -> None:
         self._dropped_in_a_row += 1
@@ -657,6 +668,8 @@ class BilevelMTLTrainer(TaskLossTrainer):
     def begin_run(self) -> None:
         """At the start of a training loop: a fresh balancer unless one was just restored from a checkpoint."""
         self.balancer.bind(self.model, plain_optimizer(self.optimizer))
+        find_unused(self.model)
+        self._watch_gradient()
         if not self._restored:
             self.balancer.restart(self._initial_state)
             self._running_log.reset()
@@ -666,6 +679,19 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._dropped_in_a_row = 0
         if self.is_world_process_zero() and len(self.task_names) > MAX_TASKS_IN_LOG:
             truncate_vectors(self.args.output_dir, self.state.global_step)
+
+    def _watch_gradient(self) -> None:
+        """DeepSpeed tells no norm of the gradient at stage 0, and has forgotten the gradient when it returns."""
+        self._unlogged_norm = None
+        if not self.is_deepspeed_enabled or self.accelerator.state.deepspeed_plugin.zero_stage > 0:
+            return
+        trainer = weakref.proxy(self)
+
+        def keep_norm(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            trainer._unlogged_norm = torch.nn.utils.get_total_norm(gradients)
+
+        plain_optimizer(self.optimizer).register_step_pre_hook(keep_norm)
 
     # --- logs ----------------------------------------------------------------------------------------------------
 

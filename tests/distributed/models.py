@@ -60,10 +60,12 @@ class FeatureModel(SyntheticModel):
         )
 
 
-def build_feature_model(dtype: torch.dtype, batch_norm: bool = False, **config: Any) -> FeatureModel:
+def build_feature_model(
+    dtype: torch.dtype, batch_norm: bool = False, model_class: type[FeatureModel] = FeatureModel, **config: Any
+) -> FeatureModel:
     """The same weights in every process and, but for rounding, every precision."""
     sizes = {"hidden_size": HIDDEN, "num_router_features": HIDDEN}
-    model = FeatureModel(SyntheticConfig(batch_norm=batch_norm, **sizes, **config)).double()
+    model = model_class(SyntheticConfig(batch_norm=batch_norm, **sizes, **config)).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -113,9 +113,11 @@ def train(
     resume_from: Path | None = None,
     wrapper: type = DistributedDataParallel,
     trainer_class: type[BilevelMTLTrainer] = BilevelMTLTrainer,
+    watch: Callable[[BilevelMTLTrainer], Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train with the Trainer on global batches of `global_batch` rows in all, and return what is compared."""
+    """Train with the Trainer on global batches of `global_batch` rows in all, and return what is compared, and what
+    `watch` makes of the trainer afterwards."""
     per_rank, rest = divmod(global_batch, accumulation * world_size())
     assert rest == 0
     args = arguments(per_device_train_batch_size=per_rank, gradient_accumulation_steps=accumulation, **settings)
@@ -134,6 +136,7 @@ def train(
         "balancer": trainer.balancer.state_dict(),
         "coefficients": torch.stack(recorder.coefficients),
         "logs": logged(trainer),
+        "watched": None if watch is None else watch(trainer),
     }
 
 
