@@ -683,7 +683,7 @@ class BilevelMTLTrainer(TaskLossTrainer):
         self._unlogged_norm = None
         if not self.is_deepspeed_enabled or self.accelerator.state.deepspeed_plugin.zero_stage > 0:
             return
-        trainer = weakref.proxy(self)
+        trainer: Any = weakref.proxy(self)
 
         def keep_norm(optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
