@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from hf_bilb.cli.errors import one_line_errors
+from hf_bilb.errors import OptionError
+from hf_bilb.experiments.launch import launch_command
 from hf_bilb.experiments.recipe import dump_recipe, read_recipe
 
 
@@ -12,7 +16,14 @@ from hf_bilb.experiments.recipe import dump_recipe, read_recipe
 @click.argument("recipe", type=click.Path())
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option("--resume", is_flag=True, help="Go on from the last complete checkpoint in trainer.output_dir.")
-def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option(
+    "--accelerate",
+    "backend",
+    metavar="NAME|FILE",
+    help="Run in several processes: ddp, fsdp2, zero2, zero3, multi_node, or a configuration file of accelerate.",
+)
+@click.option("--processes", type=click.IntRange(min=1), help="How many.  [default: one for each GPU]")
+def train(recipe: str, overrides: tuple[str, ...], resume: bool, backend: str | None, processes: int | None) -> None:
     """Train what RECIPE says, measure it once at the end and write everything into trainer.output_dir.
 
     Settings are changed on the command line by their path, with a YAML value:
@@ -20,12 +31,20 @@ def train(recipe: str, overrides: tuple[str, ...], resume: bool) -> None:
     \b
         hf-bilb train recipes/qm9/mlp_bilb.yaml trainer.learning_rate=5e-4 balancer.pairs=adjacent
 
+    \b
+        hf-bilb train --accelerate zero2 recipes/glue/bilb.yaml
+
     The same under `accelerate launch -m hf_bilb train ...`. The folder holds at the end: recipe.yaml (as resolved),
     results.json, table.md, losses.png, weights.png, the model and its checkpoints. A folder that already holds a run is
     never written over.
     """
     with one_line_errors():
         checked = read_recipe(recipe, overrides)
+        if processes is not None and backend is None:
+            raise OptionError("--processes: says how many processes --accelerate starts, which is not given")
+        if backend is not None:
+            command = launch_command(backend, [recipe, *overrides, *(["--resume"] if resume else [])], processes)
+            os.execv(command[0], command)
         from hf_bilb.experiments.train import run_recipe  # only now: takes ten seconds
 
         run_recipe(checked, resume=resume)

@@ -21,6 +21,8 @@ from hf_bilb.storage.writing import write_text
 
 #: As the recipes write it in references and in the commands of their comments.
 _PREFIX = "recipes/"
+#: A folder next to them: configurations of accelerate (`hf_bilb.experiments.launch`).
+ACCELERATE = "accelerate"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def recipes_folder() -> Path:
 def packaged_names() -> list[str]:
     """The names of all recipes, in order."""
     folder = recipes_folder()
-    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.yaml"))
+    paths = (path.relative_to(folder) for path in folder.glob("*/*.yaml"))
+    return sorted(path.as_posix() for path in paths if path.parent.name != ACCELERATE)
 
 
 def packaged_recipes() -> list[PackagedRecipe]:

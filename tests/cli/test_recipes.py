@@ -16,7 +16,11 @@ from hf_bilb.experiments.packaged import packaged_names
 from hf_bilb.experiments.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path.relative_to(ROOT / "recipes").as_posix() for path in ROOT.glob("recipes/*/*.yaml"))
+RECIPES = sorted(
+    path.relative_to(ROOT / "recipes").as_posix()
+    for path in ROOT.glob("recipes/*/*.yaml")
+    if path.parent.name != "accelerate"
+)
 
 
 def hf_bilb(*arguments: str, columns: int = 100):

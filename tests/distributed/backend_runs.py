@@ -15,6 +15,7 @@ from tests.contract.cases import Case
 from tests.distributed.backends import BACKENDS, ZERO, gathered, on_backend, shares
 from tests.distributed.methods import NAMES, balancer_of, cases
 from tests.distributed.models import FeatureModel, FeatureOutput, build_feature_model
+from tests.distributed.scenarios import SeparateHeads, build_separate_heads, data_for_dicts, sabotaged
 from tests.distributed.training import SmallestGap, optimizer_settings, train, world_size
 from tests.products import in_turn
 from tests.synthetic import SyntheticData, build_data
@@ -129,8 +130,6 @@ def as_one_batch(cell: Cell, case: Case) -> bool:
 @contextmanager
 def local_denominator() -> Iterator[None]:
     """Each rank divides by its own items: of the batch, of the micro-batch, and of the window."""
-    from tests.distributed.scenarios import sabotaged
-
     original = trainer_module.share_of_window
 
     def share_of_window(batch: Any, weighting: Any, number: int, *rest: Any) -> Any:
@@ -174,6 +173,67 @@ REFUSED: dict[str, dict[str, Any]] = {
     "diagnostics.gradients": {"diagnostics": {"gradients": {}}},
     "nonfinite_loss": {"nonfinite_loss": "skip"},
 }
+
+
+# --- heads that one rank does not run -----------------------------------------------------------------------------
+
+
+class SomeHeads(SeparateHeads):
+    """Runs the heads of tasks with labels alone; casts its inputs."""
+
+    def get_input_embeddings(self) -> None:
+        """There are none; accelerate asks, under FSDP."""
+
+    def get_output_embeddings(self) -> None:
+        """There are none."""
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        dtype = self.heads[0].weight.dtype
+        return super().forward(features.to(dtype), None if labels is None else labels.to(dtype))
+
+
+def heads_of_some(backend: str) -> dict[str, Any]:
+    """Zeros for heads that no rank reaches, as under FSDP2: `ddp_find_unused_parameters: false` in one process."""
+    dtype = getattr(torch, backend if world_size() == 1 else precision_of(backend))
+    model, data = build_separate_heads(SomeHeads).to(dtype), data_for_dicts()
+    data.features, data.labels = data.features.float(), data.labels.float()
+    try:
+        with nullcontext({}) if world_size() == 1 else on_backend(backend) as of_backend:
+            found = train(
+                model,
+                data,
+                balancer="uw",
+                num_train_epochs=1,
+                ddp_find_unused_parameters=False,
+                **optimizer_settings(dtype),
+                **of_backend,
+            )
+            return {**found, "parameters": gathered(model)}
+    except HfBilbError as error:
+        return {"error": str(error)}
+
+
+# --- what is run --------------------------------------------------------------------------------------------------
+
+#: In `make test`.
+FEW = (
+    Cell("bilb-default", "missing", 4, "micro_batch"),
+    Cell("bilb-default", "missing", 4, "window"),
+    Cell("famo-default", "sparse", 4, "window"),
+)
+FEW_REFUSED = ("marigold-exact", "mgda-default", "bilb-double_loop")
+
+
+def few_scenarios(backends: Iterable[str]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What `make test` runs of one backend."""
+    (backend,) = backends
+    name = precision_of(backend) if world_size() == 1 else backend
+    found: dict[str, Callable[[], dict[str, Any]]] = {cell.key(name): partial(run, cell, name) for cell in FEW}
+    if world_size() > 1:
+        found[f"{FEW[1].key(name)}/sabotage"] = partial(run_sabotaged, FEW[1], name)
+        for case in FEW_REFUSED:
+            found[f"{name}/{case}/refused"] = partial(run, Cell(case, "complete", 1, "micro_batch"), name)
+    return {**found, "heads": partial(heads_of_some, name)}
 
 
 def backend_scenarios(backends: Iterable[str] = BACKENDS) -> dict[str, Callable[[], dict[str, Any]]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -46,13 +46,15 @@ def fsdp_on_cpu() -> Iterator[None]:
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            # From here every later `AcceleratorState()` takes its kind.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
     try:
         yield
     finally:
         AcceleratorState.__init__ = original
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def without_compiler() -> None:

@@ -1,48 +1,27 @@
-"""Scenarios: parameters that FSDP2 shards. On CPUs accelerate silently takes DistributedDataParallel instead, so its
-state is told otherwise here; sharding, gathering and reducing are real."""
+"""Scenarios: parameters that FSDP2 shards (`backends.py` says how, on CPUs)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from hf_bilb import build_balancer
 from hf_bilb.errors import OptionError
+from tests.distributed.backends import on_backend
 from tests.distributed.double_loop import DIAGNOSTICS, DOUBLE
 from tests.distributed.models import build_feature_model
 from tests.distributed.training import optimizer_settings, world_size
 from tests.distributed.windows import BALANCERS, over_windows, window_data
 
-CONFIG = {"version": 2, "auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False}
 REFUSED: dict[str, dict[str, Any]] = {
     "lower_level": {"balancer": DOUBLE["parameter"]},
     "diagnostics": {"balancer": BALANCERS["bilb"], "diagnostics": DIAGNOSTICS},
     "gradients": {"balancer": BALANCERS["bilb"], "diagnostics": {"gradients": {}}},
 }
-
-
-@contextmanager
-def fsdp_on_cpu() -> Iterator[None]:
-    original = AcceleratorState.__init__
-
-    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-
-    AcceleratorState.__init__ = init
-    try:
-        yield
-    finally:
-        AcceleratorState.__init__ = original
-        AcceleratorState._reset_state()
 
 
 def sharded(**settings: Any) -> dict[str, Any]:
@@ -51,8 +30,7 @@ def sharded(**settings: Any) -> dict[str, Any]:
     options = {**settings, **optimizer_settings(torch.float64)}
     if world_size() == 1:
         return over_windows(model, window_data(), whole=True, **options)
-    with fsdp_on_cpu():
-        fsdp = {"fsdp": True, "fsdp_config": dict(CONFIG), "wrapper": FSDPModule}
+    with on_backend("fsdp2") as fsdp:
         return over_windows(model, window_data(), whole=True, **fsdp, **options)
 
 
