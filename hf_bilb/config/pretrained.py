@@ -6,7 +6,7 @@ import importlib
 import re
 from pathlib import Path
 
-from hf_bilb.config.options import nearest, shown
+from hf_bilb.config.options import nearest
 from hf_bilb.errors import MissingPackageError, OptionError
 
 _PACKAGE = "package:"
@@ -24,7 +24,7 @@ def no_folder(name: str) -> str:
     """The message for a folder that is not there, with the nearest one that is."""
     path = Path(name)
     near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
-    return f"there is no folder {shown(name)}{nearest(path.name, near)}"
+    return f"there is no folder {name!r}{nearest(path.name, near)}"
 
 
 def pretrained_path(name: str, path: str) -> str:

@@ -75,7 +75,9 @@ def test_one_loss_beyond_all_measure(case: Case, measure: tuple[torch.dtype, flo
     assert [key for key, value in state.items() if not value.isfinite().all()] == []
     assert usual == 0 or 0.5 < moved / usual < 2
     spoke = any(f"'task_1' had a loss of size {loss:.3g}: the balancer learned nothing in " in text for text in said)
-    assert spoke or refused or case.name in FORGETFUL
+    # Without a schedule `stch` has no record either.
+    forgets = case.name in FORGETFUL or (case.name == "stch" and case.option("warmup_epochs") is None)
+    assert spoke or refused or forgets
 
 
 @pytest.mark.parametrize("name", ["uw", "imtl_l", "bilb", "marigold"])

@@ -85,9 +85,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "hf_bilb", source / "hf_bilb", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("hf_bilb", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     # The build backend itself: pip would fetch it anew.
     build = "import sys, setuptools.build_meta; setuptools.build_meta.build_wheel(sys.argv[1])"
     done = subprocess.run(

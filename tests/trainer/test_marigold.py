@@ -164,8 +164,13 @@ def test_under_a_gradient_scaler(tmp_path: Path) -> None:
             None,
             r"^balance_over: 'micro_batch' is not valid with mode: 'commit' under gradient accumulation, use 'window'",
         ),
-        ("exact", {}, "deepspeed", r"^balancer\.mode: 'exact' is not valid with DeepSpeed, .* use mode: 'lagged'"),
-        ("commit", {}, "deepspeed", r"^balancer\.mode: 'commit' is not valid with DeepSpeed, .* use mode: 'lagged'"),
+        ("exact", {}, "deepspeed", r"^balancer\.mode: 'exact' is not valid with DeepSpeed, .* use mode: 'commit'"),
+        (
+            "commit",
+            {},
+            "fsdp",
+            r"^balancer\.mode: 'commit' is not valid with version 1 of FSDP, use version 2, or mode: 'lagged'",
+        ),
         ("exact", {}, "fsdp", r"^balancer\.mode: 'exact' is not valid with FSDP"),
         (
             "exact",
