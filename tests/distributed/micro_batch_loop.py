@@ -48,7 +48,7 @@ class MicroBatchLoop:
             outputs = self.model(*batch)
             present = outputs.num_items > 0
             losses = torch.where(present, outputs.losses.detach(), 1.0)
-            self.normalization.observe(losses, present)
+            self.normalization.observe(losses, present, self.normalization.forming())
             if number == 0 and progress and self.last_present is not None:
                 self.follow(losses, present)
             if isinstance(self.objective, HistoryObjective):
