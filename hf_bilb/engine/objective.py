@@ -93,7 +93,8 @@ class Objective(nn.Module, ABC):
 
     def closed_form(self, losses: Tensor, active: Tensor) -> Derivatives | None:
         """F and its derivatives as `forward` and autograd have them, in fewer operations; None where nobody has written
-        them down. Called without gradients, for methods without features; arguments as in `forward`."""
+        them down. Called without gradients, for methods without features; arguments as in `forward`. What it returns is
+        kept until it is logged: it must be no parameter or buffer."""
         return None
 
 
@@ -257,13 +258,16 @@ def differentiate(
     with torch.enable_grad():
         output = (objective if scalar is None else scalar)(normalization(point), active, features)
         gradients = torch.autograd.grad(output.value, inputs, materialize_grads=True)
-    detached: list[Tensor | None] = []
-    for field in output:
-        detached.append(None if field is None else field.detach())
+    detached = [None if field is None else _kept(field) for field in output]
     of_losses, *of_parameters = gradients
     of_features = None if features is None else of_parameters.pop()
     coefficients = torch.where(active, of_losses, zero(of_losses.dtype, of_losses.device))
     return Derivatives(ObjectiveValue._make(detached), coefficients, tuple(of_parameters), of_features)
+
+
+def _kept(field: Tensor) -> Tensor:
+    """What an objective returned, for later: a parameter or a buffer, or a part of one, will be written into."""
+    return field.detach().clone() if field.grad_fn is None or field._is_view() else field.detach()
 
 
 def _in_closed_form(

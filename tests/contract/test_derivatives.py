@@ -182,6 +182,28 @@ def test_the_closed_form_of_a_class_is_not_that_of_one_with_another_f() -> None:
     assert named.closed_form(point, active) is not None
 
 
+def test_what_an_objective_returns_is_kept_as_it_is() -> None:
+    # The log puts several steps together: a parameter would have moved on by then.
+    class Own(LinearScalarization):
+        def __init__(self, whole: bool) -> None:
+            super().__init__(2, build_balancer("ls", 2).options)  # type: ignore[arg-type]
+            self.whole = whole
+            self.theta = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, losses: Tensor, active: Tensor, features: Tensor | None) -> ObjectiveValue:
+            theta = torch.ones_like(losses) * self.theta[:2]
+            return ObjectiveValue((theta * losses).sum(), weights=self.theta.detach() if self.whole else self.theta[:2])
+
+    for whole in (True, False):
+        objective, point = Own(whole), torch.tensor([1.0, 3.0], dtype=torch.float64)
+        normalization = build_balancer("ls", 2, dtype=torch.float64).normalization
+        found = differentiate(objective, normalization, point, torch.tensor([True, True])).output.weights
+        assert found is not None
+        with torch.no_grad():
+            objective.theta.zero_()
+        assert found[:2].tolist() == [1.0, 1.0] and not found.requires_grad
+
+
 WITH_FEATURES = [case for case in CASES if case.option("num_features")]
 
 

@@ -62,6 +62,6 @@ def arguments(
     outputs = model(*batch)
     present = outputs.num_items > 0
     if observe:
-        parts.normalization.observe(outputs.losses.detach(), present)
+        parts.normalization.observe(outputs.losses.detach(), present, parts.normalization.forming())
     losses = parts.normalization(torch.where(present, outputs.losses, 1.0))
     return losses, present, outputs.router_features.mean(dim=0)
