@@ -58,7 +58,8 @@ def free_port() -> int:
 
 def environment_of(folder: Path) -> dict[str, str]:
     """Of a launch. TMPDIR: hundreds of runs have a folder each, which go with `folder`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may lie in folders of their own
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(folder)}
     # A launch variable of an outer launcher would make a rank of this process.
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
