@@ -59,6 +59,7 @@ from hf_bilb.models import (
 )
 from tests.data.glue_files import write_encoder
 from tests.inference import runs
+from tests.inference.pixel_runs import scenes_run, shapes_run
 
 DOCS = Path(__file__).parents[2] / "docs" / "export.md"
 
@@ -424,6 +425,17 @@ def test_tasks_of_pixels(image_size: int | None, tmp_path: Path) -> None:
     answered = answers(code, folder / "onnx")
     np.testing.assert_array_equal(answered["depth"], same[1] * np.float64(2) + 4)
     np.testing.assert_array_equal(answered["mask"], same[0].argmax(axis=1))
+
+
+@pytest.mark.parametrize("kind", ["table", "scenes"])
+def test_finished_runs_with_tasks_of_pixels(kind: str, tmp_path: Path) -> None:
+    run = shapes_run(tmp_path) if kind == "table" else scenes_run(tmp_path, "dense_backbone")
+    frame = (32, 32) if kind == "table" else hf_bilb.load(run.folder).format.inputs.size
+    graph = onnx_of(run.folder).graph
+    loaded = hf_bilb.load(run.folder, device="cpu")
+    assert [value.name for value in graph.output] == list(loaded.tasks)
+    batch = {"pixel_values": torch.rand(2, 3, *frame)}
+    assert_same(computed(run.folder / "onnx", batch), of_torch(loaded, batch))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
     from hf_bilb.inference.loaded import LoadedModel
+    from hf_bilb.inference.pixels import LoadedPixelModel
 
 MODEL_FILE, PAGE_FILE = "model.onnx", "README.md"
 #: Where a model is larger than a file of ONNX may be, its weights lie here.
@@ -85,12 +86,12 @@ def export_onnx(
     source = find_folder(model, revision)
     saved = read_folder(source)
     check_can_be_exported(source, saved)
+    from hf_bilb.inference.language import LoadedLanguageModel
     from hf_bilb.inference.load import load
-    from hf_bilb.inference.loaded import LoadedModel
 
     say(f"loading {model}")
     loaded = load(source, "cpu", trust_remote_code=trust_remote_code)
-    assert isinstance(loaded, LoadedModel)  # language models are refused above
+    assert not isinstance(loaded, LoadedLanguageModel)  # it is refused above
     with _written_aside(target, force) as folder:
         differences = _export(loaded, saved, folder, Path(model).absolute().name, atol, say)
         files = tuple(sorted(path.name for path in folder.iterdir()))
@@ -137,7 +138,7 @@ def check_can_be_exported(folder: Path, saved: SavedModel) -> None:
     raise OptionError(f"{folder}: is not exported: {cause}")
 
 
-def _check_weights(loaded: LoadedModel) -> None:
+def _check_weights(loaded: LoadedModel | LoadedPixelModel) -> None:
     if any(not weights.is_floating_point() for weights in loaded.model.parameters()):
         raise OptionError(
             f"{loaded.folder}: is not exported: its weights are quantized here; without a GPU (CUDA_VISIBLE_DEVICES=) "
@@ -149,17 +150,24 @@ def _check_weights(loaded: LoadedModel) -> None:
 
 
 def _export(
-    loaded: LoadedModel, saved: SavedModel, folder: Path, name: str, atol: float, say: Callable[[str], None]
+    loaded: LoadedModel | LoadedPixelModel,
+    saved: SavedModel,
+    folder: Path,
+    name: str,
+    atol: float,
+    say: Callable[[str], None],
 ) -> dict[str, float] | None:
     """Everything into `folder`; returns the differences from torch, by task."""
     from hf_bilb.inference.onnx.check import can_be_compared, differences, outputs_of
     from hf_bilb.inference.onnx.graph import merged, translate
     from hf_bilb.inference.onnx.made_up import made_up_inputs
+    from hf_bilb.inference.pixels import LoadedPixelModel
 
     _check_weights(loaded)
     network: Any = loaded.model.float()
     tasks = saved.format.tasks or network.config.task_types
-    made_up = made_up_inputs(saved.format.inputs, network, loaded.tokenizer)
+    tokenizer = None if isinstance(loaded, LoadedPixelModel) else loaded.tokenizer
+    made_up = made_up_inputs(saved.format.inputs, network, tokenizer)
     # Of other sizes than the batch that is traced, and of adapters before they are merged.
     batches = [made_up.batch(1, False, seed=1), made_up.batch(3, True, seed=2)]
     pairs = [(batch, outputs_of(network, tasks, batch)) for batch in batches]
@@ -167,7 +175,7 @@ def _export(
     graph = translate(merged(network), tasks, made_up.batch(2, False, seed=0), made_up.axes)
     # Of a module of somebody's own the code stays where it is.
     described = replace(saved, format=replace(saved.format, tasks=tasks), module=None)
-    _write(graph, described, loaded.tokenizer, folder, name)
+    _write(graph, described, tokenizer, folder, name)
     if not can_be_compared():
         say("onnxruntime is not installed: it was not compared with torch")
         return None

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_bilb.data.inputs.kinds import FeatureInputs, ImageInputs, InputKind, NoInputs, TableInputs, TextInputs
+from hf_bilb.data.inputs.kinds import (
+    FeatureInputs,
+    ImageInputs,
+    InputKind,
+    NoInputs,
+    SceneInputs,
+    TableInputs,
+    TextInputs,
+)
 from hf_bilb.inference.batches import forward_columns
 
 _TRACED_TOKENS = 8
@@ -52,9 +60,11 @@ def made_up_inputs(kind: InputKind, model: nn.Module, tokenizer: Any) -> MadeUpI
         return _table(kind, takes)
     if isinstance(kind, FeatureInputs):
         return _features(kind, takes)
+    if isinstance(kind, SceneInputs):
+        return _images(kind.size, takes)
     assert isinstance(kind, ImageInputs | NoInputs)  # others are refused before the model is loaded
-    size = kind.image_size if isinstance(kind, ImageInputs) else getattr(model.config, "image_size", None)
-    return _images(size, takes)
+    side = kind.image_size if isinstance(kind, ImageInputs) else getattr(model.config, "image_size", None)
+    return _images(None if side is None else (side, side), takes)
 
 
 def _texts(kind: TextInputs, tokenizer: Any, takes: frozenset[str] | None) -> MadeUpInputs:
@@ -102,11 +112,11 @@ def _features(kind: FeatureInputs, takes: frozenset[str] | None) -> MadeUpInputs
     return MadeUpInputs({"features": {0: "batch"}}, make, takes)
 
 
-def _images(size: int | None, takes: frozenset[str] | None) -> MadeUpInputs:
+def _images(size: tuple[int, int] | None, takes: frozenset[str] | None) -> MadeUpInputs:
     """Of one size, or where none is said of any."""
 
     def make(rows: int, longest: bool, random: torch.Generator) -> dict[str, Tensor]:
-        frame = _FRAMES[longest] if size is None else (size, size)
+        frame = _FRAMES[longest] if size is None else size
         return {"pixel_values": torch.rand(rows, 3, *frame, generator=random)}
 
     axes = {0: "batch"} if size is not None else {0: "batch", 2: "height", 3: "width"}

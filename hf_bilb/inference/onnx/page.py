@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_bilb.data.inputs.kinds import FeatureInputs, ImageInputs, InputKind, TableInputs, TextInputs
+from hf_bilb.data.inputs.kinds import FeatureInputs, ImageInputs, InputKind, SceneInputs, TableInputs, TextInputs
 from hf_bilb.inference.saved import SavedModel
 from hf_bilb.losses.task_types import TaskType
 
@@ -135,7 +135,7 @@ def _reading(kind: InputKind, inputs: Sequence[str]) -> tuple[list[str], list[st
         return ["from transformers import AutoTokenizer"], _texts(kind)
     if isinstance(kind, TableInputs | FeatureInputs):
         return ["import pandas as pd"], _table(kind, inputs)
-    return ["from PIL import Image"], _image(isinstance(kind, ImageInputs))
+    return ["from PIL import Image"], _image(kind)
 
 
 def _texts(kind: TextInputs) -> list[str]:
@@ -205,12 +205,17 @@ def _rows(kind: TableInputs | FeatureInputs) -> str:
     return row if len(row) < 100 else 'pd.read_csv("rows.csv")'
 
 
-def _image(of_one_size: bool) -> list[str]:
+def _image(kind: InputKind) -> list[str]:
     lines = ['image = Image.open("photo.jpg").convert("RGB")']
-    if of_one_size:
+    if isinstance(kind, ImageInputs):
         lines += [
             'size = saved["inputs"]["image_size"]',
             "image = image.resize((size, size), Image.Resampling.BILINEAR)",
+        ]
+    if isinstance(kind, SceneInputs):
+        lines += [
+            'height, width = saved["inputs"]["size"]',
+            "image = image.resize((width, height), Image.Resampling.BILINEAR)",
         ]
     return [*lines, 'inputs = {"pixel_values": np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255}']
 
