@@ -242,18 +242,21 @@ class SmallestGap:
 
     def __enter__(self) -> SmallestGap:
         self.value = math.inf
-        self._original = bilb.discrepancy
-        bilb.discrepancy = self._record
+        # With its slopes in the closed form, which smoothing has none of.
+        self._originals = {name: getattr(bilb, name) for name in ("discrepancy", "with_slopes")}
+        for name, original in self._originals.items():
+            setattr(bilb, name, partial(self._record, original))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        bilb.discrepancy = self._original
+        for name, original in self._originals.items():
+            setattr(bilb, name, original)
 
-    def _record(self, values: Tensor, active: Tensor, *args: Any) -> Tensor:
+    def _record(self, original: Callable[..., Any], values: Tensor, active: Tensor, *args: Any) -> Any:
         there = values.detach()[active]
         gaps = (there.unsqueeze(0) - there.unsqueeze(1)).abs()
         # Equal to the last bit (all l / l0 = 1 when references are taken) is equal in both ways to compute it.
         gaps = gaps[gaps > 0]
         if gaps.numel():
             self.value = min(self.value, float(gaps.min()))
-        return self._original(values, active, *args)
+        return original(values, active, *args)

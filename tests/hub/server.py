@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,6 +50,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.large = large
         self.dies_in_upload: int | None = None
+        self.begun = 0
         self.uploads: list[str] = []
         self.unanswered: list[str] = []
         self.is_up = True
@@ -219,7 +221,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         size, oid = int(self.headers["Content-Length"]), self._parts[-1]
-        if len(self.hub.uploads) == self.hub.dies_in_upload:
+        with self.hub.lock:
+            number, self.hub.begun = self.hub.begun, self.hub.begun + 1
+        if number == self.hub.dies_in_upload:
+            while len(self.hub.uploads) < number:  # several are sent at the same time
+                time.sleep(0.01)
             self.rfile.read(size // 2)
             self.hub.stop()
             self.close_connection = True
