@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 90.0) -> None:
     """Until it holds; an assertion fails when it takes longer."""
     end = time.monotonic() + seconds
     while not condition():
